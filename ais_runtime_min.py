@@ -1,0 +1,2836 @@
+#!/usr/bin/env python3
+"""Serve a pickled ETL class to NVIDIA AIStore: the whole runtime of an ETL pod in one file.
+
+An AIStore *target* starts one pod beside itself for each ETL. The pod gets a user's class in its environment
+(`ETL_CLASS_PAYLOAD`, the base64 of a cloudpickle), and this file installs what the class needs, unpickles it without
+the AIStore SDK, and transforms the objects that the target sends. It wants the standard library and, for payloads,
+`cloudpickle`; Python 3.9 or newer; Linux, or macOS to try a class on a laptop:
+
+    python3 ais_runtime_min.py                          serve what the environment describes
+    python3 ais_runtime_min.py serve FILE[:CLASS]       serve a class from a file, nothing else needed
+
+The map. A request passes four stages that hand each other plain values; each stage knows only the value. No section
+uses a name of a later one, but for `main` and a class's own `start()`.
+
+    1. Names and limits
+    2. Errors
+    3. Settings
+    4. Packages
+    5. Other nodes
+    6. The ETL class contract
+    7. Loading the class
+    8. Stage 1, understanding
+    9. Stage 2, reading
+    10. Stage 3, transforming
+    11. Stage 4, delivering
+    12. One request
+    13. HTTP
+    14. Server
+    15. Workers
+    16. Entry
+
+The life of the process: read the settings, install packages, unpickle the class, bind the port, fork the workers.
+Each worker constructs the class and answers requests; the supervisor watches them, and ends them on SIGTERM once they
+have answered what they had begun to read. What stops the start is told in the last line of the log.
+
+The life of a request: bytes of a connection become an `ETLRequest`, which opens a `Source`, whose bytes the class
+transforms; the output becomes an `Answer`. Every failure on the way is mapped to an answer in one place, `answer_for`.
+
+What it does not do: authenticate its callers (the cluster's network does), speak HTTP/2, or terminate TLS.
+"""
+from __future__ import annotations
+
+import contextlib
+import enum
+import http.client
+import http.server
+import importlib
+import importlib.machinery
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import pickle
+import queue
+import re
+import resource
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+from abc import ABC, abstractmethod
+from http import HTTPStatus
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+                    Optional, Sequence, Tuple, Type, TypeVar, Union, cast)
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    import argparse
+    import subprocess
+    import urllib.request
+
+if __name__ == "__main__":  # classes that import this file by its name must meet the same ETLServer
+    sys.modules["ais_runtime_min"] = sys.modules["__main__"]
+
+__version__ = "0.1.0"
+
+# == 1. Names and limits ==
+# The wire contract with AIStore (ext/etl and ais/tgtetl.go of its sources), and every number with its reason.
+
+HEADER_NODE_URL = "Ais-Node-Url"
+HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"
+HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"
+RETRY_REASON_TRANSIENT = "direct-put-transient"
+QPARAM_FQN = "etl_fqn"
+QPARAM_ARGS = "etl_args"
+QPARAM_LATEST = "latest-ver"
+QPARAM_ORIGINAL_URL = "original_url"
+QPARAM_OBJECT_TO = "object_to"
+DEFAULT_MIME_TYPE = "application/octet-stream"
+
+# The grammar of RFC 9110, 5.6 and RFC 9112, 3 and 5, with nothing forgiven.
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+FIELD_LINE = re.compile(rb"(%b):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*" % TOKEN)
+
+HEAD_LIMIT_BYTES = 64 << 10  # as much as AIStore's own server takes for a pipeline of many stages, and then some
+HEAD_LIMIT_FIELDS = 100  # as http.client; real requests have under ten
+READ_BYTES = 64 << 10  # one receive; most objects of many-object jobs fit with their head
+WRITE_BYTES = 1 << 20  # one send; TLS fails on pieces of several GiB
+DRAIN_LIMIT_BYTES = 64 << 20  # of a body nobody wants; past this, closing is cheaper than reading on
+CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
+XATTR_LIMIT_BYTES = 64 << 10  # the largest value that Linux keeps
+
+HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
+BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before us may be computing
+RESULT_UNREAD_SECONDS = 60.0  # until a result that nobody reads is cut
+LINGER_SECONDS = 0.02  # a thread waits so long for its connection's next request before it parks it
+IDLE_SECONDS = 600.0  # until a connection without requests is closed
+DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
+CONNECT_SECONDS = 5.0  # to reach another node, which is near
+HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
+HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
+GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
+TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
+TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
+
+BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
+THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
+DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
+DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
+RESPAWN_DELAY_LIMIT_SECONDS = 10.0  # the delay before a dead worker is replaced doubles up to this
+DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
+DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
+TERMINATION_LOG = "/dev/termination-log"
+TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more of a message of this kind
+
+logger = logging.getLogger("ais_runtime_min")
+
+
+class Exit(enum.IntEnum):
+    """The exit codes of the pod, sysexits(3) where it has one: `kubectl describe pod` shows them."""
+
+    OK = 0
+    USAGE = os.EX_USAGE  # 64: the command line
+    DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
+    UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package cannot be installed or is missing
+    SOFTWARE = os.EX_SOFTWARE  # 70: the user's code failed, or workers keep dying
+    SYSTEM = os.EX_OSERR  # 71: the port is taken, a file cannot be read
+    CONFIG = os.EX_CONFIG  # 78: an environment variable
+
+
+# == 2. Errors ==
+# What each failure means to the client (a status) and to the operator (an exit code). Raised where a fault is
+# found, caught once: RequestError in `answer_for`, StartupError in `main`.
+
+
+class RequestError(Exception):
+    """A request that ends in an error answer; its text is the answer's `detail`."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, detail: str, status: Optional[int] = None, headers: Optional[Mapping[str, str]] = None) -> None:
+        super().__init__(detail)
+        if status is not None:
+            self.status = HTTPStatus(status)
+        if headers is not None:
+            self.headers = headers
+
+
+class BadRequest(RequestError):
+    """The request is malformed, or names a pipeline that is."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class Forbidden(RequestError):
+    """The file exists, perhaps, but is not one of AIStore's objects."""
+
+    status = HTTPStatus.FORBIDDEN
+
+
+class NotFound(RequestError):
+    """The source object is not there; AIStore takes a 404 for exactly that."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class BadGateway(RequestError):
+    """Another node cannot be reached, or answered what it must not."""
+
+    status = HTTPStatus.BAD_GATEWAY
+
+
+class UnframedRequest(RequestError):
+    """Where this request ends cannot be told: it is answered, and the connection closed."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class ShortBody(RequestError):
+    """A body ended early or stalled: its object is cut and must not be taken for whole."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class NodeBodyLost(BadGateway):
+    """Another node's answer ended before its time."""
+
+
+class Outcome(NamedTuple):
+    """What a call came to: a value, or an error."""
+
+    value: Any = None
+    error: Optional[BaseException] = None
+
+
+def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
+    """Make a call that may raise anything: users' code runs in it, and its SystemExit must not end a thread."""
+    try:
+        return Outcome(function(*args))
+    except BaseException as error:  # the one place that catches everything; the callers sort it
+        return Outcome(error=error)
+
+
+class StartupError(Exception):
+    """What keeps the pod from serving; its text is the last line of the log."""
+
+    exit = Exit.SOFTWARE
+
+
+class ConfigError(StartupError):
+    """Environment variables that cannot be used, all of them in one line."""
+
+    exit = Exit.CONFIG
+
+
+class PayloadError(StartupError):
+    """The payload is no class that this runtime can serve."""
+
+    exit = Exit.DATA
+
+
+class PackageError(StartupError):
+    """A package is missing or could not be installed."""
+
+    exit = Exit.UNAVAILABLE
+
+
+class ClassError(StartupError):
+    """The user's class failed at construction, or asks for what this runtime does not have."""
+
+    exit = Exit.SOFTWARE
+
+
+class PortError(StartupError):
+    """The port cannot be listened on."""
+
+    exit = Exit.SYSTEM
+
+
+class UsageError(StartupError):
+    """The command line names what is not there."""
+
+    exit = Exit.USAGE
+
+
+class InvalidPipelineError(ValueError):
+    """The SDK's error for a malformed pipeline, which classes may raise; answered 400."""
+
+
+class ETLDirectPutTransientError(Exception):
+    """The SDK's error for a direct put that may be tried again, which classes may raise.
+
+    Answered 502, or 503 with `Ais-Etl-Retry-Reason` where `bail_without_local_retry` is true.
+    """
+
+    def __init__(self, url: str, cause: Exception, bail_without_local_retry: bool = False) -> None:
+        self.url = url
+        self.cause = cause
+        self.bail_without_local_retry = bail_without_local_retry
+        super().__init__(f"direct put to {url!r} failed: {type(cause).__name__}: {cause}")
+
+
+# == 3. Settings ==
+# The environment to one frozen value, read once. An empty variable counts as unset.
+
+TRUE_WORDS = frozenset(("1", "t", "true", "y", "yes", "on"))
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def parse_bool(text: Optional[str]) -> bool:
+    """Tell whether a text means true, as the SDK reads it: anything unknown is false."""
+    return bool(text) and str(text).strip().lower() in TRUE_WORDS
+
+
+def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
+    """Make a parser of whole numbers within bounds, both included."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or not lowest <= int(text) <= highest:
+            raise ValueError(f"a whole number from {lowest} to {highest}")
+        return int(text)
+
+    return parse
+
+
+def word_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Make a parser of one of `words`, in any case."""
+
+    def parse(text: str) -> str:
+        found = [word for word in words if word.lower() == text.strip().lower()]
+        if not found:
+            raise ValueError("one of " + ", ".join(words))
+        return found[0]
+
+    return parse
+
+
+def existing_file(text: str) -> str:
+    """Take the path of a file that can be read."""
+    if not os.path.isfile(text) or not os.access(text, os.R_OK):
+        raise ValueError("a file that can be read")
+    return text
+
+
+def folders(text: str) -> Tuple[str, ...]:
+    """Take colon-separated absolute folders, symlinks resolved."""
+    paths = [path for path in text.split(":") if path]
+    if not paths or not all(map(os.path.isabs, paths)):
+        raise ValueError("absolute folders, separated by colons")
+    return tuple(os.path.realpath(path) for path in paths)
+
+
+def target_url(text: str) -> str:
+    """Take a target's base URL, without a slash at its end."""
+    try:
+        url = urlsplit(text)
+        has_host = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # the port is no number
+        has_host = False
+    is_folder = has_host or (url.scheme == "file" and not url.netloc and os.path.isdir(unquote(url.path)))
+    if not is_folder or url.query or url.fragment or not re.fullmatch("[!-~]+", text):
+        raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that is there")
+    return text.rstrip("/")
+
+
+class Variable(NamedTuple):
+    """One environment variable: the field of `Settings` it fills, and its parser, whose error says what is allowed."""
+
+    name: str
+    field: str
+    parse: Callable[[str], Any]
+    secret: bool = False
+
+
+VARIABLES = (
+    Variable("ETL_CLASS_PAYLOAD", "payload", str, secret=True),
+    Variable("ETL_CLASS_PAYLOAD_FILE", "payload_file", existing_file),
+    Variable("PACKAGES", "packages", str),
+    Variable("OS_PACKAGES", "os_packages", str),
+    Variable("NUM_WORKERS", "workers", whole_number(1, 256)),
+    Variable("NUM_THREADS", "threads", whole_number(1, 1024)),
+    Variable("AIS_TARGET_URL", "target", target_url, secret=True),
+    Variable("direct_put", "direct_put", parse_bool),
+    Variable("DIRECT_PUT", "direct_put", parse_bool),
+    Variable("ETL_DIRECT_FQN", "direct_fqn", parse_bool),
+    Variable("AIS_DIRECT_PUT_RETRIES", "direct_put_retries", whole_number(0, 100)),
+    Variable("AIS_SKIP_VERIFY", "skip_verify", parse_bool),
+    Variable("AIS_SKIP_VERIFY_CRT", "skip_verify", parse_bool),
+    Variable("AIS_CLIENT_CA", "client_ca", existing_file),
+    Variable("AIS_CRT", "client_cert", existing_file),
+    Variable("AIS_CRT_KEY", "client_key", existing_file),
+    Variable("AIS_AUTHN_TOKEN", "token", str, secret=True),
+    Variable("PORT", "port", whole_number(0, 65535)),
+    Variable("LOG_LEVEL", "log_level", word_of(LOG_LEVELS)),
+    Variable("ETL_FQN_ROOTS", "fqn_roots", folders),
+    Variable("ETL_WS_FAILURE", "ws_failure", word_of(("break", "empty"))),
+)
+
+
+def _payload_complaints(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str]:
+    """Join the payload's pieces into `values`; complain of gaps, and of a payload told twice."""
+    pieces = {int(name.rpartition("_")[2]): text for name, text in environ.items()
+              if text and re.fullmatch(r"ETL_CLASS_PAYLOAD_[0-9]{1,4}", name)}
+    complaints = []
+    for number in range(2, max(pieces, default=1) + 1):
+        if number not in pieces:
+            complaints.append(f"ETL_CLASS_PAYLOAD_{number} is not set, but a later piece is")
+    if pieces and not values.get("payload"):
+        complaints.append("ETL_CLASS_PAYLOAD is not set, but ETL_CLASS_PAYLOAD_2 and so on are only its further pieces")
+    if values.get("payload") and values.get("payload_file"):
+        complaints.append("ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set")
+    values["payload"] = values.get("payload", "") + "".join(pieces[number] for number in sorted(pieces))
+    return complaints
+
+
+class Settings(NamedTuple):
+    """What the environment asks for. Made by `from_env`, never changed; times are in seconds, sizes in bytes."""
+
+    payload: str = ""
+    payload_file: str = ""
+    packages: str = ""
+    os_packages: str = ""
+    workers: int = DEFAULT_WORKERS
+    threads: Optional[int] = None  # None: the user did not say
+    target: str = ""
+    direct_put: bool = False
+    direct_fqn: bool = False
+    direct_put_retries: int = 3
+    skip_verify: bool = False
+    client_ca: str = ""
+    client_cert: str = ""
+    client_key: str = ""
+    token: str = ""
+    port: int = 8000
+    log_level: str = "INFO"
+    fqn_roots: Optional[Tuple[str, ...]] = None  # None: AIStore's layout is the rule
+    ws_failure: str = "break"
+    host: str = ""  # every interface; the command line's
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ, required: Sequence[str] = ()) -> Settings:
+        """Read all variables; raise one ConfigError that tells every bad and every missing one."""
+        values, complaints = {}, []
+        for variable in VARIABLES:
+            text = environ.get(variable.name, "")
+            try:
+                if text:
+                    values[variable.field] = variable.parse(text)
+            except ValueError as error:
+                shown = "" if variable.secret else f"={text!r}"
+                complaints.append(f"{variable.name}{shown} must be {error}")
+        complaints += _payload_complaints(environ, values)
+        complaints += [f"{name} is not set" for name in required if not environ.get(name)]
+        if values.get("client_key") and not values.get("client_cert"):
+            complaints.append("AIS_CRT_KEY is set without AIS_CRT")
+        if complaints:
+            raise ConfigError("; ".join(complaints))
+        return cls(**values)
+
+    def redact(self, text: str) -> str:
+        """Hide the target's secret path and the token, which user code may have put into its errors."""
+        for secret in self.secrets():
+            text = text.replace(secret, "***")
+        return text
+
+    def secrets(self) -> List[str]:
+        """List the texts that no answer and no log line may show, the longest first."""
+        path = "" if self.target.startswith("file:") else urlsplit(self.target).path
+        found = {path, unquote(path), path.rpartition("/")[2], self.token}
+        return sorted((text for text in found if len(text) > 3), key=len, reverse=True)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Format log records, tracebacks too, without the secrets of some settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+        self._settings = settings
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format one record."""
+        return self._settings.redact(super().format(record))
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send all log records of this process to stdout, the users' too: the pod's log is one stream."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(RedactingFormatter(settings))
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    logger.setLevel(settings.log_level)
+
+
+# == 4. Packages ==
+# What the class needs, by the tools of the image: apk, then pip. Runs in the supervisor, before anything is loaded.
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child and all it started, first by SIGTERM; it was started in a session of its own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        deadline = time.monotonic() + TOOL_STOP_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """Pick the line of a tool's output that says what went wrong: its last error, else its last line."""
+    errors = [line.strip() for line in lines if line.lower().lstrip().startswith("error")]
+    return (errors or [line.strip() for line in lines] or ["it printed nothing"])[-1]
+
+
+def run_tool(variable: str, command: Sequence[str]) -> None:
+    """Run an installer to its end; its last lines are in the error. The signal that ends us ends it too."""
+    import subprocess
+
+    tool = " ".join(command[:1] if command[0] != sys.executable else command[2:3])
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
+    except OSError as error:
+        raise PackageError(f"{variable}: {tool} cannot be run: {error.strerror}") from None
+    try:
+        output = process.communicate(timeout=TOOL_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        raise PackageError(f"{variable}: {tool} did not end within {TOOL_SECONDS:.0f} s") from None
+    finally:
+        stop_group(process)
+    if process.returncode:
+        lines = output.decode("utf-8", "replace").strip().splitlines()
+        logger.error("%s failed:\n%s", tool, "\n".join(lines[-20:]))
+        raise PackageError(f"{variable}: {tool} failed with exit code {process.returncode}: {last_words(lines)}")
+
+
+def install_os_packages(text: str) -> None:
+    """Install comma-separated Alpine packages; PackageError if apk is not there or fails."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*", name):
+            raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
+    if names:
+        logger.info("installing OS packages: %s", " ".join(names))
+        run_tool("OS_PACKAGES", ["apk", "add", "--no-cache", "--quiet", *names])
+
+
+def split_requirements(text: str) -> List[str]:
+    """Split PEP 508 requirements at commas, but not inside brackets, quotes, markers or a list of versions."""
+    parts, depth, quoted = [""], 0, ""
+    for index, char in enumerate(text):
+        if quoted:
+            quoted = "" if char == quoted else quoted
+        elif char in "\"'":
+            quoted = char
+        elif char in "[](){}":
+            depth += 1 if char in "[({" else -1
+        elif char == "," and not depth and not re.match(r"\s*[<>=!~]", text[index + 1:]):
+            parts.append("")
+            continue
+        parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def is_installed(requirement: str) -> bool:
+    """Tell whether a bare package name is installed; anything more than a name is for pip to decide."""
+    try:
+        importlib.metadata.version(requirement)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
+    return re.fullmatch(r"[A-Za-z0-9._-]+", requirement) is not None
+
+
+def install_python_packages(text: str) -> None:
+    """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together."""
+    requirements = split_requirements(text)
+    for requirement in requirements:
+        if requirement.startswith("-"):
+            raise PackageError(f"PACKAGES has {requirement!r}: options are not allowed, only requirements")
+    if any(not is_installed(requirement) for requirement in requirements):
+        logger.info("installing Python packages: %s", " ".join(requirements))
+        run_tool("PACKAGES", [sys.executable, "-m", "pip", "install", "--quiet", "--no-input",
+                              "--disable-pip-version-check", *requirements])
+        importlib.invalidate_caches()
+
+
+# == 5. Other nodes ==
+# Connections to the target, and bodies that come from there. Any thread of a worker; it knows no ETLRequest.
+
+
+class BodyStream(io.RawIOBase):
+    """The body of an HTTP message, as a raw binary file whose `read` raises where the body is cut short.
+
+    Subclasses implement `receive`. `size` is the number of bytes in the whole body, None where only its end tells.
+    """
+
+    size: Optional[int] = None
+    failure: Optional[RequestError] = None
+
+    def receive(self, buffer: Any) -> int:
+        """Read some bytes into a buffer, 0 at the end; RequestError where the body is cut short."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Raise what reading has raised: user code may have caught it and taken a cut body for a whole one."""
+        if self.failure is not None:
+            raise self.failure
+
+    def readable(self) -> bool:
+        """Tell that this can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes into a buffer, 0 at the end."""
+        try:
+            return self.receive(buffer)
+        except RequestError as error:
+            self.failure = error
+            raise
+
+    def readall(self) -> bytes:
+        """Read to the end, into one object where the size is known: no copy is made of large bodies."""
+        if self.size is None:
+            return b"".join(iter(lambda: self.read(READ_BYTES) or b"", b""))
+        buffered = io.BufferedReader(self, READ_BYTES)
+        data = buffered.read(self.size)
+        buffered.detach()
+        return data
+
+
+def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
+    """Split a pipeline into its first URL and the header for the rest; InvalidPipelineError for an empty entry."""
+    if not pipeline_header or not pipeline_header.strip():
+        return "", ""
+    urls = [url.strip() for url in pipeline_header.split(",")]
+    if not all(urls):
+        raise InvalidPipelineError("the pipeline has an empty entry")
+    return urls[0], ",".join(urls[1:])
+
+
+def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str, etl_args: str = "") -> str:
+    """Make the URL that a result is put to, from the pipeline's entry and the object's decoded path.
+
+    An entry with a path is the object at its final target, which wants the secret path of `host_target` before it
+    and speaks that one's scheme. One without is the next stage, a pod: it gets the object's path, by its own scheme.
+    """
+    entry, host = urlsplit(direct_put_url), urlsplit(host_target)
+    query = [item for item in entry.query.split("&") if item and item.partition("=")[0] != QPARAM_ARGS]
+    if etl_args:
+        query.append(f"{QPARAM_ARGS}={quote(etl_args, safe='')}")
+    if entry.path:
+        return urlunsplit((host.scheme, entry.netloc, host.path + entry.path, "&".join(query), ""))
+    path = quote("/" + obj_path.lstrip("/"), safe="/@", errors="surrogateescape")
+    return urlunsplit((entry.scheme, entry.netloc, path, "&".join(query), ""))
+
+
+class Hop(NamedTuple):
+    """A node, as far as a connection cares."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: str) -> Hop:
+        """Take the node from a URL; ValueError where there is none."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"no http(s) URL: {url!r}")
+        return cls(parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+
+
+class NodeRequest(NamedTuple):
+    """What to send to another node. `path` goes out byte for byte; a body of pieces goes out in chunks."""
+
+    method: str
+    hop: Hop
+    path: str
+    headers: Mapping[str, str]
+    body: Union[bytes, Iterable[bytes], None] = None
+
+
+class NodeAnswer(NamedTuple):
+    """What another node answered, whole; has the attributes of a `requests.Response` that classes look at."""
+
+    status_code: int
+    headers: Mapping[str, str]
+    content: bytes
+    url: str
+
+
+def body_pieces(body: Union[bytes, Iterable[bytes], None]) -> Iterator[Union[bytes, memoryview]]:
+    """Cut a body into writes: as it is if it has a length, else framed in chunks (RFC 9112, 7.1)."""
+    if isinstance(body, bytes):
+        view = memoryview(body)
+        for start in range(0, len(view), WRITE_BYTES):
+            yield view[start:start + WRITE_BYTES]
+    elif body is not None:
+        for piece in body:
+            yield b"%x\r\n%b\r\n" % (len(piece), piece)
+        yield b"0\r\n\r\n"
+
+
+def is_readable(connection: socket.socket, timeout_seconds: float = 0.0) -> bool:
+    """Tell whether a read would return at once; on an idle connection that means its end."""
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    return bool(poller.poll(1000 * timeout_seconds))
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """Make the TLS side of connections to AIStore's nodes; ConfigError where a certificate is none."""
+    try:
+        context = ssl.create_default_context(cafile=settings.client_ca or None)
+        if settings.client_cert:
+            context.load_cert_chain(settings.client_cert, settings.client_key or None)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}") from None
+    if settings.skip_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class ConnectionPool:
+    """Connections to other nodes, kept alive per thread and hop.
+
+    Owned by the worker. A connection belongs to one request until that request's answer is read to its end; then it
+    stays here for `HOP_IDLE_SECONDS`. A node that cannot be reached raises OSError.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._token = settings.token
+        self._tls = tls_context(settings)
+        self._idle: Dict[Tuple[int, Hop], Tuple[http.client.HTTPConnection, float]] = {}
+
+    def open(self, request: NodeRequest) -> Tuple[http.client.HTTPResponse, Callable[[], None]]:
+        """Send a request; return the answer, its body unread, and what to call once that body is read to its end.
+
+        A kept connection may have been closed by the node while the request was on its way: if it breaks before any
+        byte of an answer, the request goes out once more on a new one, unless its body can be sent only once.
+        """
+        kept = self._take(request.hop) if request.body is None or isinstance(request.body, bytes) else None
+        if kept is not None:
+            try:
+                return self._exchange(kept, request)
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+                logger.debug("a kept connection to %s was closed; dialing anew", request.hop.host)
+        return self._exchange(self._dial(request.hop), request)
+
+    def _take(self, hop: Hop) -> Optional[http.client.HTTPConnection]:
+        """Take this thread's idle connection to a node, if it is still good."""
+        connection, since = self._idle.pop((threading.get_ident(), hop), (None, 0.0))
+        if connection is None:
+            return None
+        if time.monotonic() - since < HOP_IDLE_SECONDS and not is_readable(connection.sock):
+            return connection
+        connection.close()
+        return None
+
+    def _dial(self, hop: Hop) -> http.client.HTTPConnection:
+        """Make a connection; http.client connects when the head is sent, so do it here, with its own time-out."""
+        if hop.scheme == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                hop.host, hop.port, timeout=CONNECT_SECONDS, context=self._tls)
+        else:
+            connection = http.client.HTTPConnection(hop.host, hop.port, timeout=CONNECT_SECONDS)
+        connection.connect()
+        connection.sock.settimeout(HOP_SILENCE_SECONDS)
+        return connection
+
+    def _exchange(self, connection: http.client.HTTPConnection,
+                  request: NodeRequest) -> Tuple[http.client.HTTPResponse, Callable[[], None]]:
+        """Send on one connection and read the answer's head; close the connection if that fails."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(connection.close)
+            self._send(connection, request)
+            response = connection.getresponse()
+            on_failure.pop_all()
+
+        def release() -> None:
+            if response.will_close or not response.isclosed():
+                response.close()
+                connection.close()
+            else:
+                self._idle[threading.get_ident(), request.hop] = connection, time.monotonic()
+
+        return response, release
+
+    def _send(self, connection: http.client.HTTPConnection, request: NodeRequest) -> None:
+        """Send head and body, the token with them."""
+        connection.putrequest(request.method, request.path, skip_accept_encoding=True)
+        headers = {"Accept-Encoding": "identity", **request.headers}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        if isinstance(request.body, bytes):
+            headers["Content-Length"] = str(len(request.body))
+        elif request.body is not None:
+            headers["Transfer-Encoding"] = "chunked"
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        for piece in body_pieces(request.body):
+            connection.send(piece)
+
+    def close_idle(self) -> None:
+        """Close the connections that have been idle for too long, whichever thread they belong to."""
+        for key, (_, since) in list(self._idle.items()):
+            if time.monotonic() - since > HOP_IDLE_SECONDS:
+                connection, _ = self._idle.pop(key, (None, 0.0))
+                if connection is not None:
+                    connection.close()
+
+
+class NodeBody(BodyStream):
+    """The body of another node's answer. Gives the connection back at its end; `close` before that closes it."""
+
+    def __init__(self, response: http.client.HTTPResponse, release: Callable[[], None]) -> None:
+        super().__init__()
+        self.size = None if response.length is None else int(response.length)
+        self._response = response
+        self._release = release
+
+    def receive(self, buffer: Any) -> int:
+        """Read some bytes; NodeBodyLost where the answer ends before its time."""
+        try:
+            count = self._response.readinto(buffer)
+        except (http.client.HTTPException, OSError) as error:
+            raise NodeBodyLost(f"the answer of another node was cut short: {error}") from None
+        if not count and self._response.length:
+            raise NodeBodyLost(f"the answer of another node ended {self._response.length} bytes early")
+        return count
+
+    def close(self) -> None:
+        """Give the connection back, or close it where bytes are left."""
+        if not self.closed:
+            super().close()
+            self._release()
+
+
+# == 6. The ETL class contract ==
+# What users subclass: the SDK's names, attributes and methods (aistore/sdk/etl/webserver of SDK 1.24 and 2.0),
+# without its servers. An instance is made in a worker, after the fork, and lives as long as that.
+
+
+class Current:
+    """What this process runs with. `main` fills it before a class is constructed; one value for all instances."""
+
+    settings: Optional[Settings] = None
+    pool: Optional[ConnectionPool] = None
+    listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
+    reports: Optional[int] = None  # the pipe to the supervisor, in a worker
+
+
+class ETLServer(ABC):
+    """The base of every ETL class.
+
+    Methods to override:  transform(data, path, etl_args), or transform_stream(reader, path, etl_args);
+                          get_mime_type(); start(), _build_session(), client_put(), handle_direct_put_response()
+    Methods for callers:  start(); sanitize_fqn, close_reader, iter_and_close, make_direct_put_headers
+    Attributes:           host_target, direct_put, direct_fqn, direct_put_retries, token, session, logger, use_streaming
+    """
+
+    one_at_a_time = False  # whether the buffered transform must run on the thread that made the instance
+
+    def __init__(self) -> None:
+        settings = Current.settings or Settings.from_env(required=("AIS_TARGET_URL",))
+        Current.settings = settings
+        self.host_target = settings.target
+        self.direct_put = settings.direct_put
+        self.direct_fqn = settings.direct_fqn
+        self.direct_put_retries = settings.direct_put_retries
+        self.token: Optional[str] = settings.token or None
+        self._session: Any = None
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout,
+                            format="%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+        self.logger = logging.getLogger(type(self).__name__)
+        self.logger.setLevel(logging.INFO)
+        self.use_streaming = self._streams()
+
+    @classmethod
+    def _streams(cls) -> bool:
+        """Tell whether the class streams: `transform` wins where both are overridden; TypeError where neither is."""
+        if cls.transform is not ETLServer.transform:
+            return False
+        if cls.transform_stream is not ETLServer.transform_stream:
+            return True
+        raise TypeError(f"{cls.__name__} must override either transform() or transform_stream()")
+
+    @property
+    def session(self) -> Any:
+        """A `requests.Session` for the class's own use, made when it is first touched."""
+        if self._session is None:
+            self._session = self._build_session()
+        return self._session
+
+    @session.setter
+    def session(self, session: Any) -> None:
+        """Take a session of the class's own making."""
+        self._session = session
+
+    def _build_session(self) -> Any:
+        """Make the session: AIStore's certificates and token; ImportError where `requests` is not installed."""
+        settings = Current.settings or Settings()
+        try:
+            import requests
+        except ImportError:
+            raise ImportError("self.session needs the package requests: add requests to PACKAGES") from None
+        session = requests.Session()
+        session.verify = False if settings.skip_verify else settings.client_ca or True
+        if settings.client_cert:
+            session.cert = (settings.client_cert, settings.client_key or settings.client_cert)
+        if settings.token:
+            session.headers["Authorization"] = f"Bearer {settings.token}"
+        return session
+
+    def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
+        """Transform one object, whole: its bytes, or its local path where `ETL_DIRECT_FQN` is on."""
+        raise NotImplementedError("override transform() or transform_stream()")
+
+    def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
+        """Transform one object in pieces, in constant memory; the reader ends where the object does."""
+        raise NotImplementedError("override transform() or transform_stream()")
+
+    def get_mime_type(self) -> str:
+        """Name the `Content-Type` of results."""
+        return DEFAULT_MIME_TYPE
+
+    @abstractmethod
+    def start(self) -> None:
+        """Serve, until SIGTERM."""
+
+    def client_put(self, url: str, data: bytes, headers: Dict[str, str], timeout: Optional[float] = None) -> Any:
+        """Put bytes to another node; an override carries every delivery of this class."""
+        if Current.pool is None:
+            Current.pool = ConnectionPool(Current.settings or Settings())
+        path = urlunsplit(("", "", *urlsplit(url)[2:4], "")) or "/"
+        response, release = Current.pool.open(NodeRequest("PUT", Hop.of(url), path, headers, data))
+        with NodeBody(response, release) as body:
+            return NodeAnswer(response.status, cast(Any, response.headers), body.readall(), url)
+
+    def handle_direct_put_response(self, resp: Any, data: bytes, data_length: int = -1) -> Tuple[int, bytes, int]:
+        """Read a hop's answer: (status to pass on, body to pass on, bytes that were delivered)."""
+        if resp.status_code == HTTPStatus.NO_CONTENT:
+            return HTTPStatus.NO_CONTENT, b"", int(resp.headers.get(HEADER_DIRECT_PUT_LENGTH, "0"))
+        if resp.status_code == HTTPStatus.OK and not resp.content:
+            return HTTPStatus.NO_CONTENT, b"", data_length if data_length >= 0 else len(data)
+        return resp.status_code, resp.content, 0
+
+    def sanitize_fqn(self, fqn: str) -> str:
+        """Decode a path from a query and make it absolute, without `..`."""
+        return os.path.normpath("/" + unquote(fqn).lstrip("/"))
+
+    @staticmethod
+    def close_reader(reader: Any) -> None:
+        """Close a reader; one that cannot be closed, or fails to, is let be."""
+        try:
+            reader.close()
+        except (AttributeError, OSError, ValueError):
+            pass
+
+    @staticmethod
+    def iter_and_close(output_iter: Iterator[bytes], reader: Any) -> Iterator[bytes]:
+        """Yield all of an iterator, then close the reader it read from."""
+        try:
+            yield from output_iter
+        finally:
+            ETLServer.close_reader(reader)
+
+    @staticmethod
+    def make_direct_put_headers(direct_put_length: int) -> Dict[str, str]:
+        """Make the header that tells how many bytes were delivered, none for 0."""
+        return {HEADER_DIRECT_PUT_LENGTH: str(direct_put_length)} if direct_put_length else {}
+
+
+class ListeningServer(ETLServer):
+    """What the SDK's three bases have in common: an address, and `start`."""
+
+    def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
+        super().__init__()
+        self.host = host
+        self.port = port
+
+    def start(self) -> None:
+        """Serve until SIGTERM: on the workers' shared socket, or outside the runtime on one of its own."""
+        serve_instance(self)
+
+
+class HTTPMultiThreadedServer(ListeningServer):
+    """The base of classes whose `transform` may be called by many threads at once; `path` is the raw request path."""
+
+
+class FrameworkServer(ListeningServer):
+    """The base of FastAPIServer and FlaskServer: one transform at a time, on the thread that made the instance."""
+
+    one_at_a_time = True
+
+    @property
+    def app(self) -> Any:
+        """The framework's application."""
+        raise ClassError(f"{type(self).__name__} uses self.app, but this version serves no FastAPI or Flask application")
+
+
+class FastAPIServer(FrameworkServer):
+    """The SDK's FastAPI base; `path` is decoded and without its first slash."""
+
+
+class FlaskServer(FrameworkServer):
+    """The SDK's Flask base; `path` is decoded and without its first slash."""
+
+
+class CountingIterator:
+    """Pieces of bytes, counted as they pass; the count is in `bytes_sent`."""
+
+    def __init__(self, inner: Iterator[bytes]) -> None:
+        self._inner = inner
+        self.bytes_sent = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._inner:
+            self.bytes_sent += len(piece)
+            yield piece
+
+
+class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """A name of the SDK's that payloads may refer to; this runtime serves by another."""
+
+    def __init__(self, server_address: Tuple[str, int], handler_class: Any, etl_server: ETLServer) -> None:
+        super().__init__(server_address, handler_class)
+        self.etl_server = etl_server
+
+
+# == 7. Loading the class ==
+# From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim image has none
+# of them, so an import finder answers for them with what this file has.
+
+FAILED = "Failed to deserialize ETL class"  # AIStore's own tests look for these words
+
+CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
+    "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
+    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON, "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT,
+    "HEADER_PREFIX": "Ais-", "HEADER_CONTENT_LENGTH": "Content-Length", "HEADER_CONTENT_TYPE": "Content-Type",
+    "HEADER_TRANSFER_ENCODING": "Transfer-Encoding", "HEADER_AUTHORIZATION": "Authorization",
+    "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept", "HEADER_USER_AGENT": "User-Agent",
+    "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS": QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN,
+    "QPARAM_ETL_PIPELINE": "etl_pipeline", "QPARAM_LATEST": QPARAM_LATEST, "QPARAM_OBJ_TO": QPARAM_OBJECT_TO,
+    "QPARAM_UUID": "uuid", "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path",
+    "STATUS_OK": 200, "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204, "STATUS_PARTIAL_CONTENT": 206,
+    "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307, "STATUS_BAD_REQUEST": 400, "STATUS_UNAUTHORIZED": 401,
+    "STATUS_FORBIDDEN": 403, "STATUS_LOCKED": 423, "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502,
+    "STATUS_SERVICE_UNAVAILABLE": 503, "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA": "AIS_CLIENT_CA",
+    "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY", "AIS_SKIP_VERIFY": "AIS_SKIP_VERIFY",
+    "AIS_SKIP_VERIFY_CRT": "AIS_SKIP_VERIFY_CRT", "AIS_DIRECT_PUT_RETRIES": "AIS_DIRECT_PUT_RETRIES",
+    "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE", "UTF_ENCODING": "utf-8", "HTTP": "http://",
+    "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
+}
+
+# Import name: the PyPI name to put into PACKAGES. The first line came to the default image with aistore[etl].
+DEFAULT_IMAGE = {"requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash", "yaml": "PyYAML",
+                 "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask", "werkzeug": "flask"}
+PYPI_NAMES = {**DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
+              "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
+              "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore"}
+# Base: names of the SDK's own servers that this runtime does not call, so that overriding one would do nothing.
+DELIVERY_INTERNALS = ("_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
+                      "_get_fqn_content", "_get_stream_reader", "_handle_request", "_handle_request_buffered",
+                      "_handle_request_streaming")
+INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
+    HTTPMultiThreadedServer: ("RequestHandler",),
+    FastAPIServer: DELIVERY_INTERNALS + ("_build_response", "_get_network_content", "_handle_ws_message", "_iter_chunks",
+                                         "_open_sync_get_stream", "_setup_app", "startup_event", "shutdown_event"),
+    FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put", "_health", "_register_routes"),
+}
+
+
+def decode_payload(settings: Settings) -> bytes:
+    """Join and decode the payload's text; white space in it, as editors and YAML leave, does not count."""
+    import binascii
+
+    text = settings.payload
+    if settings.payload_file:
+        with open(settings.payload_file, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    text = re.sub(r"[ \t\r\n]+", "", text)
+    if not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
+        raise PayloadError(f"{FAILED}: the payload is not base64")
+    try:
+        return binascii.a2b_base64(text)
+    except binascii.Error as error:
+        raise PayloadError(f"{FAILED}: the payload is not base64, or was cut: {error}") from None
+
+
+def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
+    """Pickle a class into the text of a payload, as the SDK's function of this name does."""
+    import base64
+
+    import cloudpickle
+
+    if not isinstance(cls, type) or not issubclass(cls, ETLServer):
+        raise TypeError(f"{cls!r} is not a subclass of ETLServer")
+    return base64.b64encode(cloudpickle.dumps(cls)).decode(encoding)
+
+
+def sdk_modules() -> Dict[str, Dict[str, Any]]:
+    """List the SDK's modules that a payload may refer to, and what they hold here."""
+    transient = {"RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
+                 "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)}
+    webserver = "aistore.sdk.etl.webserver"
+    return {
+        "aistore": {}, "aistore.sdk": {},
+        "aistore.sdk.const": CONSTANTS,
+        "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
+                               "ETLDirectPutTransientError": ETLDirectPutTransientError},
+        "aistore.sdk.utils": {"parse_bool": parse_bool},
+        "aistore.sdk.etl": {"serialize_class": serialize_class},
+        webserver: {"serialize_class": serialize_class},
+        webserver + ".base_etl_server": {"ETLServer": ETLServer, "CountingIterator": CountingIterator, **transient},
+        webserver + ".http_multi_threaded_server": {"HTTPMultiThreadedServer": HTTPMultiThreadedServer,
+                                                    "ThreadedHTTPServer": ThreadedHTTPServer},
+        webserver + ".fastapi_server": {"FastAPIServer": FastAPIServer},
+        webserver + ".flask_server": {"FlaskServer": FlaskServer},
+        webserver + ".utils": {"serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
+                               "compose_etl_direct_put_url": compose_etl_direct_put_url},
+    }
+
+
+def is_import_statement() -> bool:
+    """Tell whether a finder was asked by an import, and not by code that only looks, as `find_spec` callers do."""
+    return sys._getframe(3).f_code.co_name == "_find_and_load_unlocked"
+
+
+class SDKNames:
+    """An import finder and loader that answers for the SDK's modules with the names of this file.
+
+    The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask. The others are ours
+    only while the real SDK is not installed.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
+        """Answer for `aistore` and what is below it."""
+        if name.partition(".")[0] != "aistore":
+            return None
+        ours = sdk_modules()
+        if name in ours and (name.startswith("aistore.sdk.etl.webserver") or not self._is_installed()):
+            return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
+        if not self._is_installed() and is_import_statement():
+            raise ModuleNotFoundError(f"No module named {name!r} in this image: the default image has it; "
+                                      f"add aistore to PACKAGES", name=name)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Let the import system make a plain module."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Fill a module with our names; any other name is an AttributeError that names the remedy."""
+        vars(module).update(sdk_modules()[module.__name__])
+
+        def missing(name: str) -> NoReturn:
+            raise AttributeError(f"this image has no {module.__name__}.{name}: the default image has it; "
+                                 f"add aistore to PACKAGES")
+
+        vars(module)["__getattr__"] = missing
+
+    def _is_installed(self) -> bool:
+        spec = importlib.machinery.PathFinder.find_spec("aistore")
+        return spec is not None and spec.origin is not None
+
+
+class DefaultImageHint:
+    """The last import finder: says of modules that the default image has how to get them here."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Raise for a module of the default image that nobody found."""
+        if name in DEFAULT_IMAGE and is_import_statement():
+            raise ModuleNotFoundError(f"No module named {name!r} in this image: the default image has it; "
+                                      f"add {DEFAULT_IMAGE[name]} to PACKAGES", name=name)
+
+
+def install_sdk_names() -> None:
+    """Put the finders in place, once."""
+    if not any(isinstance(finder, SDKNames) for finder in sys.meta_path):
+        sys.meta_path.insert(0, cast(Any, SDKNames()))
+        sys.meta_path.append(cast(Any, DefaultImageHint()))
+
+
+class ForeignBytecode(Exception):
+    """A code object that another minor version of Python compiled; running it could crash the interpreter."""
+
+
+def is_foreign_wordcode(code: types.CodeType) -> bool:
+    """Tell 3.9 and 3.10 apart by their line tables: only 3.10's covers the bytecode to its end (PEP 626)."""
+    covers = sum(code.co_lnotab[::2] if sys.version_info < (3, 10) else code.co_linetable[::2]) == len(code.co_code)
+    return covers != (sys.version_info >= (3, 10))
+
+
+def is_foreign_adaptive_code(code: types.CodeType) -> bool:
+    """Walk code of 3.11 or later: its instructions must be known here, with as many cache entries as here."""
+    import opcode
+
+    entries: Any = getattr(opcode, "_inline_cache_entries", {})  # by number until 3.12, by name from 3.13
+    code_bytes, caches, resumed = code.co_code, 0, False
+    for offset in range(0, len(code_bytes), 2):
+        number = code_bytes[offset]
+        name = opcode.opname[number]
+        if caches:
+            if number or code_bytes[offset + 1]:
+                return True
+            caches -= 1
+            continue
+        if name == "CACHE" or name.startswith("<"):
+            return True
+        resumed = resumed or name == "RESUME"
+        caches = entries.get(name, 0) if isinstance(entries, dict) else entries[number]
+    return not resumed or bool(caches)
+
+
+def checked_code(*args: Any) -> types.CodeType:
+    """Make a code object; ForeignBytecode where this interpreter cannot have compiled it."""
+    try:
+        code = types.CodeType(*args)
+    except (TypeError, ValueError):  # 3.8 to 3.10 describe a code object by 16 values, 3.11 and later by 18
+        raise ForeignBytecode from None
+    is_foreign = is_foreign_wordcode if sys.version_info < (3, 11) else is_foreign_adaptive_code
+    if is_foreign(code):
+        raise ForeignBytecode
+    return code
+
+
+class PayloadUnpickler(pickle.Unpickler):
+    """Unpickle a class, refusing another Python's bytecode before any of it runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Look up a global, with our own maker in the place of code objects' type."""
+        found = super().find_class(module, name)
+        if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
+            return lambda kind: checked_code if kind == "CodeType" else found(kind)
+        return found
+
+
+def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
+    """Explain a module that the pickle refers to and that is not here: the user's own, or a package."""
+    import pickletools
+
+    name = (error.name or "").partition(".")[0]
+    by_reference = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "MEMOIZE", "GLOBAL", "STACK_GLOBAL", "STOP"}
+    if name == "cloudpickle":
+        return PackageError("cloudpickle is not installed, and payloads need it: pip install cloudpickle")
+    if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
+        return PayloadError(f"{FAILED}: it was pickled by reference to the module {error.name!r}, which is not here: "
+                            f"call cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
+    if error.name and error.name.startswith("aistore."):
+        return PackageError(f"{FAILED}: {error}")
+    return PackageError(f"{FAILED}: it needs the module {error.name!r}, which is not installed: add "
+                        f"{PYPI_NAMES.get(name, name)} to PACKAGES; if it is a module of your own, call "
+                        f"cloudpickle.register_pickle_by_value(module) before pickling")
+
+
+def checked_class(cls: Any) -> Type[ETLServer]:
+    """Refuse what cannot be served: no class, no ETLServer, nothing to call, or an override that would do nothing."""
+    if not isinstance(cls, type):
+        raise PayloadError(f"{FAILED}: it is no class but {type(cls).__name__!r}")
+    if not issubclass(cls, ETLServer):
+        raise PayloadError(f"{FAILED}: {cls.__name__} is not a subclass of ETLServer")
+    try:
+        cls._streams()
+    except TypeError as error:
+        raise PayloadError(f"{FAILED}: {error}") from None
+    ignored = [name for base, names in INTERNALS.items() if issubclass(cls, base) for name in names
+               if getattr(cls, name, None) is not None]
+    if ignored:
+        raise ClassError(f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and this "
+                         f"runtime does not: override transform or transform_stream only")
+    return cls
+
+
+def log_user_error(what: str, error: BaseException) -> None:
+    """Log an exception of user code with its traceback, less the frames of this file that led there."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_code.co_filename == __file__:
+        frame = frame.tb_next
+    logger.error("%s: %s", what, error or type(error).__name__, exc_info=(type(error), error, frame) if frame else None)
+
+
+def load_etl_class(settings: Settings) -> Type[ETLServer]:
+    """Decode, unpickle and check the class of the payload; StartupError tells what is wrong and what to do.
+
+    The payload comes from whoever may start pods, and is run as code: it is trusted as the image is.
+    """
+    pickled = decode_payload(settings)
+    install_sdk_names()
+    cls, error = attempt(PayloadUnpickler(io.BytesIO(pickled)).load)
+    if isinstance(error, ForeignBytecode):
+        raise PayloadError(f"{FAILED}: it was pickled by another Python than this {sys.version_info[0]}."
+                           f"{sys.version_info[1]}, whose bytecode differs: use the image of the Python that pickled it")
+    if isinstance(error, ModuleNotFoundError):
+        raise missing_module(error, pickled)
+    if error is not None:
+        log_user_error("unpickling", error)
+        raise PayloadError(f"{FAILED}: {type(error).__name__}: {error}")
+    return checked_class(cls)
+
+
+# == 8. Stage 1, understanding ==
+# The method, the raw request target and one header to a frozen value. No I/O, no socket in sight.
+
+Q_MARK_OF_ETL = re.compile(rf"\?(?=(?:{QPARAM_FQN}|{QPARAM_ARGS}|{QPARAM_LATEST})=)")
+PATH_METHODS = {"/health": ("GET",), "/ws": ("GET",), "/download": ("POST",)}
+OBJECT_METHODS = ("GET", "PUT")
+
+
+def split_target(method: str, target: str) -> Tuple[str, str]:
+    """Split a request target into path and query, both raw.
+
+    AIStore writes bucket and object into a PUT's URL as they are, question marks too: there the query begins at the
+    last one that is followed by a parameter of ours. An absolute target (RFC 9112, 3.2.2) loses scheme and host.
+    """
+    if not target.startswith("/"):
+        target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
+    ours = [match.start() for match in Q_MARK_OF_ETL.finditer(target)] if method == "PUT" else []
+    mark = ours[-1] if ours else target.find("?")
+    return (target, "") if mark < 0 else (target[:mark], target[mark + 1:])
+
+
+def split_query(query: str) -> Tuple[Dict[str, str], str]:
+    """Split a query into our parameters, decoded, and the raw text of what goes along to the target."""
+    known: Dict[str, str] = {}
+    rest = []
+    for item in query.split("&") if query else ():
+        name, _, value = (unquote(part.replace("+", " ").encode("latin-1").decode("utf-8", "replace"))
+                          for part in item.partition("="))
+        known.setdefault(name, value)
+        if name not in (QPARAM_FQN, QPARAM_ARGS):
+            rest.append(item)
+    return known, "&".join(rest)
+
+
+class ETLRequest(NamedTuple):
+    """One request as AIStore means it. Texts are as they came, one character a byte, unless they are called decoded."""
+
+    method: str
+    raw_path: str
+    query: str = ""  # what is not for us, and goes along to the target
+    fqn: str = ""  # path-escaped, the query's escapes decoded
+    etl_args: str = ""  # decoded
+    latest: bool = False
+    pipeline: str = ""  # the Ais-Node-Url header: where the result goes
+    original_url: str = ""  # decoded; what a download fetches
+    object_to: str = ""  # decoded; the object a download becomes
+
+    @classmethod
+    def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
+        """Understand a request; 404 for a target that names no object, 405 for a method, 400 for a missing parameter."""
+        raw_path, query = split_target(method, target)
+        if not raw_path.startswith("/") or not raw_path.strip("/"):
+            raise NotFound(f"no object is named by {target!r}")
+        methods = PATH_METHODS.get(raw_path, OBJECT_METHODS)
+        if method not in methods:
+            raise RequestError(f"{method} is not allowed for {raw_path}", HTTPStatus.METHOD_NOT_ALLOWED,
+                               {"Allow": ", ".join(methods)})
+        known, rest = split_query(query)
+        request = cls(method, raw_path, rest, known.get(QPARAM_FQN, "").strip(), known.get(QPARAM_ARGS, "").strip(),
+                      parse_bool(known.get(QPARAM_LATEST)), pipeline.strip(),
+                      known.get(QPARAM_ORIGINAL_URL, ""), known.get(QPARAM_OBJECT_TO, ""))
+        if request.is_download and not (request.original_url and request.object_to):
+            raise BadRequest(f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
+        return request
+
+    @property
+    def is_download(self) -> bool:
+        """Whether the object is to be fetched from a URL of the outside world."""
+        return self.raw_path == "/download"
+
+    @property
+    def path(self) -> str:
+        """The decoded path, without the first slash."""
+        return self.object_to or unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "replace")[1:]
+
+    @property
+    def is_replayable(self) -> bool:
+        """Whether the object can be read a second time: it is a file, or another node has it."""
+        return bool(self.fqn) or self.method != "PUT"
+
+
+# == 9. Stage 2, reading ==
+# A request to a byte source. Runs on the thread that serves the connection; the source belongs to whoever opened it.
+
+
+class ConnectionInput:
+    """What a client sends, received ahead by up to `READ_BYTES`; its head and its body are read from here.
+
+    Time-outs are the socket's own (SO_RCVTIMEO), so that a read is one system call; they show as BlockingIOError.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._ahead = b""
+        self._start = 0
+        self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
+
+    @property
+    def ahead(self) -> int:
+        """The number of bytes that are here already."""
+        return len(self._ahead) - self._start
+
+    def fill(self) -> bool:
+        """Receive once more; False at the end of the connection."""
+        data = self._receive()
+        self._ahead = self._ahead[self._start:] + data
+        self._start = 0
+        return bool(data)
+
+    def find(self, mark: bytes, limit: int) -> int:
+        """Find `mark` within the first `limit` bytes that are here: how many bytes come before it, or -1."""
+        found = self._ahead.find(mark, self._start, self._start + limit)
+        return found - self._start if found >= 0 else -1
+
+    def take(self, count: int) -> bytes:
+        """Cut off up to `count` of the bytes that are here."""
+        data = self._ahead[self._start:self._start + count]
+        self._start += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
+        if not self.ahead:
+            self._send_invitation()
+            return self._connection.recv_into(buffer)
+        data = self.take(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+    def readline(self, limit: int) -> bytes:
+        """Read up to and with a line feed; ShortBody if the connection ends or `limit` bytes hold none."""
+        while True:
+            end = self.find(b"\n", limit)
+            if end >= 0:
+                return self.take(end + 1)
+            if self.ahead >= limit:
+                raise UnframedRequest(f"a line of a chunked body is longer than {limit} bytes")
+            self._send_invitation()
+            if not self.fill():
+                raise ShortBody("the request's body ended early")
+
+    def _send_invitation(self) -> None:
+        if self.invite is not None:
+            invite, self.invite = self.invite, None
+            invite()
+
+    def _receive(self) -> bytes:
+        return self._connection.recv(READ_BYTES)
+
+
+class RequestBody(BodyStream):
+    """The body of a request: a binary file that ends where the body does."""
+
+    def __init__(self, source: ConnectionInput) -> None:
+        super().__init__()
+        self._source = source
+        self.is_at_end = False
+
+    def finish(self) -> None:
+        """Read on to the end: a sender that goes away must be noticed, also where the class stopped reading."""
+        while self.failure is None and self.read(READ_BYTES):
+            pass
+        super().finish()
+
+    def drain(self, limit: int) -> bool:
+        """Read and forget what is left, up to `limit` bytes; True if the end was reached."""
+        while not self.is_at_end and limit > 0:
+            try:
+                limit -= len(self.read(READ_BYTES) or b"")
+            except (RequestError, OSError):
+                return False
+        return self.is_at_end
+
+    def _read_some(self, buffer: Any) -> int:
+        """Read from the connection; ShortBody where it ends, breaks or says nothing for too long."""
+        try:
+            count = self._source.readinto(buffer)
+        except BlockingIOError:
+            raise ShortBody(f"the request's body paused for {BODY_PAUSE_SECONDS:.0f} s", 408) from None
+        except OSError as error:
+            raise ShortBody(f"the request's body broke off: {error}") from None
+        if not count:
+            raise ShortBody("the request's body ended early")
+        return count
+
+
+class BoundedReader(RequestBody):
+    """A body with a `Content-Length`; a request without a body has one of 0 bytes."""
+
+    def __init__(self, source: ConnectionInput, size: int) -> None:
+        super().__init__(source)
+        self.size = size
+        self._left = size
+        self.is_at_end = not size
+
+    def receive(self, buffer: Any) -> int:
+        """Read some of the bytes that are left."""
+        if not self._left:
+            return 0
+        count = self._read_some(memoryview(buffer)[:self._left])
+        self._left -= count
+        self.is_at_end = not self._left
+        return count
+
+    def readall(self) -> bytes:
+        """Read what is left; a small body has come with the head, and is cut off in one piece."""
+        if self._source.ahead < self._left or self._left != self.size:
+            return super().readall()
+        data, self._left, self.is_at_end = self._source.take(self._left), 0, True
+        return data
+
+
+class ChunkedReader(RequestBody):
+    """A body in chunks (RFC 9112, 7.1), parsed strictly; only its last chunk makes it whole."""
+
+    SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")
+
+    def __init__(self, source: ConnectionInput) -> None:
+        super().__init__(source)
+        self._left = 0
+        self._is_first = True
+
+    def receive(self, buffer: Any) -> int:
+        """Read some bytes of a chunk."""
+        if not self._left and not self.is_at_end:
+            self._begin_chunk()
+        if self.is_at_end:
+            return 0
+        count = self._read_some(memoryview(buffer)[:self._left])
+        self._left -= count
+        return count
+
+    def _begin_chunk(self) -> None:
+        """Read the end of the chunk before and the size of the next; the last one's trailers too."""
+        if not self._is_first and self._readline() != b"\r\n":
+            raise UnframedRequest("a chunk is longer than it said")
+        self._is_first = False
+        match = self.SIZE_LINE.fullmatch(self._readline())
+        if match is None:
+            raise UnframedRequest("a chunk's size is malformed")
+        self._left = int(match[1], 16)
+        if not self._left:
+            self._skip_trailers()
+            self.is_at_end = True
+
+    def _skip_trailers(self) -> None:
+        """Read trailer fields, which mean nothing to us, to the empty line."""
+        for _ in range(HEAD_LIMIT_FIELDS):
+            line = self._readline()
+            if line == b"\r\n":
+                return
+            if not FIELD_LINE.fullmatch(line[:-2]) or not line.endswith(b"\r\n"):
+                raise UnframedRequest("a trailer field is malformed")
+        raise UnframedRequest("too many trailer fields")
+
+    def _readline(self) -> bytes:
+        try:
+            return self._source.readline(CHUNK_LINE_LIMIT_BYTES)
+        except BlockingIOError:
+            raise ShortBody(f"the request's body paused for {BODY_PAUSE_SECONDS:.0f} s", 408) from None
+        except OSError as error:
+            raise ShortBody(f"the request's body broke off: {error}") from None
+
+
+class Source(NamedTuple):
+    """An opened object. Whoever opened it closes `stream`, which also removes a temporary file."""
+
+    stream: Any  # an io.RawIOBase, or a temporary file
+    path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
+
+    def finish(self) -> None:
+        """Raise if the object was not read whole and right, whatever the class made of it."""
+        if isinstance(self.stream, BodyStream):
+            self.stream.finish()
+
+
+OBJECT_PATH = re.compile(r"(?s).*/@([a-z0-9]+)/(?:([@#][^/]*)/)?([^/@#%][^/]*)/%ob/(.+)")
+
+
+def is_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> bool:
+    """Tell whether a resolved path may be read."""
+    if roots is None:
+        return OBJECT_PATH.fullmatch(path) is not None
+    return any(path.startswith(root.rstrip("/") + "/") for root in roots)
+
+
+def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> io.FileIO:
+    """Open an object by path: NotFound, or Forbidden for what is not AIStore's to show.
+
+    The pod's port can be reached by others than its target, and the container holds secrets: only a regular file
+    may be read that lies in AIStore's layout, or under `roots`, once symlinks are resolved.
+    """
+    try:
+        resolved = os.path.realpath(path)
+        if not is_object_path(resolved, roots):
+            raise Forbidden("the path is not one of an object")
+        descriptor = os.open(resolved, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound("the object's file is not there") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise Forbidden(f"the object's file cannot be read: {error}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Forbidden("the path is not one of a regular file")
+    return io.FileIO(descriptor, "rb")
+
+
+OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd\x00)?\x00\x03(.{8})(?:\xe3\x2f\xbd\x00|$)")
+
+
+def is_whole(file: io.FileIO) -> bool:
+    """Tell whether an object's file is all of it: of an object in chunks the path leads to the first chunk alone.
+
+    AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a preamble of ten bytes,
+    records of a two-byte key and a value, parted by four fixed bytes; key 3 is the size. What cannot be read as that
+    says nothing.
+    """
+    try:
+        attribute = os.getxattr(file.fileno(), "user.ais.lom")
+    except (OSError, AttributeError):  # AttributeError: not on Linux
+        return True
+    match = OBJECT_SIZE_XATTR.match(attribute)
+    return match is None or int.from_bytes(match[1], "big") == os.fstat(file.fileno()).st_size
+
+
+def uname_of(path: str) -> bytes:
+    """Make an object's unique name, `provider/@uuid#namespace/bucket/object`, from the path of its file."""
+    match = OBJECT_PATH.fullmatch(path)
+    if match is None:
+        raise NotFound("the object is stored in chunks, and its path does not tell its name")
+    provider, namespace, bucket, name = match.groups("")
+    if not namespace.startswith("@"):
+        namespace = "@" + (namespace or "#")
+    return os.fsencode(f"{provider}/{namespace}/{bucket}/{name}")
+
+
+def folder_path(folder: str, raw_path: str) -> str:
+    """Map a request's path to a file under the folder that stands in for a target: a uname, or /bucket/object."""
+    name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
+    return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
+
+
+def escape_stray(text: str) -> str:
+    """Escape what http.client would refuse in a request target, and nothing else: the rest goes out byte for byte."""
+    return re.sub(r"[^!-~]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("latin-1")), text)
+
+
+def target_refusal(status: int, answer: bytes) -> RequestError:
+    """Turn a target's refusal into ours: its 4xx and 5xx pass, anything else is not an answer to a GET."""
+    if status == HTTPStatus.NOT_FOUND:
+        return NotFound("the target does not have the object")
+    text = answer.decode("utf-8", "replace").strip()
+    return RequestError(f"the target answered {status}: {text}", status if status >= 400 else HTTPStatus.BAD_GATEWAY)
+
+
+def downloader() -> urllib.request.OpenerDirector:
+    """Make a client for /download: http and https only, few redirects, the system's authorities and proxies."""
+    import urllib.request
+
+    class FewRedirects(urllib.request.HTTPRedirectHandler):
+        """Follow as many redirects as a sane server needs."""
+
+        max_redirections = DOWNLOAD_REDIRECTS_LIMIT
+        max_repeats = DOWNLOAD_REDIRECTS_LIMIT
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+                    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler, FewRedirects,
+                    urllib.request.UnknownHandler):
+        opener.add_handler(handler())
+    return opener
+
+
+class Sources:
+    """Open the object of a request: a file, the request's body, the target's copy, or a download.
+
+    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`.
+    """
+
+    def __init__(self, settings: Settings, pool: ConnectionPool, locate: Callable[[str], str]) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._locate = locate
+
+    def open(self, request: ETLRequest, body: RequestBody) -> Source:
+        """Open the object; the caller closes it. 404, 403 or the target's status where it cannot be had."""
+        if request.is_download:
+            return Source(self._download(request.original_url))
+        wants_path = bool(request.fqn) and self._settings.direct_fqn
+        if request.fqn and not request.latest:
+            path = self._locate(request.fqn)
+            file = open_object_file(path, self._settings.fqn_roots)
+            if is_whole(file):
+                return Source(file, path if wants_path else "")
+            file.close()
+            return self._as_wanted(self._fetch("/" + quote(uname_of(path), safe="@"), ""), wants_path)
+        if request.method == "GET":
+            return self._as_wanted(self._fetch(request.raw_path, request.query), wants_path)
+        return self._as_wanted(body, wants_path)
+
+    def _as_wanted(self, stream: BodyStream, wants_path: bool) -> Source:
+        """Spool an object into a temporary file where the class wants a path and there is no file of the object."""
+        if not wants_path:
+            return Source(stream)
+        import shutil
+        import tempfile
+
+        with contextlib.ExitStack() as on_failure:
+            spool = on_failure.enter_context(tempfile.NamedTemporaryFile(prefix="etl-"))
+            with stream:
+                shutil.copyfileobj(stream, spool, WRITE_BYTES)
+            spool.flush()
+            on_failure.pop_all()
+        return Source(spool, spool.name)
+
+    def _fetch(self, raw_path: str, query: str) -> Any:
+        """Read an object from the target, or from the folder that stands in for it."""
+        target = self._settings.target
+        if not target:
+            raise NotFound("there is no target to read objects from: serve with --target, or PUT the object")
+        if target.startswith("file:"):
+            return open_object_file(folder_path(unquote(urlsplit(target).path), raw_path), self._settings.fqn_roots)
+        url = urlsplit(target)
+        path = escape_stray(url.path + raw_path) + ("?" + escape_stray(query) if query else "")
+        try:
+            response, release = self._pool.open(NodeRequest("GET", Hop.of(target), path, {}))
+        except (OSError, http.client.HTTPException) as error:
+            raise BadGateway(f"the target cannot be reached: {error or type(error).__name__}") from None
+        stream = NodeBody(response, release)
+        if response.status == HTTPStatus.OK:
+            return stream
+        with stream:
+            raise target_refusal(response.status, stream.read(1024) or b"")
+
+    def _download(self, url: str) -> Any:
+        """Fetch a URL of the outside world, by a client that knows nothing of the cluster's secrets."""
+        import urllib.error
+
+        try:
+            response = downloader().open(url, timeout=HOP_SILENCE_SECONDS)
+        except urllib.error.HTTPError as error:
+            status = error.code if error.code >= 400 else HTTPStatus.BAD_GATEWAY
+            raise RequestError(f"the download was answered {error.code} {error.reason}", status) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise BadGateway(f"the download failed: {getattr(error, 'reason', error)}") from None
+        return NodeBody(response, response.close)
+
+
+# == 10. Stage 3, transforming ==
+# Where the class's code runs, and how much of it at once. A slot covers that code alone, never reading or delivering.
+
+T = TypeVar("T")
+
+
+class ThreadSlots:
+    """Run calls on the threads that ask, at most `limit` at once."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = threading.Semaphore(limit)
+        self._ended = threading.Event()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function once a slot is free; its exception is the caller's."""
+        with self._free:
+            return function(*args)
+
+    def work(self) -> None:
+        """Wait for `end`: this thread has nothing else to do but to take signals."""
+        self._ended.wait()
+
+    def end(self) -> None:
+        """Let `work` return."""
+        self._ended.set()
+
+
+class MainThreadSlots:
+    """Hand calls to the thread that runs `work`, one at a time: the one that made the instance."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Have a function called, in the order of asking; its exception is the caller's."""
+        outcomes: List[Outcome] = []
+        done = threading.Lock()
+        done.acquire()
+
+        def call() -> None:
+            outcomes.append(attempt(function, *args))
+            done.release()
+
+        self._calls.put(call)
+        done.acquire()
+        outcome = outcomes.pop()
+        if outcome.error is not None:
+            raise outcome.error
+        return cast(T, outcome.value)
+
+    def work(self) -> None:
+        """Make the calls that `run` hands over, until `end`."""
+        for call in iter(self._calls.get, None):
+            call()
+
+    def end(self) -> None:
+        """Let `work` return once it has made the calls before this one."""
+        self._calls.put(None)
+
+
+Slots = Union[ThreadSlots, MainThreadSlots]
+
+
+def as_bytes(output: Any, what: str) -> bytes:
+    """Take a result for bytes: any bytes-like object, text as UTF-8; TypeError names what it is not."""
+    if isinstance(output, bytes):
+        return output
+    if isinstance(output, str):
+        return output.encode("utf-8")
+    try:
+        return bytes(memoryview(output))
+    except TypeError:
+        raise TypeError(f"{what} {type(output).__name__!r}, not bytes") from None
+
+
+class Transforms:
+    """Call the class, with what it expects, and take what it gives for bytes."""
+
+    def __init__(self, server: ETLServer, slots: Slots) -> None:
+        self._server = server
+        self._slots = slots
+        self._decodes = isinstance(server, FrameworkServer)
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether the class transforms in pieces."""
+        return self._server.use_streaming
+
+    @property
+    def mime_type(self) -> str:
+        """The `Content-Type` of results."""
+        return self._server.get_mime_type()
+
+    def run(self, request: ETLRequest, source: Source) -> bytes:
+        """Read the whole object, wait for a slot, transform it."""
+        data = source.path or source.stream.readall()
+        output = self._slots.run(self._server.transform, data, self._path(request), request.etl_args)
+        return as_bytes(output, "transform() returned")
+
+    def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
+        """Transform in pieces, none of them empty; raises at the end if the object was not read whole and right."""
+        reader = io.BufferedReader(source.stream if isinstance(source.stream, io.RawIOBase) else source.stream.raw,
+                                   READ_BYTES)
+        output = self._server.transform_stream(reader, self._path(request), request.etl_args)
+        try:
+            for piece in output:
+                data = as_bytes(piece, "transform_stream() yielded")
+                if data:
+                    yield data
+            source.finish()
+        finally:
+            self._server.close_reader(output)
+
+    def _path(self, request: ETLRequest) -> str:
+        """The object's path as the base class of the SDK gives it."""
+        return request.path if self._decodes or request.is_download else request.raw_path
+
+
+# == 11. Stage 4, delivering ==
+# An output to an answer. What is delivered elsewhere is told in the answer; what is not, is the answer.
+
+
+class Answer(NamedTuple):
+    """What a client gets. A body of pieces is chunked; if it raises, the connection is cut before the last chunk."""
+
+    status: int
+    body: Union[bytes, Iterator[bytes]] = b""
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+    def close(self) -> None:
+        """Let go of what an unread body of pieces holds."""
+        if not isinstance(self.body, bytes):
+            cast(Any, self.body).close()
+
+
+def error_answer(status: int, detail: str, headers: Mapping[str, str]) -> Answer:
+    """Make the answer of a failure, in the form AIStore's documentation shows."""
+    text = json.dumps({"detail": detail}, separators=(",", ":")).encode()
+    return Answer(status, text, (("Content-Type", "application/json"), *headers.items()))
+
+
+# == 12. One request ==
+# The stages in a row, and the only place that maps failures to answers. HTTP servers call `Service.answer`.
+
+# User exceptions with a meaning, by name, since their modules are imported only where the class needs them.
+STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
+    "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
+    "werkzeug.exceptions.HTTPException": lambda error: int(error.code or 500),
+    "InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
+    "ETLDirectPutTransientError": lambda error: 503 if error.bail_without_local_retry else 502,
+}
+
+
+def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield a piece that was taken already, then the rest; closing this closes the rest."""
+    try:
+        if first:
+            yield first
+        yield from rest
+    finally:
+        cast(Any, rest).close()
+
+
+def user_status(error: BaseException) -> int:
+    """Read the status that a user's exception stands for, 500 unless it is of a few known kinds."""
+    for base in type(error).__mro__:
+        of_kind = STATUS_OF_USER_ERROR.get(f"{base.__module__}.{base.__qualname__}") or (
+            STATUS_OF_USER_ERROR.get(base.__qualname__) if base.__module__ in (__name__, "aistore.sdk.errors") else None)
+        if of_kind is not None:
+            return of_kind(error)
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+class Service:
+    """What a worker answers requests with; shared by all its threads."""
+
+    def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool, slots: Slots) -> None:
+        self._settings = settings
+        self._sources = Sources(settings, pool, server.sanitize_fqn)
+        self._transforms = Transforms(server, slots)
+        self.pool = pool
+
+    def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
+        """Answer one request, whatever happens; the caller sends the answer and closes it."""
+        outcome = attempt(self._answer, request, body)
+        return cast(Answer, outcome.value) if outcome.error is None else self.answer_for(request, outcome.error)
+
+    def _answer(self, request: ETLRequest, body: RequestBody) -> Answer:
+        """Understood, it is read, transformed and delivered."""
+        if request.pipeline:
+            raise RequestError("this version delivers no result to other nodes", HTTPStatus.NOT_IMPLEMENTED)
+        if request.raw_path == "/ws":
+            raise RequestError("this version serves no WebSocket", HTTPStatus.NOT_IMPLEMENTED)
+        source = self._sources.open(request, body)
+        if self._transforms.is_streaming:
+            return self._stream(request, source)
+        with source.stream:
+            output = self._transforms.run(request, source)
+        return Answer(HTTPStatus.OK, output, (("Content-Type", self._transforms.mime_type),))
+
+    def _stream(self, request: ETLRequest, source: Source) -> Answer:
+        """Answer in pieces, once the first is there: until then a failure can still be told by a status."""
+        pieces = self._pieces(request, source)
+        first = next(pieces, b"")
+        return Answer(HTTPStatus.OK, chain_first(first, pieces), (("Content-Type", self._transforms.mime_type),))
+
+    def _pieces(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
+        with source.stream:
+            yield from self._transforms.stream(request, source)
+
+    def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
+        """Map a failure to the answer that the client gets, and to a line of the log for the operator."""
+        if isinstance(error, RequestError):
+            logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.raw_path, error)
+            return error_answer(error.status, self._settings.redact(str(error)), error.headers)
+        log_user_error(request.raw_path, error)
+        status, headers = user_status(error), {}
+        if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
+            headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
+        reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or error) or type(error).__name__
+        return error_answer(status, self._settings.redact(f"Processing error: {reason}"), headers)
+
+
+# == 13. HTTP ==
+# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread serves a connection while it has
+# work; what cannot be framed beyond doubt gets one answer, and the connection closes.
+
+SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
+
+
+class Head(NamedTuple):
+    """The head of a request, parsed; field names are in lower case."""
+
+    method: str
+    target: str
+    is_http_1_0: bool
+    fields: Mapping[str, str]
+
+    @property
+    def wants_close(self) -> bool:
+        """Whether the client will send nothing more on this connection."""
+        options = {option.strip().lower() for option in self.fields.get("connection", "").split(",")}
+        return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
+
+
+def parse_fields(lines: Sequence[bytes]) -> Dict[str, str]:
+    """Parse header fields; a repeated one is joined by commas, but not one that frames the request."""
+    fields: Dict[str, str] = {}
+    for line in lines:
+        match = FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise UnframedRequest("a header field is malformed")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        if name in fields and name in SINGLE:
+            raise UnframedRequest(f"the header field {name} is repeated")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+def parse_head(data: bytes) -> Head:
+    """Parse a head, without the empty line that ends it; UnframedRequest for anything that is not plain HTTP/1."""
+    lines = data.split(b"\r\n")
+    if data.count(b"\n") != len(lines) - 1 or data.count(b"\r") != len(lines) - 1:
+        raise UnframedRequest("a line of the head does not end in CRLF")
+    if len(lines) > HEAD_LIMIT_FIELDS + 1:
+        raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
+    match = REQUEST_LINE.fullmatch(lines[0])
+    if match is None:
+        raise UnframedRequest("the request line is malformed")
+    if match[3] != b"1":
+        raise UnframedRequest(f"HTTP/{match[3].decode()}.{match[4].decode()} is not spoken here", 505)
+    fields = parse_fields(lines[1:])
+    is_http_1_0 = match[4] == b"0"
+    if "host" not in fields and not is_http_1_0:
+        raise UnframedRequest("the Host field is missing")
+    return Head(match[1].decode(), match[2].decode("latin-1"), is_http_1_0, fields)
+
+
+def body_of(head: Head, source: ConnectionInput) -> RequestBody:
+    """Tell how a request's body ends (RFC 9112, 6.3); UnframedRequest where two answers are possible."""
+    coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
+    if coding is None:
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+            raise UnframedRequest("the Content-Length is malformed")
+        return BoundedReader(source, int(length or 0))
+    if length is not None or head.is_http_1_0:
+        raise UnframedRequest("a Transfer-Encoding cannot come with a Content-Length, nor in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise UnframedRequest(f"the Transfer-Encoding {coding!r} is not known here", 501)
+    return ChunkedReader(source)
+
+
+class ETLHTTPServer(http.server.HTTPServer):
+    """What a handler may ask of its server."""
+
+    service: Service
+    is_draining = False
+
+
+def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
+    """Set a time-out in the kernel, for one receive or one send; Python's own costs a system call each time."""
+    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
+
+
+def http_date() -> str:
+    """Write the time as RFC 9110, 5.6.7 wants it, in any locale."""
+    now = time.gmtime()
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
+    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[now.tm_mon - 1]
+    return f"{day}, {now.tm_mday:02} {month} {now.tm_year} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT"
+
+
+def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
+    """Write an answer's head; a value of user code's cannot break out of its line, nor a made-up status."""
+    lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}", f"Date: {http_date()}"]
+    lines += [f"{name}: {value}" for name, value in fields]
+    return (re.sub(r"[^\t -~\x80-\xff\n]", "?", "\n".join(lines)).replace("\n", "\r\n") + "\r\n\r\n").encode("latin-1")
+
+
+class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
+    """Serve one connection while it has work, on one thread.
+
+    When `handle` returns, `is_idle` tells whether the connection is to be parked, and served again once readable, and
+    `is_broken` whether it is to be reset.
+    """
+
+    server: ETLHTTPServer
+    is_idle = False
+    is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
+    serving = ""  # the path of the request that is being answered
+
+    def setup(self) -> None:
+        """Prepare a connection that was accepted, or parked and readable again."""
+        self.connection: socket.socket = self.request
+        self.connection.setblocking(True)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.input = ConnectionInput(self.connection)
+        self._receive_timeout = 0.0
+        set_timeout(self.connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
+
+    def finish(self) -> None:
+        """Nothing to flush: answers are written at once."""
+
+    def handle(self) -> None:
+        """Serve requests until the connection is to be closed or parked."""
+        while True:
+            goes_on, error = attempt(self._serve_one)
+            if isinstance(error, (OSError, ShortBody)):
+                logger.debug("connection of %s: %s", self.client_address[0], error)
+            elif error is not None:
+                log_user_error(f"{self.serving}: the answer was cut", error)
+            if not goes_on:
+                return
+
+    def _serve_one(self) -> bool:
+        """Read one request and answer it; False when this thread is done with the connection."""
+        try:
+            data = self._read_head()
+            if data is None:
+                return False
+            head = parse_head(data)
+            body = body_of(head, self.input)
+        except UnframedRequest as error:
+            logger.warning("request of %s: %s", self.client_address[0], error)
+            self._write(error_answer(error.status, str(error), error.headers), None, keeps=False)
+            return self._linger()
+        self._set_receive_timeout(BODY_PAUSE_SECONDS)
+        expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
+        self.input.invite = self._send_continue if expects and not self.input.ahead else None
+        with contextlib.closing(self._answer(head, body)) as answer:
+            keeps = self._keeps(answer, head, body)
+            self._write(answer, head, keeps)
+        self._set_receive_timeout(DRAIN_SECONDS)
+        return body.drain(DRAIN_LIMIT_BYTES) and keeps or self._linger()
+
+    def _read_head(self) -> Optional[bytes]:
+        """Read to the empty line after the header fields; None when the connection is idle or at its end."""
+        self._set_receive_timeout(LINGER_SECONDS)
+        deadline = 0.0
+        while True:
+            while self.input.find(b"\r\n", 2) == 0:  # an empty line before a request is to be skipped (RFC 9112, 2.2)
+                self.input.take(2)
+            end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
+            if end >= 0:
+                return self.input.take(end + 4)[:-4]
+            self._check_partial_head(deadline)
+            try:
+                if not self.input.fill():
+                    return None
+            except BlockingIOError:
+                if not self.input.ahead:
+                    self.is_idle = True
+                    return None
+            deadline = deadline or time.monotonic() + HEAD_TIMEOUT_SECONDS
+            self._set_receive_timeout(HEAD_TIMEOUT_SECONDS)
+
+    def _check_partial_head(self, deadline: float) -> None:
+        """Give up on a head that is too long, too slow, or will never end in an empty line."""
+        if self.input.ahead >= HEAD_LIMIT_BYTES:
+            is_in_request_line = self.input.find(b"\n", HEAD_LIMIT_BYTES) < 0
+            raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
+        if deadline and time.monotonic() > deadline:
+            raise UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
+
+    def _answer(self, head: Head, body: RequestBody) -> Answer:
+        """Understand a request and have it answered."""
+        try:
+            request = ETLRequest.parse(head.method, head.target, head.fields.get("ais-node-url", ""))
+        except RequestError as error:
+            return error_answer(error.status, str(error), error.headers)
+        self.serving = request.raw_path
+        if request.raw_path == "/health":
+            return Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
+        return self.server.service.answer(request, body)
+
+    def _write(self, answer: Answer, head: Optional[Head], keeps: bool) -> None:
+        """Send an answer; without a head it is the answer to a request that could not be framed."""
+        is_http_1_0 = head is not None and head.is_http_1_0
+        is_empty_result = answer.status == HTTPStatus.OK and answer.body == b""
+        is_chunked = not is_http_1_0 and (is_empty_result or not isinstance(answer.body, bytes))
+        fields = list(answer.headers)
+        if is_chunked:  # an empty result too: a Go stage before us takes a Content-Length of 0 for a delivery
+            fields.append(("Transfer-Encoding", "chunked"))
+        elif isinstance(answer.body, bytes) and answer.status != HTTPStatus.NO_CONTENT:
+            fields.append(("Content-Length", str(len(answer.body))))
+        if not keeps or is_http_1_0:
+            fields.append(("Connection", "keep-alive" if keeps else "close"))
+        text = answer_head(answer.status, fields)
+        if isinstance(answer.body, bytes):
+            self._send(text, b"0\r\n\r\n" if is_chunked else answer.body)
+        else:
+            self._send_pieces(text, answer.body, is_chunked)
+
+    def _keeps(self, answer: Answer, head: Head, body: RequestBody) -> bool:
+        """Tell whether the connection can serve another request after this answer."""
+        if head.wants_close or self.server.is_draining:
+            return False
+        if self.input.invite is not None and not body.is_at_end:
+            return False  # the client may send its body, though nobody asked for it, or not (RFC 9110, 10.1.1)
+        return isinstance(answer.body, bytes) or not head.is_http_1_0
+
+    def _send_pieces(self, text: bytes, pieces: Iterator[bytes], is_chunked: bool) -> None:
+        """Send a body piece by piece; where that fails, the missing last chunk tells so, or in HTTP/1.0 a reset."""
+        self.is_broken = not is_chunked
+        for piece in pieces:
+            if is_chunked:
+                self._send(text + b"%x\r\n" % len(piece), piece, b"\r\n")
+            else:
+                self._send(text, piece)
+            text = b""
+        self._send(text, b"0\r\n\r\n" if is_chunked else b"")
+        self.is_broken = False
+
+    def _send(self, *parts: bytes) -> None:
+        """Send parts in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
+        views = [memoryview(part) for part in parts if part]
+        while views:
+            sent = self.connection.sendmsg(views)
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+
+    def _send_continue(self) -> None:
+        self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _linger(self) -> bool:
+        """Read on for a moment before closing: a reset would take the answer from a client that still sends."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self._set_receive_timeout(DRAIN_SECONDS)
+        deadline, left = time.monotonic() + DRAIN_SECONDS, DRAIN_LIMIT_BYTES
+        while left > 0 and time.monotonic() < deadline:
+            data = self.connection.recv(READ_BYTES)
+            left -= len(data) or left
+        return False
+
+    def _set_receive_timeout(self, seconds: float) -> None:
+        if seconds != self._receive_timeout:
+            set_timeout(self.connection, socket.SO_RCVTIMEO, seconds)
+            self._receive_timeout = seconds
+
+
+# == 14. Server ==
+# A listening socket and a pool of threads. `serve_forever` accepts and watches parked connections in one thread of
+# its own; connections with work are served by the pool. It knows nothing of HTTP but its handler.
+
+
+class ThreadPoolMixIn(socketserver.ThreadingMixIn):
+    """Serve requests by threads that are made as needed, up to `THREAD_LIMIT`, and kept."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def start_pool(self) -> None:
+        """Prepare the pool; call once, before the first request."""
+        self._jobs: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self._free = self._threads = self._busy = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection to the pool."""
+        with self._lock:
+            self._busy += 1
+            self._jobs.put((request, client_address))
+            if self._jobs.qsize() > self._free and self._threads < THREAD_LIMIT:
+                self._threads += 1
+                threading.Thread(target=self._work, name="etl", daemon=True).start()
+
+    def _work(self) -> None:
+        """Serve one connection after the other, forever: the thread ends with the process."""
+        while True:
+            with self._lock:
+                self._free += 1
+            request, client_address = self._jobs.get()
+            with self._lock:
+                self._free -= 1
+            try:
+                self.process_request_thread(request, client_address)
+            finally:
+                with self._lock:
+                    self._busy -= 1
+                    self._quiet.notify_all()
+
+    def wait_until_quiet(self, seconds: float) -> None:
+        """Wait until no connection is being served, or that time is over."""
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._busy, seconds)
+
+
+class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
+    """An HTTP server on a listening socket that other processes may share; idle connections hold no thread."""
+
+    def __init__(self, listener: socket.socket, service: Service) -> None:
+        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
+        self.socket = listener
+        self.service = service
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._waker = socket.socketpair()
+        self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
+        self.start_pool()
+
+    def serve_forever(self, poll_interval: float = 5.0) -> None:
+        """Accept connections and dispatch parked ones that are readable; after `drain`, see to it that all end."""
+        self.socket.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        while not self.is_draining:
+            for key, _ in self._selector.select(poll_interval):
+                if key.fileobj is self.socket:
+                    self._accept()
+                elif key.fileobj is self._wakeup:
+                    self._wakeup.recv(READ_BYTES)
+                    self._park_newly_idle()
+                else:
+                    self._selector.unregister(key.fileobj)
+                    self.process_request(key.fileobj, key.data[0])
+            self._close_expired()
+        self._dismiss_idle()
+        self.wait_until_quiet(GRACE_SECONDS)
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self.socket.accept()
+        except BlockingIOError:  # another worker was faster
+            return
+        except OSError as error:  # out of file descriptors, or the client is gone already
+            logger.error("a connection could not be accepted: %s", error)
+            time.sleep(0.05)
+            return
+        self.process_request(connection, address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve a connection on a pool thread, then park or close it."""
+        try:
+            handler = ETLRequestHandler(request, client_address, self)
+        except OSError as error:
+            logger.debug("connection of %s: %s", client_address, error)
+            return self.close_request(request)
+        if handler.is_broken:
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
+            return self.close_request(request)
+        if not handler.is_idle or self.is_draining:
+            return self.shutdown_request(request)
+        self._newly_idle.put((request, client_address))
+        self._wake()
+
+    def _park_newly_idle(self) -> None:
+        while not self._newly_idle.empty():
+            connection, address = self._newly_idle.get()
+            self._selector.register(connection, selectors.EVENT_READ, (address, time.monotonic()))
+
+    def _parked(self) -> List[Tuple[socket.socket, Any, float]]:
+        return [(cast(socket.socket, key.fileobj), *key.data) for key in self._selector.get_map().values() if key.data]
+
+    def _close_expired(self) -> None:
+        oldest = time.monotonic() - IDLE_SECONDS
+        for connection, _, since in self._parked():
+            if since < oldest:
+                self._selector.unregister(connection)
+                self.shutdown_request(connection)
+        self.service.pool.close_idle()
+
+    def drain(self) -> None:
+        """Stop accepting; connections finish the request they have begun, idle ones close. Safe in a signal handler."""
+        self.is_draining = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"w")
+        except BlockingIOError:  # full of wake-ups already
+            pass
+
+    def _dismiss_idle(self) -> None:
+        """Close what is idle; a parked connection whose request has just come is served a last time."""
+        self.socket.close()
+        self._park_newly_idle()
+        for connection, address, _ in self._parked():
+            if is_readable(connection):
+                self.process_request(connection, address)
+            else:
+                self.shutdown_request(connection)
+
+
+# == 15. Workers ==
+# Processes: one supervisor that forks, watches, replaces and stops; workers that construct the class and serve.
+
+
+REPORT_READY = b"R"
+REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a TCP socket, to every interface of both protocols where no host is named; it does not listen yet."""
+    family = socket.AF_INET6 if ":" in host or (not host and socket.has_dualstack_ipv6()) else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+    try:
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(host))
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PortError(f"port {port} of {host or 'all interfaces'} cannot be listened on: {error.strerror}") from None
+    return listener
+
+
+def start_listening(listener: socket.socket) -> None:
+    """Let connections in. Before a worker is ready they are refused, so that a probe fails at once."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
+
+
+def report(message: bytes) -> None:
+    """Tell the supervisor, if there is one; a message is shorter than what a pipe takes at once."""
+    if Current.reports is not None:
+        os.write(Current.reports, message[:2000] + b"\n")
+
+
+def serve_instance(server: ListeningServer) -> None:
+    """Serve an instance until SIGTERM; buffered transforms of framework classes run on the calling thread.
+
+    In a worker the socket is the supervisor's; elsewhere the instance's own host and port are listened on.
+    """
+    settings = Current.settings or Settings()
+    listener = Current.listener or bind(server.host, server.port)
+    Current.pool = Current.pool or ConnectionPool(settings)
+    slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
+    if server.one_at_a_time and settings.threads is None:
+        slots = MainThreadSlots()
+    http_server = PooledHTTPServer(listener, Service(settings, server, Current.pool, slots))
+
+    def serve() -> None:
+        http_server.serve_forever()
+        slots.end()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,):
+            signal.signal(number, lambda *_: http_server.drain())
+    start_listening(listener)
+    threading.Thread(target=serve, name="acceptor", daemon=True).start()
+    report(REPORT_READY)
+    slots.work()
+
+
+def call_user(what: str, function: Callable[[], T]) -> T:
+    """Call the user's code at start-up; ClassError, and its traceback in the log, where it fails."""
+    value, error = attempt(function)
+    if isinstance(error, StartupError):
+        raise error
+    if error is not None:
+        log_user_error(what, error)
+        raise ClassError(f"{what} failed: {type(error).__name__}: {error}")
+    return cast(T, value)
+
+
+def construct(etl_class: Type[ETLServer]) -> ETLServer:
+    """Make the instance that a worker serves; ClassError where its constructor fails."""
+    server = call_user(f"{etl_class.__name__}()", etl_class)
+    if not hasattr(server, "use_streaming"):
+        raise ClassError(f"{etl_class.__name__}.__init__() does not call super().__init__()")
+    return server
+
+
+def run_worker(etl_class: Type[ETLServer]) -> int:
+    """Construct the class and serve it: the life of a worker, from the fork to its exit code."""
+    try:
+        server = construct(etl_class)
+        settings = Current.settings or Settings()
+        if Current.listener is None and getattr(server, "port", None) == 8000:
+            cast(Any, server).port = settings.port
+        elif getattr(server, "port", settings.port) not in (8000, settings.port):
+            logger.warning("%s asks for port %d, but PORT decides: %d", etl_class.__name__, cast(Any, server).port,
+                           settings.port)
+        call_user(f"{etl_class.__name__}.start()", server.start)
+        return Exit.OK
+    except StartupError as error:
+        report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode()))
+        return error.exit
+
+
+def leave(code: int) -> NoReturn:
+    """End a worker: what is registered for the exit is called, what still runs in threads is not waited for."""
+    import atexit
+
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def die_with(life: int) -> None:
+    """End this worker when the other end of a pipe closes: the supervisor is gone. Runs in a thread of its own."""
+    os.read(life, 1)
+    os._exit(Exit.SOFTWARE)
+
+
+class Worker:
+    """The supervisor's record of one worker process."""
+
+    def __init__(self, pid: int, reports: int) -> None:
+        self.pid = pid
+        self.reports = reports
+        self.is_ready = False
+        self.failure: Optional[StartupError] = None
+
+    def read_reports(self) -> None:
+        """Read what the worker has told so far."""
+        try:
+            text = os.read(self.reports, READ_BYTES)
+        except BlockingIOError:
+            return
+        for line in text.splitlines():
+            if line == REPORT_READY:
+                self.is_ready = True
+            elif line.startswith(REPORT_FAILED):
+                code, _, reason = line[1:].decode("utf-8", "replace").partition(" ")
+                self.failure = StartupError(reason)
+                self.failure.exit = Exit(int(code))
+
+
+def how_it_died(status: int) -> str:
+    """Put a wait status into words."""
+    if not os.WIFSIGNALED(status):
+        return f"ended with exit code {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"was ended by {name}" + (" (probably out of memory)" if number == signal.SIGKILL else "")
+
+
+class Supervisor:
+    """Keep `workers` processes serving a class until SIGTERM or SIGINT.
+
+    It owns the listening socket, forks the workers, replaces one that dies, and ends with the reason of one that
+    cannot construct the class. As PID 1 of a container it reaps the orphans of the user's subprocesses.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+
+    def __init__(self, settings: Settings, etl_class: Type[ETLServer]) -> None:
+        self._settings = settings
+        self._class = etl_class
+        self._listener: Optional[socket.socket] = None
+        self._workers: Dict[int, Worker] = {}
+        self._due: List[float] = []  # when to start a worker
+        self._deaths = 0  # in a row
+        self._deadline = 0.0  # for the workers' end, once they are told to
+        self._failure: Optional[StartupError] = None
+        self._stops = 0  # signals to stop, so far
+        self._is_announced = False
+        self._selector = selectors.DefaultSelector()
+        self._life = os.pipe()
+
+    def run(self, announce: Callable[[str], None]) -> int:
+        """Serve; return the exit code, or raise the StartupError that ended it. `announce` gets the base URL."""
+        self._bind()
+        self._take_signals()
+        self._due = [0.0] * self._count
+        while self._workers or self._due:
+            self._start_due()
+            for key, _ in self._selector.select(self._seconds_to_wait()):
+                if key.data is None:
+                    os.read(key.fd, READ_BYTES)
+                else:
+                    key.data.read_reports()
+            self._announce(announce)
+            self._reap()
+            self._obey()
+        if self._failure is not None:
+            raise self._failure
+        return Exit.OK
+
+    @property
+    def _has_own_start(self) -> bool:
+        """Whether the class overrides `start`: then it serves as it likes, in one process, as upstream."""
+        return getattr(self._class, "start") is not ListeningServer.start
+
+    @property
+    def _count(self) -> int:
+        return 1 if self._has_own_start else self._settings.workers
+
+    def _bind(self) -> None:
+        if not self._has_own_start:
+            self._listener = bind(self._settings.host, self._settings.port)
+            self._settings = self._settings._replace(port=self._listener.getsockname()[1])
+        Current.settings = self._settings
+
+    def _take_signals(self) -> None:
+        """Have signals wake the selector; the handlers only count."""
+        def count(*_: Any) -> None:
+            self._stops += 1
+
+        wakeup, waker = os.pipe()
+        for end in (wakeup, waker):
+            os.set_blocking(end, False)
+        self._selector.register(wakeup, selectors.EVENT_READ, None)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, count)
+        signal.signal(signal.SIGINT, count)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        while self._due and min(self._due) <= now:
+            self._due.remove(min(self._due))
+            self._start_worker()
+
+    def _start_worker(self) -> None:
+        """Fork. Signals wait meanwhile: one that came between the fork and the child's own handlers would be lost."""
+        import gc
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        gc.freeze()  # what is loaded by now is shared; a collection in a worker must not copy it
+        reports, reporter = os.pipe()
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        pid = os.fork()
+        if not pid:
+            self._become_worker(reporter, masked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        os.close(reporter)
+        os.set_blocking(reports, False)
+        self._workers[pid] = Worker(pid, reports)
+        self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
+
+    def _become_worker(self, reporter: int, masked: Iterable[int]) -> NoReturn:
+        """The child's side of the fork: let go of what is the supervisor's, serve, and never return."""
+        code = int(Exit.SOFTWARE)
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            self._selector.close()
+            os.close(self._life[1])
+            for worker in self._workers.values():
+                os.close(worker.reports)
+            Current.listener, Current.reports = self._listener, reporter
+            threading.Thread(target=die_with, args=(self._life[0],), name="life", daemon=True).start()
+            code = run_worker(self._class)
+        finally:
+            leave(code)
+
+    def _seconds_to_wait(self) -> Optional[float]:
+        moments = self._due + ([self._deadline] if self._deadline else [])
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _announce(self, announce: Callable[[str], None]) -> None:
+        """Say once that all workers serve."""
+        if not self._is_announced and len(self._workers) == self._count and (
+                all(worker.is_ready for worker in self._workers.values())):
+            self._is_announced = True
+            host = self._settings.host or "0.0.0.0"
+            announce(f"http://{f'[{host}]' if ':' in host else host}:{self._settings.port}")
+
+    def _reap(self) -> None:
+        """Take note of every child that has ended, adopted ones too."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            worker = self._workers.pop(pid, None)
+            if worker is not None:
+                worker.read_reports()
+                self._selector.unregister(worker.reports)
+                os.close(worker.reports)
+                self._bury(worker, status)
+
+    def _bury(self, worker: Worker, status: int) -> None:
+        """Decide what a worker's end means: the end of all, or a replacement."""
+        if self._deadline:
+            return
+        if worker.failure is not None:
+            return self._fail(worker.failure)
+        self._deaths = 1 if worker.is_ready else self._deaths + 1
+        how = how_it_died(status)
+        if self._has_own_start or self._deaths >= DEATHS_LIMIT:
+            return self._fail(StartupError(f"worker {worker.pid} {how}" + (
+                "" if self._has_own_start else f", the {self._deaths}th in a row that never served")))
+        delay = min(0.05 * 2 ** self._deaths, RESPAWN_DELAY_LIMIT_SECONDS)
+        logger.error("worker %d %s; starting another in %.1f s", worker.pid, how, delay)
+        self._due.append(time.monotonic() + delay)
+
+    def _fail(self, failure: StartupError) -> None:
+        self._failure = failure
+        self._stop()
+
+    def _obey(self) -> None:
+        """Stop on the first signal, at once on the second; kill what outlives its grace period."""
+        if self._stops and not self._deadline:
+            logger.info("stopping")
+            self._stop()
+        if self._deadline and (self._stops > 1 or time.monotonic() >= self._deadline):
+            for pid in self._workers:
+                logger.error("worker %d is killed with what it has in flight", pid)
+                os.kill(pid, signal.SIGKILL)
+            self._stops = 1
+            self._deadline = time.monotonic() + TOOL_STOP_SECONDS
+
+    def _stop(self) -> None:
+        """Let no connection in, and tell the workers to finish what they have begun."""
+        self._deadline = time.monotonic() + GRACE_SECONDS
+        self._due.clear()
+        if self._listener is not None:
+            self._listener.close()
+        for pid in self._workers:
+            os.kill(pid, signal.SIGTERM)
+
+
+# == 16. Entry ==
+# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop.
+
+
+def run_pod(environ: Mapping[str, str]) -> int:
+    """Serve what the environment describes, until SIGTERM."""
+    has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
+    required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
+    settings = Current.settings = Settings.from_env(environ, required)
+    configure_logging(settings)
+    tls_context(settings)
+    install_os_packages(settings.os_packages)
+    install_python_packages(settings.packages)
+    etl_class = load_etl_class(settings)
+    base = next(cls.__name__ for cls in etl_class.__mro__ if cls.__module__ == __name__)
+
+    def announce(url: str) -> None:
+        logger.info("serving %s (%s) on %s with %d workers", etl_class.__name__, base, url, settings.workers)
+
+    return Supervisor(settings, etl_class).run(announce)
+
+
+def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
+    """Pick the class to serve from a file's module: the one that is named, else the only one."""
+    names = vars(module)
+    if wanted:
+        if wanted not in names:
+            raise UsageError(f"{module.__file__} has no {wanted}")
+        return checked_class(names[wanted])
+    found = {cls for cls in names.values() if isinstance(cls, type) and issubclass(cls, ETLServer)
+             and cls.__module__ == module.__name__}
+    leaves = [cls for cls in found if not any(other is not cls and issubclass(other, cls) for other in found)]
+    if len(leaves) != 1:
+        choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
+        raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it has {choice}")
+    return checked_class(leaves[0])
+
+
+def class_from_file(text: str) -> Type[ETLServer]:
+    """Import FILE[:CLASS] and pick the class: the one that is named, or the only one that the file defines."""
+    import importlib.util
+
+    path, _, wanted = (text, "", "") if ":" not in text or os.path.exists(text) else text.rpartition(":")
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {path!r}")
+    install_sdk_names()
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    name = os.path.splitext(os.path.basename(path))[0]
+    spec = importlib.util.spec_from_file_location(name if name not in sys.modules else f"etl_{name}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is no Python file")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    call_user(f"import of {path}", lambda: loader.exec_module(module))
+    return pick_class(module, wanted)
+
+
+def first_file(folder: str) -> str:
+    """Find a file below a folder, the first by name; "" where there is none."""
+    for where, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        if names:
+            return os.path.relpath(os.path.join(where, min(names)), folder)
+    return ""
+
+
+def curl_lines(url: str, folder: str) -> List[str]:
+    """Make two commands that try the class: with bytes, and with a file of the folder if it has one."""
+    file = first_file(folder) if folder else ""
+    return [f"  echo hello | curl -sS -T - {url}/bucket/object",
+            f"  curl -sS '{url}/{quote(file)}'" if file else f"  curl -sS {url}/health"]
+
+
+def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Serve a class from a file: `serve FILE[:CLASS]`."""
+    settings = Settings.from_env({**environ, **({"AIS_TARGET_URL": arguments.target} if arguments.target else {})})
+    folder = unquote(urlsplit(settings.target).path) if settings.target.startswith("file:") else ""
+    settings = Current.settings = settings._replace(
+        host=arguments.host, port=arguments.port, workers=arguments.workers,
+        threads=arguments.threads or settings.threads, fqn_roots=(os.path.realpath(folder),) if folder else ())
+    configure_logging(settings)
+    etl_class = class_from_file(arguments.file)
+
+    def announce(url: str) -> None:
+        print(f"serving {etl_class.__name__} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
+
+    return Supervisor(settings, etl_class).run(announce)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one: CRI-O starts pods with 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # macOS has a lower limit of its own
+        pass
+
+
+def give_up(error: StartupError) -> int:
+    """Tell why the pod ends, in the last line of the log: AIStore shows it to the user."""
+    reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
+    print(f"ais_runtime_min: {reason}", flush=True)
+    if os.path.exists(TERMINATION_LOG):
+        try:
+            with open(TERMINATION_LOG, "wb") as file:
+                file.write(reason.encode("utf-8", "replace")[:TERMINATION_LOG_LIMIT_BYTES])
+        except OSError as problem:
+            logger.debug("%s cannot be written: %s", TERMINATION_LOG, problem)
+    return error.exit
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without "
+                                     "arguments the environment describes what to serve: README.md has the variables.")
+    parser.add_argument("--version", action="version", version=__version__)
+    serve = parser.add_subparsers(dest="command", required=True).add_parser(
+        "serve", help="serve a class from a file, to try it", description="Serve a class from a file, to try it.")
+    serve.add_argument("file", metavar="FILE[:CLASS]", help="a Python file, and the class if it defines several")
+    serve.add_argument("--target", metavar="DIR|URL", help="a folder that stands in for a target, or a target's URL")
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="the port, 0 for any (default: %(default)s)")
+    serve.add_argument("--workers", type=int, default=1, help="worker processes (default: %(default)s)")
+    serve.add_argument("--threads", type=int, help="transforms at once in one worker")
+    arguments = parser.parse_args(argv)
+    if arguments.target and "://" not in arguments.target:
+        arguments.target = "file://" + quote(os.path.abspath(arguments.target))
+    return arguments
+
+
+def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.environ) -> int:
+    """Run the command line; return the exit code."""
+    raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.OK))  # until there are workers to be stopped
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments:
+            return run_serve(parse_arguments(arguments), environ)
+        return run_pod(environ)
+    except StartupError as error:
+        return give_up(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
