@@ -16,18 +16,19 @@ uses a name of a later one, but for `main` and a class's own `start()`.
     2. Errors
     3. Settings
     4. Packages
-    5. Other nodes
-    6. The ETL class contract
-    7. Loading the class
-    8. Stage 1, understanding
-    9. Stage 2, reading
-    10. Stage 3, transforming
-    11. Stage 4, delivering
-    12. One request
-    13. HTTP
-    14. Server
-    15. Workers
-    16. Entry
+    5. HTTP messages
+    6. Other nodes
+    7. The ETL class contract
+    8. Loading the class
+    9. Stage 1, understanding
+    10. Stage 2, reading
+    11. Stage 3, transforming
+    12. Stage 4, delivering
+    13. One request
+    14. HTTP
+    15. Server
+    16. Workers
+    17. Entry
 
 The life of the process: read the settings, install packages, unpickle the class, bind the port, fork the workers.
 Each worker constructs the class and answers requests; the supervisor watches them, and ends them on SIGTERM once they
@@ -48,6 +49,7 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import os
@@ -71,12 +73,11 @@ from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
                     Optional, Sequence, Tuple, Type, TypeVar, Union, cast)
-from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     import argparse
     import subprocess
-    import urllib.request
 
 if __name__ == "__main__":  # classes that import this file by its name must meet the same ETLServer
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
@@ -97,18 +98,14 @@ QPARAM_ORIGINAL_URL = "original_url"
 QPARAM_OBJECT_TO = "object_to"
 DEFAULT_MIME_TYPE = "application/octet-stream"
 
-# The grammar of RFC 9110, 5.6 and RFC 9112, 3 and 5, with nothing forgiven.
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-FIELD_LINE = re.compile(rb"(%b):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*" % TOKEN)
-
 HEAD_LIMIT_BYTES = 64 << 10  # as much as AIStore's own server takes for a pipeline of many stages, and then some
 HEAD_LIMIT_FIELDS = 100  # as http.client; real requests have under ten
 READ_BYTES = 64 << 10  # one receive; most objects of many-object jobs fit with their head
 WRITE_BYTES = 1 << 20  # one send; TLS fails on pieces of several GiB
-DRAIN_LIMIT_BYTES = 64 << 20  # of a body nobody wants; past this, closing is cheaper than reading on
+DRAIN_LIMIT_BYTES = 1 << 20  # of a body that an error leaves unread; past this, closing is cheaper than reading on
+LINGER_LIMIT_BYTES = 64 << 20  # read after the last answer, so that a client which sends on can still see it
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
-XATTR_LIMIT_BYTES = 64 << 10  # the largest value that Linux keeps
+SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole before ours begins, so that it can fail well
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
 BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before us may be computing
@@ -118,6 +115,9 @@ IDLE_SECONDS = 600.0  # until a connection without requests is closed
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
+RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
+RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, together: with the default of three retries
+# waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
@@ -203,6 +203,14 @@ class ShortBody(RequestError):
     status = HTTPStatus.BAD_REQUEST
 
 
+class HopLost(BadGateway):
+    """The next hop was lost before it had answered: the delivery may be tried again, unless that is hopeless."""
+
+    def __init__(self, detail: str, hopeless: bool = False) -> None:
+        super().__init__(detail)
+        self.hopeless = hopeless
+
+
 class NodeBodyLost(BadGateway):
     """Another node's answer ended before its time."""
 
@@ -214,12 +222,23 @@ class Outcome(NamedTuple):
     error: Optional[BaseException] = None
 
 
+class Terminated(SystemExit):
+    """A signal came before there was a worker to be stopped."""
+
+
 def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
     """Make a call that may raise anything: users' code runs in it, and its SystemExit must not end a thread."""
     try:
         return Outcome(function(*args))
+    except Terminated:
+        raise
     except BaseException as error:  # the one place that catches everything; the callers sort it
         return Outcome(error=error)
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's text, or its type where it has none; users' exceptions may fail at that too."""
+    return str(attempt(str, error).value or "") or type(error).__name__
 
 
 class StartupError(Exception):
@@ -331,17 +350,22 @@ def folders(text: str) -> Tuple[str, ...]:
     return tuple(os.path.realpath(path) for path in paths)
 
 
-def target_url(text: str) -> str:
-    """Take a target's base URL, without a slash at its end."""
+def has_usable_base(text: str) -> bool:
+    """Tell whether a URL has a host to connect to, or a folder that is there."""
     try:
         url = urlsplit(text)
-        has_host = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        if url.scheme == "file":
+            return not url.netloc and os.path.isdir(unquote(url.path))
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:  # the port is no number
-        has_host = False
-    is_folder = has_host or (url.scheme == "file" and not url.netloc and os.path.isdir(unquote(url.path)))
-    if not is_folder or url.query or url.fragment or not re.fullmatch("[!-~]+", text):
+        return False
+
+
+def target_url(text: str) -> str:
+    """Take a target's base URL, without a slash at its end."""
+    if not has_usable_base(text) or not re.fullmatch("[!-\"$->@-~]+", text):  # no query, no fragment
         raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that is there")
-    return text.rstrip("/")
+    return text if urlsplit(text).path == "/" else text.rstrip("/")
 
 
 class Variable(NamedTuple):
@@ -378,14 +402,26 @@ VARIABLES = (
 )
 
 
+def _payload_pieces(environ: Mapping[str, str]) -> Dict[int, str]:
+    """Collect the payload's further pieces by number; ValueError names a variable that is numbered otherwise."""
+    pieces = {}
+    for name, text in environ.items():
+        match = re.fullmatch("ETL_CLASS_PAYLOAD_([0-9]+)", name)
+        if match and text:
+            if not re.fullmatch("[2-9]|[1-9][0-9]{1,3}", match[1]):
+                raise ValueError(f"{name} is no further piece: they are numbered 2, 3 and so on")
+            pieces[int(match[1])] = text
+    return pieces
+
+
 def _payload_complaints(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str]:
     """Join the payload's pieces into `values`; complain of gaps, and of a payload told twice."""
-    pieces = {int(name.rpartition("_")[2]): text for name, text in environ.items()
-              if text and re.fullmatch(r"ETL_CLASS_PAYLOAD_[0-9]{1,4}", name)}
-    complaints = []
-    for number in range(2, max(pieces, default=1) + 1):
-        if number not in pieces:
-            complaints.append(f"ETL_CLASS_PAYLOAD_{number} is not set, but a later piece is")
+    try:
+        pieces = _payload_pieces(environ)
+    except ValueError as error:
+        return [str(error)]
+    complaints = [f"ETL_CLASS_PAYLOAD_{number} is not set, but a later piece is"
+                  for number in range(2, max(pieces, default=1)) if number not in pieces]
     if pieces and not values.get("payload"):
         complaints.append("ETL_CLASS_PAYLOAD is not set, but ETL_CLASS_PAYLOAD_2 and so on are only its further pieces")
     if values.get("payload") and values.get("payload_file"):
@@ -447,7 +483,8 @@ class Settings(NamedTuple):
     def secrets(self) -> List[str]:
         """List the texts that no answer and no log line may show, the longest first."""
         path = "" if self.target.startswith("file:") else urlsplit(self.target).path
-        found = {path, unquote(path), path.rpartition("/")[2], self.token}
+        secret = path.rpartition("/")[2]
+        found = {path, unquote(path), secret, unquote(secret), self.token}
         return sorted((text for text in found if len(text) > 3), key=len, reverse=True)
 
 
@@ -564,8 +601,126 @@ def install_python_packages(text: str) -> None:
         importlib.invalidate_caches()
 
 
-# == 5. Other nodes ==
-# Connections to the target, and bodies that come from there. Any thread of a worker; it knows no ETLRequest.
+# == 5. HTTP messages ==
+# What requests and answers have in common: header fields, and bodies that tell a whole one from a cut one. Bytes come
+# from a connection that the caller owns. The grammar is that of RFC 9110, 5.6 and RFC 9112, with nothing forgiven.
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
+FIELD_LINE = re.compile(rb"(%b):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*" % TOKEN)
+BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
+HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
+SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
+
+
+class Fields(Dict[str, str]):
+    """Header fields by name, in any case."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field's value, repeated ones joined by commas."""
+        return super().get(name.lower(), default)
+
+
+def parse_fields(lines: Sequence[bytes]) -> Fields:
+    """Parse header fields; a repeated one is joined by commas, but not one that frames the message."""
+    fields = Fields()
+    for line in lines:
+        match = FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise UnframedRequest("a header field is malformed")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        if name in fields and name in SINGLE:
+            raise UnframedRequest(f"the header field {name} is repeated")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
+
+
+class ConnectionInput:
+    """What a client sends, received ahead by up to `READ_BYTES`; its head and its body are read from here.
+
+    Time-outs are the socket's own (SO_RCVTIMEO), so that a read is one system call; they show as BlockingIOError.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._ahead = b""
+        self._start = 0
+        self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
+
+    @property
+    def ahead(self) -> int:
+        """The number of bytes that are here already."""
+        return len(self._ahead) - self._start
+
+    def fill(self) -> bool:
+        """Receive once more; False at the end of the connection."""
+        data = self._receive()
+        self._ahead = self._ahead[self._start:] + data
+        self._start = 0
+        return bool(data)
+
+    def find(self, mark: bytes, limit: int) -> int:
+        """Find `mark` within the first `limit` bytes that are here: how many bytes come before it, or -1."""
+        found = self._ahead.find(mark, self._start, self._start + limit)
+        return found - self._start if found >= 0 else -1
+
+    def has_bare_line_feed(self) -> bool:
+        """Tell whether a line of what is here ends in a line feed alone."""
+        return BARE_LINE_FEED.search(self._ahead, self._start) is not None
+
+    def take(self, count: int) -> bytes:
+        """Cut off up to `count` of the bytes that are here."""
+        data = self._ahead[self._start:self._start + count]
+        self._start += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
+        if not self.ahead:
+            self._send_invitation()
+            return self._connection.recv_into(buffer)
+        data = self.take(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+    def readline(self, limit: int) -> bytes:
+        """Read up to and with a line feed, but at most `limit` bytes; b"" at the end of the connection."""
+        while True:
+            end = self.find(b"\n", limit)
+            if end >= 0:
+                return self.take(end + 1)
+            if self.ahead >= limit:
+                return self.take(limit)
+            self._send_invitation()
+            if not self.fill():
+                return b""
+
+    def _send_invitation(self) -> None:
+        if self.invite is not None:
+            invite, self.invite = self.invite, None
+            invite()
+
+    def _receive(self) -> bytes:
+        return self._connection.recv(READ_BYTES)
+
+
+class Whose(NamedTuple):
+    """Whose body it is, and so what it means that it is cut short or malformed."""
+
+    name: str
+    cut: Type[RequestError]
+    malformed: Type[RequestError]
+
+
+OF_REQUEST = Whose("the request's body", ShortBody, UnframedRequest)
+OF_NODE = Whose("another node's answer", NodeBodyLost, NodeBodyLost)
 
 
 class BodyStream(io.RawIOBase):
@@ -582,6 +737,10 @@ class BodyStream(io.RawIOBase):
         raise NotImplementedError
 
     def finish(self) -> None:
+        """See to it that the body was whole, whatever its reader made of it."""
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
         """Raise what reading has raised: user code may have caught it and taken a cut body for a whole one."""
         if self.failure is not None:
             raise self.failure
@@ -591,7 +750,8 @@ class BodyStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some bytes into a buffer, 0 at the end."""
+        """Read some bytes into a buffer, 0 at the end. What has failed once fails again, and reads nothing more."""
+        self.raise_failure()
         try:
             return self.receive(buffer)
         except RequestError as error:
@@ -608,14 +768,158 @@ class BodyStream(io.RawIOBase):
         return data
 
 
+class MessageBody(BodyStream):
+    """A body that comes over a connection: a binary file that ends where the body does, on whatever thread reads it."""
+
+    def __init__(self, source: ConnectionInput, whose: Whose = OF_REQUEST) -> None:
+        super().__init__()
+        self._source = source
+        self._whose = whose
+        self.is_at_end = False
+
+    def finish(self) -> None:
+        """Read on to the end: a sender that goes away must be noticed, also where the class stopped reading."""
+        while self.failure is None and self.read(READ_BYTES):
+            pass
+        super().finish()
+
+    def drain(self, limit: int) -> None:
+        """Read and forget what is left, up to `limit` bytes."""
+        while limit > 0 and not self.is_at_end and self.failure is None:
+            limit -= len(self.read(READ_BYTES) or b"")
+
+    def _read_some(self, buffer: Any) -> int:
+        """Read from the connection; the body is cut where that ends, breaks or says nothing for too long."""
+        count = self._from_connection(self._source.readinto, buffer)
+        if not count:
+            raise self._whose.cut(f"{self._whose.name} ended {self._missing()}early")
+        return cast(int, count)
+
+    def _missing(self) -> str:
+        """Tell how much of the body is missing, where that is known."""
+        return ""
+
+    def _from_connection(self, read: Callable[[Any], Any], argument: Any) -> Any:
+        try:
+            return read(argument)
+        except (BlockingIOError, socket.timeout):
+            raise self._whose.cut(f"{self._whose.name} paused for too long") from None
+        except OSError as error:
+            raise self._whose.cut(f"{self._whose.name} broke off: {error}") from None
+
+
+class BoundedReader(MessageBody):
+    """A body with a `Content-Length`; a message without a body has one of 0 bytes."""
+
+    def __init__(self, source: ConnectionInput, size: int, whose: Whose = OF_REQUEST) -> None:
+        super().__init__(source, whose)
+        self.size = size
+        self._left = size
+        self.is_at_end = not size
+
+    def receive(self, buffer: Any) -> int:
+        """Read some of the bytes that are left."""
+        if not self._left:
+            return 0
+        count = self._read_some(memoryview(buffer)[:self._left])
+        self._left -= count
+        self.is_at_end = not self._left
+        return count
+
+    def _missing(self) -> str:
+        return f"{self._left} bytes "
+
+    def readall(self) -> bytes:
+        """Read what is left; a small body has come with the head, and is cut off in one piece."""
+        if self._source.ahead < self._left or self._left != self.size:
+            return super().readall()
+        data, self._left, self.is_at_end = self._source.take(self._left), 0, True
+        return data
+
+
+class ChunkedReader(MessageBody):
+    """A body in chunks (RFC 9112, 7.1), parsed strictly; only its last chunk makes it whole."""
+
+    SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")
+
+    def __init__(self, source: ConnectionInput, whose: Whose = OF_REQUEST) -> None:
+        super().__init__(source, whose)
+        self._left = 0
+        self._is_first = True
+
+    def receive(self, buffer: Any) -> int:
+        """Read some bytes of a chunk."""
+        if not self._left and not self.is_at_end:
+            self._begin_chunk()
+        if self.is_at_end:
+            return 0
+        count = self._read_some(memoryview(buffer)[:self._left])
+        self._left -= count
+        return count
+
+    def _begin_chunk(self) -> None:
+        """Read the end of the chunk before and the size of the next; the last one's trailers too."""
+        if not self._is_first and self._readline() != b"\r\n":
+            raise self._malformed("a chunk is longer than it said")
+        self._is_first = False
+        match = self.SIZE_LINE.fullmatch(self._readline())
+        if match is None:
+            raise self._malformed("a chunk's size is malformed")
+        self._left = int(match[1], 16)
+        if not self._left:
+            self._skip_trailers()
+            self.is_at_end = True
+
+    def _skip_trailers(self) -> None:
+        """Read trailer fields, which mean nothing to us, to the empty line."""
+        for _ in range(HEAD_LIMIT_FIELDS):
+            line = self._readline()
+            if line == b"\r\n":
+                return
+            if not FIELD_LINE.fullmatch(line[:-2]) or not line.endswith(b"\r\n"):
+                raise self._malformed("a trailer field is malformed")
+        raise self._malformed("too many trailer fields")
+
+    def _readline(self) -> bytes:
+        line = self._from_connection(self._source.readline, CHUNK_LINE_LIMIT_BYTES)
+        if not line:
+            raise self._whose.cut(f"{self._whose.name} ended early")
+        if not line.endswith(b"\n"):
+            raise self._malformed("a line is too long")
+        return cast(bytes, line)
+
+    def _malformed(self, why: str) -> RequestError:
+        return self._whose.malformed(f"{self._whose.name} is malformed: {why}")
+
+
+class ClosingReader(MessageBody):
+    """A body that the end of the connection ends: whether it is whole cannot be told."""
+
+    def receive(self, buffer: Any) -> int:
+        """Read some bytes."""
+        count = self._from_connection(self._source.readinto, buffer)
+        self.is_at_end = not count
+        return cast(int, count)
+
+
+# == 6. Other nodes ==
+# Connections to the target, and bodies that come from there. Any thread of a worker; it knows no ETLRequest.
+
+
 def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
     """Split a pipeline into its first URL and the header for the rest; InvalidPipelineError for an empty entry."""
     if not pipeline_header or not pipeline_header.strip():
         return "", ""
-    urls = [url.strip() for url in pipeline_header.split(",")]
-    if not all(urls):
-        raise InvalidPipelineError("the pipeline has an empty entry")
-    return urls[0], ",".join(urls[1:])
+    if not all(url.strip() for url in pipeline_header.split(",")):
+        sdk_errors = sys.modules.get("aistore.sdk.errors")  # the real SDK's, if it is there and a class uses it
+        raise getattr(sdk_errors, "InvalidPipelineError", InvalidPipelineError)("the pipeline has an empty entry")
+    first, _, rest = pipeline_header.partition(",")
+    return first.strip(), rest.strip()
+
+
+def is_final(url: str) -> bool:
+    """Tell an entry that is an object at its target, which has a path, from the next stage, which has none."""
+    return urlsplit(url).path not in ("", "/")
 
 
 def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str, etl_args: str = "") -> str:
@@ -625,13 +929,14 @@ def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: 
     and speaks that one's scheme. One without is the next stage, a pod: it gets the object's path, by its own scheme.
     """
     entry, host = urlsplit(direct_put_url), urlsplit(host_target)
-    query = [item for item in entry.query.split("&") if item and item.partition("=")[0] != QPARAM_ARGS]
+    query = entry.query
     if etl_args:
-        query.append(f"{QPARAM_ARGS}={quote(etl_args, safe='')}")
-    if entry.path:
-        return urlunsplit((host.scheme, entry.netloc, host.path + entry.path, "&".join(query), ""))
+        others = [item for item in query.split("&") if item and item.partition("=")[0] != QPARAM_ARGS]
+        query = "&".join([*others, f"{QPARAM_ARGS}={quote(etl_args, safe='')}"])
+    if is_final(direct_put_url):
+        return urlunsplit((host.scheme, entry.netloc, host.path + entry.path, query, ""))
     path = quote("/" + obj_path.lstrip("/"), safe="/@", errors="surrogateescape")
-    return urlunsplit((entry.scheme, entry.netloc, path, "&".join(query), ""))
+    return urlunsplit((entry.scheme, entry.netloc, path, query, ""))
 
 
 class Hop(NamedTuple):
@@ -646,18 +951,66 @@ class Hop(NamedTuple):
         """Take the node from a URL; ValueError where there is none."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"no http(s) URL: {url!r}")
+            raise ValueError("it is no http(s) URL")
         return cls(parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
 
 
+def escape_stray(text: str) -> str:
+    """Escape what must not stand in a request line, and nothing else: the rest goes out byte for byte."""
+    def escape(match: re.Match[str]) -> str:
+        return "".join(f"%{byte:02X}" for byte in match[0].encode("latin-1" if match[0] < "\u0100" else "utf-8"))
+
+    return re.sub("[^!-~]", escape, text)
+
+
+def path_of(url: str) -> str:
+    """Take path and query from a URL, as they go into a request line."""
+    return escape_stray(urlunsplit(("", "", *urlsplit(url)[2:4], ""))) or "/"
+
+
 class NodeRequest(NamedTuple):
-    """What to send to another node. `path` goes out byte for byte; a body of pieces goes out in chunks."""
+    """What to send to another node. `path` goes out byte for byte; a body of pieces in chunks, and is closed then."""
 
     method: str
     hop: Hop
     path: str
-    headers: Mapping[str, str]
-    body: Union[bytes, Iterable[bytes], None] = None
+    headers: Mapping[str, str] = {}
+    body: Union[bytes, Iterator[bytes], None] = None
+    connect_seconds: float = CONNECT_SECONDS
+    silence_seconds: float = HOP_SILENCE_SECONDS
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the body can be sent a second time."""
+        return self.body is None or isinstance(self.body, bytes)
+
+    def head(self, token: str) -> bytes:
+        """Write the request line and the header fields, and a small body behind them: one packet for small objects."""
+        host = f"[{self.hop.host}]" if ":" in self.hop.host else self.hop.host
+        fields = {"Host": f"{host}:{self.hop.port}", "Accept-Encoding": "identity", **self.headers}
+        if token:
+            fields["Authorization"] = f"Bearer {token}"
+        if isinstance(self.body, bytes):
+            fields["Content-Length"] = str(len(self.body))
+        elif self.body is not None:
+            fields["Transfer-Encoding"] = "chunked"
+        lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + self._small_body
+
+    @property
+    def _small_body(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) and len(self.body) <= READ_BYTES else b""
+
+    def pieces(self) -> Iterator[Union[bytes, memoryview]]:
+        """Cut the body into writes, less a small one: as it is if it has a length, else in chunks (RFC 9112, 7.1)."""
+        if isinstance(self.body, bytes):
+            if not self._small_body:
+                yield self.body
+        elif self.body is not None:
+            with contextlib.closing(cast(Any, self.body)) as pieces:
+                for piece in pieces:
+                    yield b"%x\r\n%b\r\n" % (len(piece), piece)
+                yield b"0\r\n\r\n"
 
 
 class NodeAnswer(NamedTuple):
@@ -702,125 +1055,324 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
     return context
 
 
-class ConnectionPool:
-    """Connections to other nodes, kept alive per thread and hop.
+class AnswerHead(NamedTuple):
+    """The head of another node's answer."""
 
-    Owned by the worker. A connection belongs to one request until that request's answer is read to its end; then it
-    stays here for `HOP_IDLE_SECONDS`. A node that cannot be reached raises OSError.
+    status: int
+    fields: Fields
+    keeps_alive: bool
+
+    @classmethod
+    def parse(cls, data: bytes) -> AnswerHead:
+        """Parse a head without the empty line that ends it; ConnectionError where it is none."""
+        line, *lines = data.split(b"\r\n")
+        match = STATUS_LINE.fullmatch(line)
+        try:
+            fields = parse_fields(lines)
+        except UnframedRequest as error:
+            raise ConnectionError(f"its answer cannot be understood: {error}") from None
+        if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise ConnectionError("its answer cannot be understood")
+        connection = fields.get("Connection", "keep-alive" if match[1] == b"1" else "close").lower()
+        return cls(int(match[2]), fields, "close" not in connection)
+
+
+class NothingAnswered(ConnectionError):
+    """The node ended the connection before any byte of an answer."""
+
+
+def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.0) -> bool:
+    """Tell whether a socket is ready for any of some events of select.poll, or gets so in time; its end counts."""
+    poller = select.poll()
+    poller.register(connection, events)
+    return bool(poller.poll(1000 * timeout_seconds))
+
+
+class NodeConnection:
+    """One connection to a node: connected when made, owned by one request at a time.
+
+    The socket does not block while a body is sent, since a node may answer before it has taken all: a stage that streams,
+    or one that refuses and reads no further. OSError where the node cannot be reached.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._token = settings.token
-        self._tls = tls_context(settings)
-        self._idle: Dict[Tuple[int, Hop], Tuple[http.client.HTTPConnection, float]] = {}
+    def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
+        hop = self.hop = request.hop
+        self.idle_since = 0.0
+        self._silence_seconds = request.silence_seconds
+        self.socket: socket.socket = socket.create_connection((hop.host, hop.port), request.connect_seconds)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if tls is not None:
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(self.socket.close)
+                self.socket = tls.wrap_socket(self.socket, server_hostname=hop.host)
+                on_failure.pop_all()
+        self.input = ConnectionInput(self.socket)
 
-    def open(self, request: NodeRequest) -> Tuple[http.client.HTTPResponse, Callable[[], None]]:
-        """Send a request; return the answer, its body unread, and what to call once that body is read to its end.
+    def is_usable(self) -> bool:
+        """Tell whether a kept connection may be used again: neither idle for long, nor ended by the node."""
+        return time.monotonic() - self.idle_since < HOP_IDLE_SECONDS and not is_ready(self.socket, select.POLLIN)
 
-        A kept connection may have been closed by the node while the request was on its way: if it breaks before any
-        byte of an answer, the request goes out once more on a new one, unless its body can be sent only once.
-        """
-        kept = self._take(request.hop) if request.body is None or isinstance(request.body, bytes) else None
-        if kept is not None:
-            try:
-                return self._exchange(kept, request)
-            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-                logger.debug("a kept connection to %s was closed; dialing anew", request.hop.host)
-        return self._exchange(self._dial(request.hop), request)
+    def begin(self, request: NodeRequest, token: str) -> None:
+        """Send a request's head, and a small body with it."""
+        self._silence_seconds = request.silence_seconds
+        self.socket.settimeout(self._silence_seconds)
+        self.socket.sendall(request.head(token))
 
-    def _take(self, hop: Hop) -> Optional[http.client.HTTPConnection]:
-        """Take this thread's idle connection to a node, if it is still good."""
-        connection, since = self._idle.pop((threading.get_ident(), hop), (None, 0.0))
-        if connection is None:
-            return None
-        if time.monotonic() - since < HOP_IDLE_SECONDS and not is_readable(connection.sock):
-            return connection
-        connection.close()
-        return None
+    def send(self, data: memoryview) -> int:
+        """Send data until all is gone or the node answers; return how much is gone."""
+        sent = 0
+        self.socket.settimeout(0)
+        try:
+            while sent < len(data) and not self._is_answering():
+                sent += self._send_some(data[sent:sent + WRITE_BYTES])
+        finally:
+            self.socket.settimeout(self._silence_seconds)
+        return sent
 
-    def _dial(self, hop: Hop) -> http.client.HTTPConnection:
-        """Make a connection; http.client connects when the head is sent, so do it here, with its own time-out."""
-        if hop.scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                hop.host, hop.port, timeout=CONNECT_SECONDS, context=self._tls)
-        else:
-            connection = http.client.HTTPConnection(hop.host, hop.port, timeout=CONNECT_SECONDS)
-        connection.connect()
-        connection.sock.settimeout(HOP_SILENCE_SECONDS)
-        return connection
+    def _send_some(self, data: memoryview) -> int:
+        """Send what the node takes, or wait until it takes or answers something."""
+        try:
+            return self.socket.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            if not is_ready(self.socket, select.POLLIN | select.POLLOUT, self._silence_seconds):
+                raise TimeoutError(f"took nothing for {self._silence_seconds:.0f} s") from None
+        return 0
 
-    def _exchange(self, connection: http.client.HTTPConnection,
-                  request: NodeRequest) -> Tuple[http.client.HTTPResponse, Callable[[], None]]:
-        """Send on one connection and read the answer's head; close the connection if that fails."""
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(connection.close)
-            self._send(connection, request)
-            response = connection.getresponse()
-            on_failure.pop_all()
+    def _is_answering(self) -> bool:
+        """Tell whether the node has begun its answer, or ended the connection. Needs a socket that does not block."""
+        if not is_ready(self.socket, select.POLLIN):
+            return False
+        if not isinstance(self.socket, ssl.SSLSocket):
+            return True
+        try:
+            self.input.fill()
+        except ssl.SSLWantReadError:  # what is readable is TLS's own
+            return False
+        return True
 
-        def release() -> None:
-            if response.will_close or not response.isclosed():
-                response.close()
-                connection.close()
+    def read_head(self) -> AnswerHead:
+        """Read the answer's head; NothingAnswered where the connection ends before any byte of it."""
+        while True:
+            end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
+            if end >= 0:
+                head = AnswerHead.parse(self.input.take(end + 4)[:-4])
+                if head.status >= 200:  # "100 Continue" and its like come before the answer
+                    return head
+            elif self.input.ahead >= HEAD_LIMIT_BYTES:
+                raise ConnectionError("its answer has too long a head")
             else:
-                self._idle[threading.get_ident(), request.hop] = connection, time.monotonic()
+                self._read_more()
 
-        return response, release
+    def _read_more(self) -> None:
+        has_begun = self.input.ahead > 0
+        try:
+            goes_on = self.input.fill()
+        except ConnectionError as error:
+            raise error if has_begun else NothingAnswered(str(error)) from None
+        if not goes_on:
+            raise ConnectionError("its answer was cut short") if has_begun else NothingAnswered("it ended the connection")
 
-    def _send(self, connection: http.client.HTTPConnection, request: NodeRequest) -> None:
-        """Send head and body, the token with them."""
-        connection.putrequest(request.method, request.path, skip_accept_encoding=True)
-        headers = {"Accept-Encoding": "identity", **request.headers}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        if isinstance(request.body, bytes):
-            headers["Content-Length"] = str(len(request.body))
-        elif request.body is not None:
-            headers["Transfer-Encoding"] = "chunked"
-        for name, value in headers.items():
-            connection.putheader(name, value)
-        connection.endheaders()
-        for piece in body_pieces(request.body):
-            connection.send(piece)
+    def body(self, head: AnswerHead) -> MessageBody:
+        """Tell how an answer's body ends (RFC 9112, 6.3)."""
+        if head.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+            return BoundedReader(self.input, 0, OF_NODE)
+        if "Transfer-Encoding" in head.fields:
+            return ChunkedReader(self.input, OF_NODE)
+        length = head.fields.get("Content-Length")
+        if length is None:
+            return ClosingReader(self.input, OF_NODE)
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise ConnectionError("its answer has no usable length")
+        return BoundedReader(self.input, int(length), OF_NODE)
 
-    def close_idle(self) -> None:
-        """Close the connections that have been idle for too long, whichever thread they belong to."""
-        for key, (_, since) in list(self._idle.items()):
-            if time.monotonic() - since > HOP_IDLE_SECONDS:
-                connection, _ = self._idle.pop(key, (None, 0.0))
-                if connection is not None:
-                    connection.close()
+    def close(self) -> None:
+        """Close it, in the middle of a body too: without the last chunk the node cannot take it for whole."""
+        self.socket.close()
+
+
+class BodySender:
+    """Send a request's body over a connection, and go on with it in a thread if the answer comes meanwhile."""
+
+    def __init__(self, connection: NodeConnection, pieces: Iterator[Union[bytes, memoryview]]) -> None:
+        self._connection = connection
+        self._pieces = pieces
+        self._rest = memoryview(b"")
+        self._thread: Optional[threading.Thread] = None
+        self._outcome = Outcome()
+        self._is_unwanted = False  # the node's answer has ended: it wants no more
+        self._is_stopped = False  # nobody wants the answer any more
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the body was still on its way when the answer came."""
+        return self._thread is not None
+
+    def run(self) -> bool:
+        """Send until the body's end, True, or until the node answers, False."""
+        while True:
+            self._rest = self._rest[self._connection.send(self._rest):]
+            if self._rest:
+                return False
+            piece = next(self._pieces, None)
+            if piece is None:
+                return True
+            self._rest = memoryview(piece)
+
+    def go_on(self) -> None:
+        """Send what is left in a thread, while the caller reads the answer; `join` tells what came of it."""
+        self._thread = threading.Thread(target=self._run_to_end, name="sender", daemon=True)
+        self._thread.start()
+
+    def _run_to_end(self) -> None:
+        self._outcome = attempt(self._send_rest)
+        self.close()
+        if self._outcome.error is not None:
+            attempt(self._connection.socket.shutdown, socket.SHUT_RDWR)  # wakes whoever reads the answer
+
+    def _send_rest(self) -> None:
+        """Send what is left. What the node wants no more is read all the same, to see that it would have come right."""
+        for piece in itertools.chain([self._rest], self._pieces):
+            if self._is_stopped:
+                return
+            try:
+                if not self._is_unwanted:
+                    self._connection.socket.sendall(piece)
+            except OSError:
+                self._is_unwanted = True
+
+    def join(self) -> None:
+        """Wait for the thread, once the answer has ended; raise what the body's own source raised."""
+        if self._thread is not None:
+            self._is_unwanted = True
+            self._thread.join()
+            if self._outcome.error is not None:
+                raise self._outcome.error
+
+    def stop(self) -> None:
+        """Send no more than the piece that is on its way."""
+        self._is_stopped = True
+
+    def close(self) -> None:
+        """Close the body's source; not while the thread runs."""
+        cast(Any, self._pieces).close()
 
 
 class NodeBody(BodyStream):
-    """The body of another node's answer. Gives the connection back at its end; `close` before that closes it."""
+    """Another node's answer, its body unread. `close` gives the connection back, or closes it where bytes are left."""
 
-    def __init__(self, response: http.client.HTTPResponse, release: Callable[[], None]) -> None:
+    def __init__(self, head: AnswerHead, body: MessageBody, sender: BodySender, release: Callable[[], None]) -> None:
         super().__init__()
-        self.size = None if response.length is None else int(response.length)
-        self._response = response
+        self.status = head.status
+        self.headers = head.fields
+        self.size = body.size
+        self.is_early = sender.is_running
+        self.can_be_checked = not isinstance(body, ClosingReader)
+        self._body = body
+        self._sender = sender
         self._release = release
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes; NodeBodyLost where the answer ends before its time."""
         try:
-            count = self._response.readinto(buffer)
-        except (http.client.HTTPException, OSError) as error:
-            raise NodeBodyLost(f"the answer of another node was cut short: {error}") from None
-        if not count and self._response.length:
-            raise NodeBodyLost(f"the answer of another node ended {self._response.length} bytes early")
+            count = self._body.receive(buffer)
+        except NodeBodyLost:
+            self._join(complete=False)
+            raise
+        if not count:
+            self._join(complete=True)
         return count
 
+    def _join(self, complete: bool) -> None:
+        """See the request's own body end; where that has failed, it is the reason that the answer was cut."""
+        if not complete:
+            self._sender.stop()
+        self._sender.join()
+
     def close(self) -> None:
-        """Give the connection back, or close it where bytes are left."""
+        """Let go of the connection, and of a body that is still being sent."""
         if not self.closed:
             super().close()
+            self._sender.stop()
             self._release()
 
 
-# == 6. The ETL class contract ==
+class ConnectionPool:
+    """Connections to other nodes, kept alive per thread and hop.
+
+    Owned by the worker. A connection belongs to one request until that request's answer is read to its end; then it
+    stays here for `HOP_IDLE_SECONDS`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._token = settings.token
+        self._settings = settings
+        self._tls: Optional[ssl.SSLContext] = None  # made when first needed: reading the authorities takes a while
+        self._idle: Dict[Tuple[int, Hop], NodeConnection] = {}
+
+    def open(self, request: NodeRequest) -> NodeBody:
+        """Send a request; return the answer, its body unread. The caller closes it.
+
+        A kept connection may have been closed by the node while the request was on its way: if it breaks before any
+        byte of an answer, the request goes out once more on a new one, unless its body can be sent only once. OSError
+        tells that the node was lost.
+        """
+        kept = self._idle.pop((threading.get_ident(), request.hop), None)
+        if kept is not None and request.is_repeatable and kept.is_usable():
+            try:
+                return self._exchange(kept, request)
+            except (NothingAnswered, ConnectionError):
+                logger.debug("a kept connection to %s was closed; dialing anew", request.hop.host)
+        elif kept is not None:
+            kept.close()
+        return self._exchange(NodeConnection(request, self._tls_for(request.hop)), request)
+
+    def _tls_for(self, hop: Hop) -> Optional[ssl.SSLContext]:
+        if hop.scheme == "https" and self._tls is None:
+            self._tls = tls_context(self._settings)
+        return self._tls if hop.scheme == "https" else None
+
+    def _exchange(self, connection: NodeConnection, request: NodeRequest) -> NodeBody:
+        """Send on one connection and read the answer's head; close the connection if that fails."""
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(connection.close)
+            connection.begin(request, self._token)
+            sender = BodySender(connection, request.pieces())
+            on_failure.callback(sender.close)
+            is_sent = sender.run()
+            head = connection.read_head()
+            body = connection.body(head)
+            on_failure.pop_all()
+        if is_sent or head.status >= 300:
+            sender.close()
+        else:
+            sender.go_on()
+        return NodeBody(head, body, sender, lambda: self._release(connection, is_sent and head.keeps_alive and body.is_at_end))
+
+    def _release(self, connection: NodeConnection, is_good: bool) -> None:
+        """Keep a connection whose answer was read to its end, close any other."""
+        if not is_good or connection.input.ahead:
+            connection.close()
+            return
+        connection.idle_since = time.monotonic()
+        self._idle[threading.get_ident(), connection.hop] = connection
+
+    def close_idle(self) -> None:
+        """Close the connections that have been idle for too long, whichever thread they belong to."""
+        for key, connection in list(self._idle.items()):
+            if time.monotonic() - connection.idle_since > HOP_IDLE_SECONDS:
+                found = self._idle.pop(key, None)
+                if found is not None:
+                    found.close()
+
+
+# == 7. The ETL class contract ==
 # What users subclass: the SDK's names, attributes and methods (aistore/sdk/etl/webserver of SDK 1.24 and 2.0),
 # without its servers. An instance is made in a worker, after the fork, and lives as long as that.
+
+
+REPORT_READY = b"R"
+REPORT_ANSWERED = b"A"  # for the first time
+REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
 
 
 class Current:
@@ -830,6 +1382,12 @@ class Current:
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
     reports: Optional[int] = None  # the pipe to the supervisor, in a worker
+
+
+def report(message: bytes) -> None:
+    """Tell the supervisor, if there is one; a message is shorter than what a pipe takes at once."""
+    if Current.reports is not None:
+        os.write(Current.reports, message[:2000] + b"\n")
 
 
 class ETLServer(ABC):
@@ -914,10 +1472,10 @@ class ETLServer(ABC):
         """Put bytes to another node; an override carries every delivery of this class."""
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
-        path = urlunsplit(("", "", *urlsplit(url)[2:4], "")) or "/"
-        response, release = Current.pool.open(NodeRequest("PUT", Hop.of(url), path, headers, data))
-        with NodeBody(response, release) as body:
-            return NodeAnswer(response.status, cast(Any, response.headers), body.readall(), url)
+        request = NodeRequest("PUT", Hop.of(url), path_of(url), headers, data, timeout or CONNECT_SECONDS,
+                              timeout or HOP_SILENCE_SECONDS)
+        with Current.pool.open(request) as body:
+            return NodeAnswer(body.status, cast(Any, body.headers), body.readall(), url)
 
     def handle_direct_put_response(self, resp: Any, data: bytes, data_length: int = -1) -> Tuple[int, bytes, int]:
         """Read a hop's answer: (status to pass on, body to pass on, bytes that were delivered)."""
@@ -929,15 +1487,12 @@ class ETLServer(ABC):
 
     def sanitize_fqn(self, fqn: str) -> str:
         """Decode a path from a query and make it absolute, without `..`."""
-        return os.path.normpath("/" + unquote(fqn).lstrip("/"))
+        return os.path.normpath("/" + os.fsdecode(unquote_to_bytes(fqn)).lstrip("/"))
 
     @staticmethod
     def close_reader(reader: Any) -> None:
         """Close a reader; one that cannot be closed, or fails to, is let be."""
-        try:
-            reader.close()
-        except (AttributeError, OSError, ValueError):
-            pass
+        attempt(lambda: reader.close())
 
     @staticmethod
     def iter_and_close(output_iter: Iterator[bytes], reader: Any) -> Iterator[bytes]:
@@ -968,6 +1523,9 @@ class ListeningServer(ETLServer):
 
 class HTTPMultiThreadedServer(ListeningServer):
     """The base of classes whose `transform` may be called by many threads at once; `path` is the raw request path."""
+
+    class RequestHandler(http.server.BaseHTTPRequestHandler):
+        """A name of the SDK's that payloads may refer to; a class that overrides it is refused."""
 
 
 class FrameworkServer(ListeningServer):
@@ -1010,7 +1568,7 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.etl_server = etl_server
 
 
-# == 7. Loading the class ==
+# == 8. Loading the class ==
 # From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim image has none
 # of them, so an import finder answers for them with what this file has.
 
@@ -1032,7 +1590,7 @@ CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
     "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY", "AIS_SKIP_VERIFY": "AIS_SKIP_VERIFY",
     "AIS_SKIP_VERIFY_CRT": "AIS_SKIP_VERIFY_CRT", "AIS_DIRECT_PUT_RETRIES": "AIS_DIRECT_PUT_RETRIES",
     "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE", "UTF_ENCODING": "utf-8", "HTTP": "http://",
-    "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
+    "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
 }
 
 # Import name: the PyPI name to put into PACKAGES. The first line came to the default image with aistore[etl].
@@ -1125,7 +1683,7 @@ class SDKNames:
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         if not self._is_installed() and is_import_statement():
             raise ModuleNotFoundError(f"No module named {name!r} in this image: the default image has it; "
-                                      f"add aistore to PACKAGES", name=name)
+                                      f"add aistore to PACKAGES", name="aistore")
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
@@ -1211,10 +1769,27 @@ class PayloadUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Look up a global, with our own maker in the place of code objects' type."""
-        found = super().find_class(module, name)
+        try:
+            found = super().find_class(module, name)
+        except AttributeError:
+            if module == "__main__":
+                raise PayloadError(f"{FAILED}: it refers to {name!r} of the script by name, not by value: a function that "
+                                   f"functools.lru_cache wraps, for one, must be made by the class itself") from None
+            if not isinstance(getattr(sys.modules.get(module), "__loader__", None), SDKNames):
+                raise
+            raise ModuleNotFoundError(f"this image has no {module}.{name}: the default image has it; "
+                                      f"add aistore to PACKAGES", name="aistore") from None
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: checked_code if kind == "CodeType" else found(kind)
         return found
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Explain a module that is not here; our own import finders have named the package already."""
+    name = (error.name or "").partition(".")[0]
+    if "PACKAGES" in str(error):
+        return str(error)
+    return f"it needs the module {error.name!r}, which is not installed: add {PYPI_NAMES.get(name, name)} to PACKAGES"
 
 
 def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
@@ -1228,10 +1803,9 @@ def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
     if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
         return PayloadError(f"{FAILED}: it was pickled by reference to the module {error.name!r}, which is not here: "
                             f"call cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
-    if error.name and error.name.startswith("aistore."):
+    if "PACKAGES" in str(error):
         return PackageError(f"{FAILED}: {error}")
-    return PackageError(f"{FAILED}: it needs the module {error.name!r}, which is not installed: add "
-                        f"{PYPI_NAMES.get(name, name)} to PACKAGES; if it is a module of your own, call "
+    return PackageError(f"{FAILED}: {missing_package(error)}; if it is a module of your own, call "
                         f"cloudpickle.register_pickle_by_value(module) before pickling")
 
 
@@ -1246,19 +1820,31 @@ def checked_class(cls: Any) -> Type[ETLServer]:
     except TypeError as error:
         raise PayloadError(f"{FAILED}: {error}") from None
     ignored = [name for base, names in INTERNALS.items() if issubclass(cls, base) for name in names
-               if getattr(cls, name, None) is not None]
+               if getattr(cls, name, None) is not getattr(base, name, None)]
     if ignored:
         raise ClassError(f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and this "
                          f"runtime does not: override transform or transform_stream only")
     return cls
 
 
+def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
+    """Return an exception's traceback less the frames of this file; None if no other frame is in it."""
+    kept, entry = [], error.__traceback__
+    while entry is not None:
+        if entry.tb_frame.f_code.co_filename != __file__:
+            kept.append(entry)
+        entry = entry.tb_next
+    result = None
+    for entry in reversed(kept):
+        result = types.TracebackType(result, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return result
+
+
 def log_user_error(what: str, error: BaseException) -> None:
-    """Log an exception of user code with its traceback, less the frames of this file that led there."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_frame.f_code.co_filename == __file__:
-        frame = frame.tb_next
-    logger.error("%s: %s", what, error or type(error).__name__, exc_info=(type(error), error, frame) if frame else None)
+    """Log an exception of user code, with the part of its traceback that is the user's."""
+    frames = user_traceback(error)
+    logger.error("%s: %s", what, describe(error),
+                 exc_info=(type(error), error, frames) if frames else None)
 
 
 def load_etl_class(settings: Settings) -> Type[ETLServer]:
@@ -1272,15 +1858,17 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     if isinstance(error, ForeignBytecode):
         raise PayloadError(f"{FAILED}: it was pickled by another Python than this {sys.version_info[0]}."
                            f"{sys.version_info[1]}, whose bytecode differs: use the image of the Python that pickled it")
+    if isinstance(error, StartupError):
+        raise error
     if isinstance(error, ModuleNotFoundError):
         raise missing_module(error, pickled)
     if error is not None:
         log_user_error("unpickling", error)
-        raise PayloadError(f"{FAILED}: {type(error).__name__}: {error}")
+        raise PayloadError(f"{FAILED}: {type(error).__name__}: {describe(error)}")
     return checked_class(cls)
 
 
-# == 8. Stage 1, understanding ==
+# == 9. Stage 1, understanding ==
 # The method, the raw request target and one header to a frozen value. No I/O, no socket in sight.
 
 Q_MARK_OF_ETL = re.compile(rf"\?(?=(?:{QPARAM_FQN}|{QPARAM_ARGS}|{QPARAM_LATEST})=)")
@@ -1329,7 +1917,7 @@ class ETLRequest(NamedTuple):
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
-        """Understand a request; 404 for a target that names no object, 405 for a method, 400 for a missing parameter."""
+        """Understand a request; NotFound, BadRequest, or a 405 where it means nothing."""
         raw_path, query = split_target(method, target)
         if not raw_path.startswith("/") or not raw_path.strip("/"):
             raise NotFound(f"no object is named by {target!r}")
@@ -1339,11 +1927,12 @@ class ETLRequest(NamedTuple):
                                {"Allow": ", ".join(methods)})
         known, rest = split_query(query)
         request = cls(method, raw_path, rest, known.get(QPARAM_FQN, "").strip(), known.get(QPARAM_ARGS, "").strip(),
-                      parse_bool(known.get(QPARAM_LATEST)), pipeline.strip(),
-                      known.get(QPARAM_ORIGINAL_URL, ""), known.get(QPARAM_OBJECT_TO, ""))
-        if request.is_download and not (request.original_url and request.object_to):
+                      parse_bool(known.get(QPARAM_LATEST)), pipeline.strip())
+        if not request.is_download:
+            return request
+        if not (known.get(QPARAM_ORIGINAL_URL) and known.get(QPARAM_OBJECT_TO)):
             raise BadRequest(f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
-        return request
+        return request._replace(fqn="", original_url=known[QPARAM_ORIGINAL_URL], object_to=known[QPARAM_OBJECT_TO])
 
     @property
     def is_download(self) -> bool:
@@ -1356,192 +1945,18 @@ class ETLRequest(NamedTuple):
         return self.object_to or unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "replace")[1:]
 
     @property
+    def decoded_path(self) -> str:
+        """The decoded path with its first slash, from which every byte of the raw one can be made again."""
+        return unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "surrogateescape")
+
+    @property
     def is_replayable(self) -> bool:
         """Whether the object can be read a second time: it is a file, or another node has it."""
         return bool(self.fqn) or self.method != "PUT"
 
 
-# == 9. Stage 2, reading ==
+# == 10. Stage 2, reading ==
 # A request to a byte source. Runs on the thread that serves the connection; the source belongs to whoever opened it.
-
-
-class ConnectionInput:
-    """What a client sends, received ahead by up to `READ_BYTES`; its head and its body are read from here.
-
-    Time-outs are the socket's own (SO_RCVTIMEO), so that a read is one system call; they show as BlockingIOError.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._ahead = b""
-        self._start = 0
-        self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
-
-    @property
-    def ahead(self) -> int:
-        """The number of bytes that are here already."""
-        return len(self._ahead) - self._start
-
-    def fill(self) -> bool:
-        """Receive once more; False at the end of the connection."""
-        data = self._receive()
-        self._ahead = self._ahead[self._start:] + data
-        self._start = 0
-        return bool(data)
-
-    def find(self, mark: bytes, limit: int) -> int:
-        """Find `mark` within the first `limit` bytes that are here: how many bytes come before it, or -1."""
-        found = self._ahead.find(mark, self._start, self._start + limit)
-        return found - self._start if found >= 0 else -1
-
-    def take(self, count: int) -> bytes:
-        """Cut off up to `count` of the bytes that are here."""
-        data = self._ahead[self._start:self._start + count]
-        self._start += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
-        if not self.ahead:
-            self._send_invitation()
-            return self._connection.recv_into(buffer)
-        data = self.take(len(buffer))
-        buffer[:len(data)] = data
-        return len(data)
-
-    def readline(self, limit: int) -> bytes:
-        """Read up to and with a line feed; ShortBody if the connection ends or `limit` bytes hold none."""
-        while True:
-            end = self.find(b"\n", limit)
-            if end >= 0:
-                return self.take(end + 1)
-            if self.ahead >= limit:
-                raise UnframedRequest(f"a line of a chunked body is longer than {limit} bytes")
-            self._send_invitation()
-            if not self.fill():
-                raise ShortBody("the request's body ended early")
-
-    def _send_invitation(self) -> None:
-        if self.invite is not None:
-            invite, self.invite = self.invite, None
-            invite()
-
-    def _receive(self) -> bytes:
-        return self._connection.recv(READ_BYTES)
-
-
-class RequestBody(BodyStream):
-    """The body of a request: a binary file that ends where the body does."""
-
-    def __init__(self, source: ConnectionInput) -> None:
-        super().__init__()
-        self._source = source
-        self.is_at_end = False
-
-    def finish(self) -> None:
-        """Read on to the end: a sender that goes away must be noticed, also where the class stopped reading."""
-        while self.failure is None and self.read(READ_BYTES):
-            pass
-        super().finish()
-
-    def drain(self, limit: int) -> bool:
-        """Read and forget what is left, up to `limit` bytes; True if the end was reached."""
-        while not self.is_at_end and limit > 0:
-            try:
-                limit -= len(self.read(READ_BYTES) or b"")
-            except (RequestError, OSError):
-                return False
-        return self.is_at_end
-
-    def _read_some(self, buffer: Any) -> int:
-        """Read from the connection; ShortBody where it ends, breaks or says nothing for too long."""
-        try:
-            count = self._source.readinto(buffer)
-        except BlockingIOError:
-            raise ShortBody(f"the request's body paused for {BODY_PAUSE_SECONDS:.0f} s", 408) from None
-        except OSError as error:
-            raise ShortBody(f"the request's body broke off: {error}") from None
-        if not count:
-            raise ShortBody("the request's body ended early")
-        return count
-
-
-class BoundedReader(RequestBody):
-    """A body with a `Content-Length`; a request without a body has one of 0 bytes."""
-
-    def __init__(self, source: ConnectionInput, size: int) -> None:
-        super().__init__(source)
-        self.size = size
-        self._left = size
-        self.is_at_end = not size
-
-    def receive(self, buffer: Any) -> int:
-        """Read some of the bytes that are left."""
-        if not self._left:
-            return 0
-        count = self._read_some(memoryview(buffer)[:self._left])
-        self._left -= count
-        self.is_at_end = not self._left
-        return count
-
-    def readall(self) -> bytes:
-        """Read what is left; a small body has come with the head, and is cut off in one piece."""
-        if self._source.ahead < self._left or self._left != self.size:
-            return super().readall()
-        data, self._left, self.is_at_end = self._source.take(self._left), 0, True
-        return data
-
-
-class ChunkedReader(RequestBody):
-    """A body in chunks (RFC 9112, 7.1), parsed strictly; only its last chunk makes it whole."""
-
-    SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")
-
-    def __init__(self, source: ConnectionInput) -> None:
-        super().__init__(source)
-        self._left = 0
-        self._is_first = True
-
-    def receive(self, buffer: Any) -> int:
-        """Read some bytes of a chunk."""
-        if not self._left and not self.is_at_end:
-            self._begin_chunk()
-        if self.is_at_end:
-            return 0
-        count = self._read_some(memoryview(buffer)[:self._left])
-        self._left -= count
-        return count
-
-    def _begin_chunk(self) -> None:
-        """Read the end of the chunk before and the size of the next; the last one's trailers too."""
-        if not self._is_first and self._readline() != b"\r\n":
-            raise UnframedRequest("a chunk is longer than it said")
-        self._is_first = False
-        match = self.SIZE_LINE.fullmatch(self._readline())
-        if match is None:
-            raise UnframedRequest("a chunk's size is malformed")
-        self._left = int(match[1], 16)
-        if not self._left:
-            self._skip_trailers()
-            self.is_at_end = True
-
-    def _skip_trailers(self) -> None:
-        """Read trailer fields, which mean nothing to us, to the empty line."""
-        for _ in range(HEAD_LIMIT_FIELDS):
-            line = self._readline()
-            if line == b"\r\n":
-                return
-            if not FIELD_LINE.fullmatch(line[:-2]) or not line.endswith(b"\r\n"):
-                raise UnframedRequest("a trailer field is malformed")
-        raise UnframedRequest("too many trailer fields")
-
-    def _readline(self) -> bytes:
-        try:
-            return self._source.readline(CHUNK_LINE_LIMIT_BYTES)
-        except BlockingIOError:
-            raise ShortBody(f"the request's body paused for {BODY_PAUSE_SECONDS:.0f} s", 408) from None
-        except OSError as error:
-            raise ShortBody(f"the request's body broke off: {error}") from None
 
 
 class Source(NamedTuple):
@@ -1556,7 +1971,7 @@ class Source(NamedTuple):
             self.stream.finish()
 
 
-OBJECT_PATH = re.compile(r"(?s).*/@([a-z0-9]+)/(?:([@#][^/]*)/)?([^/@#%][^/]*)/%ob/(.+)")
+OBJECT_PATH = re.compile(r"(?s).*?/@([a-z0-9]+)/(?:([@#][^/]*)/)?([^/@#%][^/]*)/%ob/(.+)")
 
 
 def is_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> bool:
@@ -1587,7 +2002,7 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> io.FileIO:
     return io.FileIO(descriptor, "rb")
 
 
-OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd\x00)?\x00\x03(.{8})(?:\xe3\x2f\xbd\x00|$)")
+OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd\x00)?\x00\x03(.{8})(?:\xe3\x2f\xbd\x00|\Z)")
 
 
 def is_whole(file: io.FileIO) -> bool:
@@ -1622,35 +2037,12 @@ def folder_path(folder: str, raw_path: str) -> str:
     return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
 
 
-def escape_stray(text: str) -> str:
-    """Escape what http.client would refuse in a request target, and nothing else: the rest goes out byte for byte."""
-    return re.sub(r"[^!-~]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("latin-1")), text)
-
-
 def target_refusal(status: int, answer: bytes) -> RequestError:
     """Turn a target's refusal into ours: its 4xx and 5xx pass, anything else is not an answer to a GET."""
     if status == HTTPStatus.NOT_FOUND:
         return NotFound("the target does not have the object")
     text = answer.decode("utf-8", "replace").strip()
     return RequestError(f"the target answered {status}: {text}", status if status >= 400 else HTTPStatus.BAD_GATEWAY)
-
-
-def downloader() -> urllib.request.OpenerDirector:
-    """Make a client for /download: http and https only, few redirects, the system's authorities and proxies."""
-    import urllib.request
-
-    class FewRedirects(urllib.request.HTTPRedirectHandler):
-        """Follow as many redirects as a sane server needs."""
-
-        max_redirections = DOWNLOAD_REDIRECTS_LIMIT
-        max_repeats = DOWNLOAD_REDIRECTS_LIMIT
-
-    opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-                    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler, FewRedirects,
-                    urllib.request.UnknownHandler):
-        opener.add_handler(handler())
-    return opener
 
 
 class Sources:
@@ -1662,14 +2054,15 @@ class Sources:
     def __init__(self, settings: Settings, pool: ConnectionPool, locate: Callable[[str], str]) -> None:
         self._settings = settings
         self._pool = pool
+        self._outside = ConnectionPool(Settings())  # no token, no certificate, the system's authorities
         self._locate = locate
 
-    def open(self, request: ETLRequest, body: RequestBody) -> Source:
+    def open(self, request: ETLRequest, body: MessageBody) -> Source:
         """Open the object; the caller closes it. 404, 403 or the target's status where it cannot be had."""
         if request.is_download:
             return Source(self._download(request.original_url))
         wants_path = bool(request.fqn) and self._settings.direct_fqn
-        if request.fqn and not request.latest:
+        if request.fqn and not (request.latest and request.method == "GET"):
             path = self._locate(request.fqn)
             file = open_object_file(path, self._settings.fqn_roots)
             if is_whole(file):
@@ -1678,7 +2071,7 @@ class Sources:
             return self._as_wanted(self._fetch("/" + quote(uname_of(path), safe="@"), ""), wants_path)
         if request.method == "GET":
             return self._as_wanted(self._fetch(request.raw_path, request.query), wants_path)
-        return self._as_wanted(body, wants_path)
+        return Source(body)
 
     def _as_wanted(self, stream: BodyStream, wants_path: bool) -> Source:
         """Spool an object into a temporary file where the class wants a path and there is no file of the object."""
@@ -1705,30 +2098,33 @@ class Sources:
         url = urlsplit(target)
         path = escape_stray(url.path + raw_path) + ("?" + escape_stray(query) if query else "")
         try:
-            response, release = self._pool.open(NodeRequest("GET", Hop.of(target), path, {}))
-        except (OSError, http.client.HTTPException) as error:
+            stream = self._pool.open(NodeRequest("GET", Hop.of(target), path))
+        except OSError as error:
             raise BadGateway(f"the target cannot be reached: {error or type(error).__name__}") from None
-        stream = NodeBody(response, release)
-        if response.status == HTTPStatus.OK:
+        if stream.status == HTTPStatus.OK and stream.can_be_checked:
             return stream
         with stream:
-            raise target_refusal(response.status, stream.read(1024) or b"")
+            raise target_refusal(stream.status, stream.read(1024) or b"")
 
-    def _download(self, url: str) -> Any:
-        """Fetch a URL of the outside world, by a client that knows nothing of the cluster's secrets."""
-        import urllib.error
+    def _download(self, url: str) -> NodeBody:
+        """Fetch a URL of the outside world, by connections that know nothing of the cluster's secrets."""
+        for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+            try:
+                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url)))
+            except (OSError, ValueError) as error:
+                raise BadGateway(f"the download failed: {describe(error)}") from None
+            if stream.status == HTTPStatus.OK:
+                return stream
+            location = stream.headers.get("Location")
+            stream.close()
+            if not 300 <= stream.status < 400 or not location:
+                raise RequestError(f"the download was answered {stream.status}",
+                                   stream.status if stream.status >= 400 else HTTPStatus.BAD_GATEWAY)
+            url = urljoin(url, location)
+        raise BadGateway("the download was redirected too often")
 
-        try:
-            response = downloader().open(url, timeout=HOP_SILENCE_SECONDS)
-        except urllib.error.HTTPError as error:
-            status = error.code if error.code >= 400 else HTTPStatus.BAD_GATEWAY
-            raise RequestError(f"the download was answered {error.code} {error.reason}", status) from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise BadGateway(f"the download failed: {getattr(error, 'reason', error)}") from None
-        return NodeBody(response, response.close)
 
-
-# == 10. Stage 3, transforming ==
+# == 11. Stage 3, transforming ==
 # Where the class's code runs, and how much of it at once. A slot covers that code alone, never reading or delivering.
 
 T = TypeVar("T")
@@ -1846,7 +2242,7 @@ class Transforms:
         return request.path if self._decodes or request.is_download else request.raw_path
 
 
-# == 11. Stage 4, delivering ==
+# == 12. Stage 4, delivering ==
 # An output to an answer. What is delivered elsewhere is told in the answer; what is not, is the answer.
 
 
@@ -1856,6 +2252,22 @@ class Answer(NamedTuple):
     status: int
     body: Union[bytes, Iterator[bytes]] = b""
     headers: Tuple[Tuple[str, str], ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the end of the body is told by a last chunk: of pieces, and of an empty result.
+
+        A Go stage before us takes a 200 with a Content-Length of 0 for the news of a delivery.
+        """
+        return not isinstance(self.body, bytes) or (not self.body and self.status == HTTPStatus.OK)
+
+    def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
+        """Return the header field that tells the end of the body; none where that of the connection does."""
+        if is_chunked:
+            return [("Transfer-Encoding", "chunked")]
+        if not isinstance(self.body, bytes) or self.status == HTTPStatus.NO_CONTENT:
+            return []
+        return [("Content-Length", str(len(self.body)))]
 
     def close(self) -> None:
         """Let go of what an unread body of pieces holds."""
@@ -1869,16 +2281,22 @@ def error_answer(status: int, detail: str, headers: Mapping[str, str]) -> Answer
     return Answer(status, text, (("Content-Type", "application/json"), *headers.items()))
 
 
-# == 12. One request ==
-# The stages in a row, and the only place that maps failures to answers. HTTP servers call `Service.answer`.
+class OutputFailed(Exception):
+    """The class's stream failed while it was being delivered; `error` is what it raised."""
 
-# User exceptions with a meaning, by name, since their modules are imported only where the class needs them.
-STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
-    "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
-    "werkzeug.exceptions.HTTPException": lambda error: int(error.code or 500),
-    "InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
-    "ETLDirectPutTransientError": lambda error: 503 if error.bail_without_local_retry else 502,
-}
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
+    """Make the body of a delivery: bytes, or an iterator that can be closed."""
+    return output if isinstance(output, bytes) else iter(output)
+
+
+def size_of(output: Union[bytes, CountingIterator]) -> int:
+    """Tell how many bytes were sent."""
+    return len(output) if isinstance(output, bytes) else output.bytes_sent
 
 
 def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
@@ -1891,14 +2309,153 @@ def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
         cast(Any, rest).close()
 
 
+def relay(body: NodeBody) -> Iterator[bytes]:
+    """Yield the content of another node's answer as it comes, and close it."""
+    with body:
+        yield from iter(lambda: body.read(READ_BYTES) or b"", b"")
+
+
+def is_hopeless(error: Optional[BaseException]) -> bool:
+    """Tell an error that will come again: nobody listens, or the certificate is wrong; requests wraps them deeply."""
+    while error is not None:
+        if isinstance(error, (ConnectionRefusedError, ssl.SSLCertVerificationError)):
+            return True
+        inner = error.args[0] if error.args else None
+        error = getattr(inner, "reason", None) or (inner if isinstance(inner, BaseException) else error.__cause__)
+    return False
+
+
+class Deliveries:
+    """Put outputs to the next hop, and turn its answer into ours. Shared by all threads of a worker."""
+
+    def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
+        self._settings = settings
+        self._server = server
+        self._pool = pool
+        self._by_class = any(getattr(type(server), name) is not getattr(ETLServer, name)
+                             for name in ("client_put", "handle_direct_put_response"))
+
+    def deliver(self, request: ETLRequest, output: Union[bytes, Iterator[bytes]], connect_seconds: float) -> Answer:
+        """Put an output to the first hop of the pipeline. HopLost where its answer does not come whole."""
+        try:
+            entry, rest = parse_etl_pipeline(request.pipeline)
+        except ValueError as error:  # InvalidPipelineError is one, ours and the SDK's
+            raise BadRequest(str(error)) from None
+        headers = {HEADER_NODE_URL: rest} if rest else {}
+        counted = output if isinstance(output, bytes) else CountingIterator(output)
+        try:
+            url = compose_etl_direct_put_url(entry, self._settings.target, request.decoded_path, request.etl_args)
+            hop = Hop.of(url)
+        except ValueError as error:
+            raise BadRequest(f"the pipeline's entry {entry!r} cannot be used: {error}") from None
+        try:
+            if self._by_class:
+                return self._deliver_by_class(url, counted, headers)
+            body = self._pool.open(NodeRequest("PUT", hop, path_of(url), headers, as_body(counted), connect_seconds))
+            if is_final(entry):
+                return self._delivered(body, counted)
+            return self._passed_back(body)
+        except (OSError, http.client.HTTPException, NodeBodyLost) as error:
+            raise HopLost(f"the next hop was lost: {error or type(error).__name__}", is_hopeless(error)) from None
+
+    def _deliver_by_class(self, url: str, output: Union[bytes, CountingIterator], headers: Dict[str, str]) -> Answer:
+        """Let the class's own methods put the output and read the answer, as the SDK's servers do."""
+        data = b"" if isinstance(output, CountingIterator) else output
+        response = self._server.client_put(url, cast(Any, as_body(output)), headers)
+        status, content, length = self._server.handle_direct_put_response(response, data, size_of(output))
+        fields = tuple(self._server.make_direct_put_headers(length).items())
+        return Answer(HTTPStatus.BAD_GATEWAY if status == HTTPStatus.NOT_FOUND else status, content, fields)
+
+    def _delivered(self, body: NodeBody, output: Union[bytes, CountingIterator]) -> Answer:
+        """Read a final target's answer: it has the object, or has not."""
+        with body:
+            if body.status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) and not body.is_early:
+                content = body.read(READ_BYTES)
+                if content:
+                    raise BadGateway(f"the target took the object, but answered {content[:100]!r}")
+                return Answer(HTTPStatus.NO_CONTENT, b"", ((HEADER_DIRECT_PUT_LENGTH, str(size_of(output))),))
+            return self._refused(body)
+
+    def _passed_back(self, body: NodeBody) -> Answer:
+        """Turn the next stage's answer into ours: content, also empty, or news of a delivery further on."""
+        if body.status == HTTPStatus.NO_CONTENT:
+            with body:
+                length = body.headers.get(HEADER_DIRECT_PUT_LENGTH, "0")
+            return Answer(HTTPStatus.NO_CONTENT, b"", ((HEADER_DIRECT_PUT_LENGTH, length),))
+        if body.status != HTTPStatus.OK:
+            with body:
+                return self._refused(body)
+        fields = (("Content-Type", body.headers.get("Content-Type", DEFAULT_MIME_TYPE)),)
+        if body.size is not None and body.size <= SMALL_ANSWER_BYTES:
+            with body:
+                return Answer(HTTPStatus.OK, body.readall(), fields)
+        pieces = relay(body)
+        return Answer(HTTPStatus.OK, chain_first(next(pieces, b""), pieces), fields)
+
+    def _refused(self, body: NodeBody) -> Answer:
+        """Pass a refusal back. A 404 would mean that the source is not there, and other statuses that all is well."""
+        text = self._settings.redact((body.read(SMALL_ANSWER_BYTES) or b"").decode("utf-8", "replace"))
+        reason = body.headers.get(HEADER_RETRY_REASON)
+        if body.status == HTTPStatus.SERVICE_UNAVAILABLE and reason:
+            raise HopLost(f"the next stage wants the object again: {text}")
+        if body.status < 400 or body.status == HTTPStatus.NOT_FOUND:
+            raise BadGateway(f"the next hop answered {body.status}: {text}".rstrip(": "))
+        return Answer(body.status, text.encode(), (("Content-Type", body.headers.get("Content-Type", "text/plain")),))
+
+
+def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield a stream's pieces; its failure comes as OutputFailed, so that it is not taken for the connection's."""
+    with contextlib.closing(cast(Any, pieces)):
+        while True:
+            piece, error = attempt(next, pieces, None)
+            if error is not None:
+                raise OutputFailed(error)
+            if piece is None:
+                return
+            yield piece
+
+
+# == 13. One request ==
+# The stages in a row, and the only place that maps failures to answers. HTTP servers call `Service.answer`.
+
+# User exceptions with a meaning, by name, since their modules are imported only where the class needs them.
+STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
+    "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
+    "werkzeug.exceptions.HTTPException": lambda error: int(error.code or getattr(error.response, "status_code", 500)),
+    "InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
+    "ETLDirectPutTransientError": lambda error: 503 if error.bail_without_local_retry else 502,
+}
+
+
 def user_status(error: BaseException) -> int:
     """Read the status that a user's exception stands for, 500 unless it is of a few known kinds."""
     for base in type(error).__mro__:
         of_kind = STATUS_OF_USER_ERROR.get(f"{base.__module__}.{base.__qualname__}") or (
             STATUS_OF_USER_ERROR.get(base.__qualname__) if base.__module__ in (__name__, "aistore.sdk.errors") else None)
         if of_kind is not None:
-            return of_kind(error)
+            status = of_kind(error)
+            return status if 400 <= status <= 599 else HTTPStatus.INTERNAL_SERVER_ERROR
     return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+class Retries:
+    """What patience is left with one delivery. Its waits, and the time to connect again, are bounded together."""
+
+    def __init__(self, delays: Sequence[float]) -> None:
+        self._delays = list(delays)
+        self._connect_again_seconds = RETRY_CONNECT_SECONDS / max(len(delays), 1)
+        self._seconds = sum(delays) + RETRY_CONNECT_SECONDS
+        self._deadline = 0.0
+        self.connect_seconds = CONNECT_SECONDS
+
+    def take(self, error: HopLost) -> float:
+        """Return the delay before the next attempt; raise the error if there is to be none."""
+        now = time.monotonic()
+        self._deadline = self._deadline or now + self._seconds
+        if error.hopeless or not self._delays or now + self._delays[0] > self._deadline:
+            raise error
+        self.connect_seconds = self._connect_again_seconds
+        return self._delays.pop(0)
 
 
 class Service:
@@ -1908,38 +2465,64 @@ class Service:
         self._settings = settings
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self._transforms = Transforms(server, slots)
+        self._deliveries = Deliveries(settings, server, pool)
+        self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
+        self._has_answered = False
         self.pool = pool
 
-    def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
+    def answer(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         outcome = attempt(self._answer, request, body)
+        if not self._has_answered:
+            self._has_answered = True
+            report(REPORT_ANSWERED)
         return cast(Answer, outcome.value) if outcome.error is None else self.answer_for(request, outcome.error)
 
-    def _answer(self, request: ETLRequest, body: RequestBody) -> Answer:
+    def _answer(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Understood, it is read, transformed and delivered."""
-        if request.pipeline:
-            raise RequestError("this version delivers no result to other nodes", HTTPStatus.NOT_IMPLEMENTED)
         if request.raw_path == "/ws":
             raise RequestError("this version serves no WebSocket", HTTPStatus.NOT_IMPLEMENTED)
+        if request.pipeline:
+            return self._deliver(request, body)
+        fields = (("Content-Type", self._transforms.mime_type),)
+        if not self._transforms.is_streaming:
+            return Answer(HTTPStatus.OK, self._output(request, body), fields)
+        pieces = guarded(self._pieces(request, body))
+        first = next(pieces, b"")  # until the first piece is there, a failure can still be told by a status
+        return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
+
+    def _output(self, request: ETLRequest, body: MessageBody) -> bytes:
+        """Read and transform a whole object."""
         source = self._sources.open(request, body)
-        if self._transforms.is_streaming:
-            return self._stream(request, source)
         with source.stream:
-            output = self._transforms.run(request, source)
-        return Answer(HTTPStatus.OK, output, (("Content-Type", self._transforms.mime_type),))
+            return self._transforms.run(request, source)
 
-    def _stream(self, request: ETLRequest, source: Source) -> Answer:
-        """Answer in pieces, once the first is there: until then a failure can still be told by a status."""
-        pieces = self._pieces(request, source)
-        first = next(pieces, b"")
-        return Answer(HTTPStatus.OK, chain_first(first, pieces), (("Content-Type", self._transforms.mime_type),))
-
-    def _pieces(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
+    def _pieces(self, request: ETLRequest, body: MessageBody) -> Iterator[bytes]:
+        """Read and transform an object in pieces; the source is open for as long as they are taken."""
+        source = self._sources.open(request, body)
         with source.stream:
             yield from self._transforms.stream(request, source)
 
+    def _deliver(self, request: ETLRequest, body: MessageBody) -> Answer:
+        """Deliver the output; again while the hop is lost, if the output or the object can be had again."""
+        output = None if self._transforms.is_streaming else self._output(request, body)
+        retries = Retries(self._delays if output is not None or request.is_replayable else [])
+        while True:
+            try:
+                return self._deliveries.deliver(
+                    request, guarded(self._pieces(request, body)) if output is None else output, retries.connect_seconds)
+            except HopLost as error:
+                if output is None and not request.is_replayable and not error.hopeless:
+                    raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
+                                       {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}) from None
+                delay = retries.take(error)
+                logger.warning("%s: %s; trying again in %.0f s", request.raw_path, error, delay)
+                time.sleep(delay)
+
     def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
         """Map a failure to the answer that the client gets, and to a line of the log for the operator."""
+        if isinstance(error, OutputFailed):
+            error = error.error
         if isinstance(error, RequestError):
             logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.raw_path, error)
             return error_answer(error.status, self._settings.redact(str(error)), error.headers)
@@ -1947,15 +2530,13 @@ class Service:
         status, headers = user_status(error), {}
         if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
-        reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or error) or type(error).__name__
+        reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or describe(error))
         return error_answer(status, self._settings.redact(f"Processing error: {reason}"), headers)
 
 
-# == 13. HTTP ==
+# == 14. HTTP ==
 # Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread serves a connection while it has
 # work; what cannot be framed beyond doubt gets one answer, and the connection closes.
-
-SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
 
 
 class Head(NamedTuple):
@@ -1973,18 +2554,7 @@ class Head(NamedTuple):
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
 
 
-def parse_fields(lines: Sequence[bytes]) -> Dict[str, str]:
-    """Parse header fields; a repeated one is joined by commas, but not one that frames the request."""
-    fields: Dict[str, str] = {}
-    for line in lines:
-        match = FIELD_LINE.fullmatch(line)
-        if match is None:
-            raise UnframedRequest("a header field is malformed")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
-        if name in fields and name in SINGLE:
-            raise UnframedRequest(f"the header field {name} is repeated")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return fields
+UNKNOWN_HEAD = Head("", "", False, Fields())  # of a request that could not be parsed
 
 
 def parse_head(data: bytes) -> Head:
@@ -2003,10 +2573,12 @@ def parse_head(data: bytes) -> Head:
     is_http_1_0 = match[4] == b"0"
     if "host" not in fields and not is_http_1_0:
         raise UnframedRequest("the Host field is missing")
+    if not HOST.fullmatch(fields.get("host", "")):
+        raise UnframedRequest("the Host field is malformed")
     return Head(match[1].decode(), match[2].decode("latin-1"), is_http_1_0, fields)
 
 
-def body_of(head: Head, source: ConnectionInput) -> RequestBody:
+def body_of(head: Head, source: ConnectionInput) -> MessageBody:
     """Tell how a request's body ends (RFC 9112, 6.3); UnframedRequest where two answers are possible."""
     coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
     if coding is None:
@@ -2040,11 +2612,14 @@ def http_date() -> str:
     return f"{day}, {now.tm_mday:02} {month} {now.tm_year} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT"
 
 
+UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
+
+
 def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     """Write an answer's head; a value of user code's cannot break out of its line, nor a made-up status."""
     lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}", f"Date: {http_date()}"]
-    lines += [f"{name}: {value}" for name, value in fields]
-    return (re.sub(r"[^\t -~\x80-\xff\n]", "?", "\n".join(lines)).replace("\n", "\r\n") + "\r\n\r\n").encode("latin-1")
+    lines += [UNPRINTABLE.sub("?", f"{name}: {value}") for name, value in fields]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
@@ -2075,12 +2650,18 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         """Serve requests until the connection is to be closed or parked."""
         while True:
             goes_on, error = attempt(self._serve_one)
-            if isinstance(error, (OSError, ShortBody)):
+            if isinstance(error, OSError):
                 logger.debug("connection of %s: %s", self.client_address[0], error)
             elif error is not None:
-                log_user_error(f"{self.serving}: the answer was cut", error)
+                self._log_cut(getattr(error, "error", error))
             if not goes_on:
                 return
+
+    def _log_cut(self, error: BaseException) -> None:
+        if isinstance(error, RequestError):
+            logger.error("%s: the answer was cut: %s", self.serving, error)
+        else:
+            log_user_error(f"{self.serving}: the answer was cut", error)
 
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when this thread is done with the connection."""
@@ -2092,16 +2673,17 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             body = body_of(head, self.input)
         except UnframedRequest as error:
             logger.warning("request of %s: %s", self.client_address[0], error)
-            self._write(error_answer(error.status, str(error), error.headers), None, keeps=False)
+            self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
             return self._linger()
         self._set_receive_timeout(BODY_PAUSE_SECONDS)
         expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
         self.input.invite = self._send_continue if expects and not self.input.ahead else None
         with contextlib.closing(self._answer(head, body)) as answer:
+            if isinstance(answer.body, bytes):
+                self._drain(body)
             keeps = self._keeps(answer, head, body)
             self._write(answer, head, keeps)
-        self._set_receive_timeout(DRAIN_SECONDS)
-        return body.drain(DRAIN_LIMIT_BYTES) and keeps or self._linger()
+        return keeps if body.is_at_end else self._linger()
 
     def _read_head(self) -> Optional[bytes]:
         """Read to the empty line after the header fields; None when the connection is idle or at its end."""
@@ -2129,45 +2711,53 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         if self.input.ahead >= HEAD_LIMIT_BYTES:
             is_in_request_line = self.input.find(b"\n", HEAD_LIMIT_BYTES) < 0
             raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
+        if self.input.has_bare_line_feed():
+            raise UnframedRequest("a line of the head does not end in CRLF")
         if deadline and time.monotonic() > deadline:
             raise UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
 
-    def _answer(self, head: Head, body: RequestBody) -> Answer:
+    def _answer(self, head: Head, body: MessageBody) -> Answer:
         """Understand a request and have it answered."""
         try:
             request = ETLRequest.parse(head.method, head.target, head.fields.get("ais-node-url", ""))
+            if request.raw_path == "/health":
+                body.finish()
+                return Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
         except RequestError as error:
             return error_answer(error.status, str(error), error.headers)
         self.serving = request.raw_path
-        if request.raw_path == "/health":
-            return Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
         return self.server.service.answer(request, body)
 
-    def _write(self, answer: Answer, head: Optional[Head], keeps: bool) -> None:
-        """Send an answer; without a head it is the answer to a request that could not be framed."""
-        is_http_1_0 = head is not None and head.is_http_1_0
-        is_empty_result = answer.status == HTTPStatus.OK and answer.body == b""
-        is_chunked = not is_http_1_0 and (is_empty_result or not isinstance(answer.body, bytes))
-        fields = list(answer.headers)
-        if is_chunked:  # an empty result too: a Go stage before us takes a Content-Length of 0 for a delivery
-            fields.append(("Transfer-Encoding", "chunked"))
-        elif isinstance(answer.body, bytes) and answer.status != HTTPStatus.NO_CONTENT:
-            fields.append(("Content-Length", str(len(answer.body))))
-        if not keeps or is_http_1_0:
-            fields.append(("Connection", "keep-alive" if keeps else "close"))
-        text = answer_head(answer.status, fields)
-        if isinstance(answer.body, bytes):
-            self._send(text, b"0\r\n\r\n" if is_chunked else answer.body)
-        else:
-            self._send_pieces(text, answer.body, is_chunked)
+    def _drain(self, body: MessageBody) -> None:
+        """Read what an error has left of a small body, unless the client waits to be told to send it."""
+        self.input.invite, waits = None, self.input.invite is not None
+        if not waits and not body.is_at_end and (body.size or 0) <= DRAIN_LIMIT_BYTES:
+            self._set_receive_timeout(DRAIN_SECONDS)
+            attempt(body.drain, DRAIN_LIMIT_BYTES)
 
-    def _keeps(self, answer: Answer, head: Head, body: RequestBody) -> bool:
-        """Tell whether the connection can serve another request after this answer."""
+    def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
+        """Send an answer, whose head tells the client whether the connection can be used again."""
+        is_chunked = answer.is_open and not head.is_http_1_0
+        connection = ("Connection", "keep-alive" if keeps else "close")
+        fields = [*answer.headers, *answer.framing(is_chunked), *([] if keeps and not head.is_http_1_0 else [connection])]
+        text = answer_head(answer.status, fields)
+        if head.method == "HEAD":
+            return self._send(text)
+        if isinstance(answer.body, bytes):
+            return self._send(text, b"0\r\n\r\n" if is_chunked else answer.body)
+        self._send_pieces(text, answer.body, is_chunked)
+
+    def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
+        """Tell whether the connection can serve another request after this answer.
+
+        Where a body was not read to its end, an error was found before: rather than reading on, a whole object perhaps,
+        or guessing whether a client that waits for "100 Continue" will still send it (RFC 9110, 10.1.1), we close.
+        """
         if head.wants_close or self.server.is_draining:
             return False
-        if self.input.invite is not None and not body.is_at_end:
-            return False  # the client may send its body, though nobody asked for it, or not (RFC 9110, 10.1.1)
-        return isinstance(answer.body, bytes) or not head.is_http_1_0
+        if isinstance(answer.body, bytes):
+            return body.is_at_end and body.failure is None
+        return not head.is_http_1_0  # a stream reads the body to its end, or is cut
 
     def _send_pieces(self, text: bytes, pieces: Iterator[bytes], is_chunked: bool) -> None:
         """Send a body piece by piece; where that fails, the missing last chunk tells so, or in HTTP/1.0 a reset."""
@@ -2198,7 +2788,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         """Read on for a moment before closing: a reset would take the answer from a client that still sends."""
         self.connection.shutdown(socket.SHUT_WR)
         self._set_receive_timeout(DRAIN_SECONDS)
-        deadline, left = time.monotonic() + DRAIN_SECONDS, DRAIN_LIMIT_BYTES
+        deadline, left = time.monotonic() + DRAIN_SECONDS, LINGER_LIMIT_BYTES
         while left > 0 and time.monotonic() < deadline:
             data = self.connection.recv(READ_BYTES)
             left -= len(data) or left
@@ -2210,7 +2800,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             self._receive_timeout = seconds
 
 
-# == 14. Server ==
+# == 15. Server ==
 # A listening socket and a pool of threads. `serve_forever` accepts and watches parked connections in one thread of
 # its own; connections with work are served by the pool. It knows nothing of HTTP but its handler.
 
@@ -2267,13 +2857,13 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self.service = service
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
         self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
         self.start_pool()
 
     def serve_forever(self, poll_interval: float = 5.0) -> None:
         """Accept connections and dispatch parked ones that are readable; after `drain`, see to it that all end."""
         self.socket.setblocking(False)
-        self._waker.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         while not self.is_draining:
@@ -2281,8 +2871,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                 if key.fileobj is self.socket:
                     self._accept()
                 elif key.fileobj is self._wakeup:
-                    self._wakeup.recv(READ_BYTES)
-                    self._park_newly_idle()
+                    self._wake_up()
                 else:
                     self._selector.unregister(key.fileobj)
                     self.process_request(key.fileobj, key.data[0])
@@ -2332,14 +2921,30 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                 self.shutdown_request(connection)
         self.service.pool.close_idle()
 
+    def _wake_up(self) -> None:
+        """Do what this thread was woken for: a signal has come, or a connection is to be parked."""
+        if any(self._wakeup.recv(READ_BYTES)):
+            self.is_draining = True
+        self._park_newly_idle()
+
+    def drain_on(self, signals: Iterable[int]) -> None:
+        """Have signals drain the server. Call it on the main thread.
+
+        The interpreter runs handlers on the main thread alone, which may wait for a lock just then and not hear of a
+        signal that another thread has taken. So the signal's number goes down the pipe that wakes the selector.
+        """
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, lambda *_: self.drain())
+
     def drain(self) -> None:
-        """Stop accepting; connections finish the request they have begun, idle ones close. Safe in a signal handler."""
+        """Stop accepting; connections finish the request they have begun, idle ones close."""
         self.is_draining = True
         self._wake()
 
     def _wake(self) -> None:
         try:
-            self._waker.send(b"w")
+            self._waker.send(b"\0")
         except BlockingIOError:  # full of wake-ups already
             pass
 
@@ -2348,18 +2953,14 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self.socket.close()
         self._park_newly_idle()
         for connection, address, _ in self._parked():
-            if is_readable(connection):
+            if is_ready(connection, select.POLLIN):
                 self.process_request(connection, address)
             else:
                 self.shutdown_request(connection)
 
 
-# == 15. Workers ==
+# == 16. Workers ==
 # Processes: one supervisor that forks, watches, replaces and stops; workers that construct the class and serve.
-
-
-REPORT_READY = b"R"
-REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -2385,12 +2986,6 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
-def report(message: bytes) -> None:
-    """Tell the supervisor, if there is one; a message is shorter than what a pipe takes at once."""
-    if Current.reports is not None:
-        os.write(Current.reports, message[:2000] + b"\n")
-
-
 def serve_instance(server: ListeningServer) -> None:
     """Serve an instance until SIGTERM; buffered transforms of framework classes run on the calling thread.
 
@@ -2409,8 +3004,7 @@ def serve_instance(server: ListeningServer) -> None:
         slots.end()
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,):
-            signal.signal(number, lambda *_: http_server.drain())
+        http_server.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
     start_listening(listener)
     threading.Thread(target=serve, name="acceptor", daemon=True).start()
     report(REPORT_READY)
@@ -2424,7 +3018,7 @@ def call_user(what: str, function: Callable[[], T]) -> T:
         raise error
     if error is not None:
         log_user_error(what, error)
-        raise ClassError(f"{what} failed: {type(error).__name__}: {error}")
+        raise ClassError(f"{what} failed: {type(error).__name__}: {describe(error)}")
     return cast(T, value)
 
 
@@ -2449,7 +3043,7 @@ def run_worker(etl_class: Type[ETLServer]) -> int:
         call_user(f"{etl_class.__name__}.start()", server.start)
         return Exit.OK
     except StartupError as error:
-        report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode()))
+        report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode("utf-8", "replace")))
         return error.exit
 
 
@@ -2476,6 +3070,7 @@ class Worker:
         self.pid = pid
         self.reports = reports
         self.is_ready = False
+        self.has_answered = False
         self.failure: Optional[StartupError] = None
 
     def read_reports(self) -> None:
@@ -2487,6 +3082,8 @@ class Worker:
         for line in text.splitlines():
             if line == REPORT_READY:
                 self.is_ready = True
+            elif line == REPORT_ANSWERED:
+                self.has_answered = True
             elif line.startswith(REPORT_FAILED):
                 code, _, reason = line[1:].decode("utf-8", "replace").partition(" ")
                 self.failure = StartupError(reason)
@@ -2524,6 +3121,7 @@ class Supervisor:
         self._is_announced = False
         self._selector = selectors.DefaultSelector()
         self._life = os.pipe()
+        self._wakeup = (-1, -1)
 
     def run(self, announce: Callable[[str], None]) -> int:
         """Serve; return the exit code, or raise the StartupError that ended it. `announce` gets the base URL."""
@@ -2564,8 +3162,8 @@ class Supervisor:
         def count(*_: Any) -> None:
             self._stops += 1
 
-        wakeup, waker = os.pipe()
-        for end in (wakeup, waker):
+        self._wakeup = wakeup, waker = os.pipe()
+        for end in self._wakeup:
             os.set_blocking(end, False)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -2607,9 +3205,8 @@ class Supervisor:
             signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             self._selector.close()
-            os.close(self._life[1])
-            for worker in self._workers.values():
-                os.close(worker.reports)
+            for end in (*self._wakeup, self._life[1], *(worker.reports for worker in self._workers.values())):
+                os.close(end)
             Current.listener, Current.reports = self._listener, reporter
             threading.Thread(target=die_with, args=(self._life[0],), name="life", daemon=True).start()
             code = run_worker(self._class)
@@ -2650,11 +3247,11 @@ class Supervisor:
             return
         if worker.failure is not None:
             return self._fail(worker.failure)
-        self._deaths = 1 if worker.is_ready else self._deaths + 1
+        self._deaths = 1 if worker.has_answered else self._deaths + 1
         how = how_it_died(status)
         if self._has_own_start or self._deaths >= DEATHS_LIMIT:
             return self._fail(StartupError(f"worker {worker.pid} {how}" + (
-                "" if self._has_own_start else f", the {self._deaths}th in a row that never served")))
+                "" if self._has_own_start else f", the {self._deaths}th in a row that never answered a request")))
         delay = min(0.05 * 2 ** self._deaths, RESPAWN_DELAY_LIMIT_SECONDS)
         logger.error("worker %d %s; starting another in %.1f s", worker.pid, how, delay)
         self._due.append(time.monotonic() + delay)
@@ -2685,8 +3282,17 @@ class Supervisor:
             os.kill(pid, signal.SIGTERM)
 
 
-# == 16. Entry ==
+# == 17. Entry ==
 # The command line. No arguments: a pod. `serve`: a class from a file, on a laptop.
+
+
+def prepare(settings: Settings) -> None:
+    """Do what comes before any code of the user's: the log, a look at the certificates, packages."""
+    configure_logging(settings)
+    if settings.client_ca or settings.client_cert:
+        tls_context(settings)
+    install_os_packages(settings.os_packages)
+    install_python_packages(settings.packages)
 
 
 def run_pod(environ: Mapping[str, str]) -> int:
@@ -2694,17 +3300,19 @@ def run_pod(environ: Mapping[str, str]) -> int:
     has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
     settings = Current.settings = Settings.from_env(environ, required)
-    configure_logging(settings)
-    tls_context(settings)
-    install_os_packages(settings.os_packages)
-    install_python_packages(settings.packages)
+    prepare(settings)
     etl_class = load_etl_class(settings)
-    base = next(cls.__name__ for cls in etl_class.__mro__ if cls.__module__ == __name__)
+    base = next(cls.__name__ for cls in etl_class.__mro__ if cls in (*INTERNALS, ETLServer))
 
     def announce(url: str) -> None:
         logger.info("serving %s (%s) on %s with %d workers", etl_class.__name__, base, url, settings.workers)
 
     return Supervisor(settings, etl_class).run(announce)
+
+
+def is_etl_class(value: Any) -> bool:
+    """Tell whether a name of a module is an ETL class."""
+    return isinstance(value, type) and issubclass(value, ETLServer)
 
 
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
@@ -2714,9 +3322,8 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
         if wanted not in names:
             raise UsageError(f"{module.__file__} has no {wanted}")
         return checked_class(names[wanted])
-    found = {cls for cls in names.values() if isinstance(cls, type) and issubclass(cls, ETLServer)
-             and cls.__module__ == module.__name__}
-    leaves = [cls for cls in found if not any(other is not cls and issubclass(other, cls) for other in found)]
+    found = {cls for cls in filter(is_etl_class, names.values()) if cls.__module__ == module.__name__}
+    leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
     if len(leaves) != 1:
         choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
         raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it has {choice}")
@@ -2737,8 +3344,12 @@ def class_from_file(text: str) -> Type[ETLServer]:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    loader = spec.loader
-    call_user(f"import of {path}", lambda: loader.exec_module(module))
+    _, error = attempt(spec.loader.exec_module, module)
+    if error is not None:
+        log_user_error(path, error)
+        if isinstance(error, ModuleNotFoundError):
+            raise PackageError(f"{path} cannot be imported: {missing_package(error)}")
+        raise ClassError(f"{path} cannot be imported: {type(error).__name__}: {describe(error)}")
     return pick_class(module, wanted)
 
 
@@ -2765,7 +3376,7 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
     settings = Current.settings = settings._replace(
         host=arguments.host, port=arguments.port, workers=arguments.workers,
         threads=arguments.threads or settings.threads, fqn_roots=(os.path.realpath(folder),) if folder else ())
-    configure_logging(settings)
+    prepare(settings)
     etl_class = class_from_file(arguments.file)
 
     def announce(url: str) -> None:
@@ -2800,27 +3411,54 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without "
-                                     "arguments the environment describes what to serve: README.md has the variables.")
+    class Parser(argparse.ArgumentParser):
+        """A parser whose complaints end as all others do."""
+
+        def error(self, message: str) -> NoReturn:
+            """Raise a complaint."""
+            raise UsageError(f"{message}; --help has the options")
+
+    def number(lowest: int, highest: int) -> Callable[[str], int]:
+        parse = whole_number(lowest, highest)
+
+        def argument(text: str) -> int:
+            try:
+                return parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
+
+        return argument
+
+    parser = Parser(prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without arguments the "
+                    "environment describes what to serve: README.md has the variables.")
     parser.add_argument("--version", action="version", version=__version__)
     serve = parser.add_subparsers(dest="command", required=True).add_parser(
         "serve", help="serve a class from a file, to try it", description="Serve a class from a file, to try it.")
     serve.add_argument("file", metavar="FILE[:CLASS]", help="a Python file, and the class if it defines several")
     serve.add_argument("--target", metavar="DIR|URL", help="a folder that stands in for a target, or a target's URL")
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="the port, 0 for any (default: %(default)s)")
-    serve.add_argument("--workers", type=int, default=1, help="worker processes (default: %(default)s)")
-    serve.add_argument("--threads", type=int, help="transforms at once in one worker")
+    serve.add_argument("--port", type=number(0, 65535), default=8000, help="the port, 0 for any (default: %(default)s)")
+    serve.add_argument("--workers", type=number(1, 256), default=1, help="worker processes (default: %(default)s)")
+    serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
     if arguments.target and "://" not in arguments.target:
         arguments.target = "file://" + quote(os.path.abspath(arguments.target))
     return arguments
 
 
+def terminate(number: int, _: Any) -> NoReturn:
+    """End the start: a tool that runs is ended on the way out."""
+    raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
+
+
 def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.OK))  # until there are workers to be stopped
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, terminate)  # until there are workers to be stopped
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a log line must not fail for a character
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments:
@@ -2828,8 +3466,6 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         return run_pod(environ)
     except StartupError as error:
         return give_up(error)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

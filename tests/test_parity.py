@@ -1,0 +1,446 @@
+"""The same requests to the SDK's own servers and to the runtime, with the same class: the same answers, or a named defect.
+
+`SAME` holds what must not differ. `DIFFERENCES` holds what differs because the SDK's server is wrong by the contract: each
+entry is asserted on both sides, so that it fails on the day that the SDK mends it.
+"""
+import http.client
+import json
+import os
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Union
+from urllib.parse import quote, unquote
+
+import pytest
+
+from harness import UNUSED_TARGET, Response, Runtime, SDKServer, Server, make_payload
+from standin import BASE_PATH, At, Behaviour, Recorded, StandInTarget
+
+SOURCE = '''
+from aistore.sdk.errors import InvalidPipelineError
+from aistore.sdk.etl.webserver.{module} import {base}
+
+
+class Many({base}):
+    def get_mime_type(self):
+        return "text/x-same"
+
+    def fail(self, etl_args):
+        if etl_args == "fail":
+            raise ValueError("validation failed")
+        if etl_args == "missing":
+            raise FileNotFoundError(2, "no such file", "model.bin")
+        if etl_args == "pipeline":
+            raise InvalidPipelineError("no such pipeline")
+
+
+class Buffered(Many):
+    def transform(self, data, path, etl_args):
+        self.fail(etl_args)
+        if etl_args in ("nothing", "none"):
+            return b"" if etl_args == "nothing" else None
+        return "/".join((path, etl_args, "")).encode() + data
+
+
+class Streaming(Many):
+    def transform_stream(self, reader, path, etl_args):
+        self.fail(etl_args)
+        if etl_args == "nothing":
+            return
+        yield "/".join((path, etl_args, "")).encode()
+        if etl_args == "later":
+            raise ValueError("validation failed")
+        yield from iter(lambda: reader.read(65536), b"")
+'''
+BASES = {
+    "threaded": {"base": "HTTPMultiThreadedServer", "module": "http_multi_threaded_server"},
+    "fastapi": {"base": "FastAPIServer", "module": "fastapi_server"},
+    "flask": {"base": "FlaskServer", "module": "flask_server"},
+}
+IS_OLD_SDK = sys.version_info < (3, 10)  # 1.24, the last one for Python 3.9; else 2.0
+UNAME = "/ais%2F@%23%2Fbck%2F"
+LARGE = b"0123456789abcdef" * 65536
+MARK = b"\xe3\x2f\xbd\x00"
+
+
+class Pair:
+    """The SDK's own server and the runtime, which serve the same class and have the same target."""
+
+    def __init__(self, kind: str, mode: str, upstream: SDKServer, ours: Runtime, target: StandInTarget) -> None:
+        self.kind = kind
+        self.mode = mode
+        self.upstream = upstream
+        self.ours = ours
+        self.target = target
+
+    def result(self, raw_path: str, etl_args: str, content: bytes) -> bytes:
+        """Return what the class makes of an object; the threaded base gives it the path as it came."""
+        path = raw_path if self.kind == "threaded" else unquote(raw_path)[1:]
+        return ("%s/%s/" % (path, etl_args)).encode() + content
+
+
+class Files(NamedTuple):
+    """Queries that name files: an object's, one that is missing, and one outside of AIStore's layout."""
+
+    object: str
+    missing: str
+    private: str
+    environ: str
+
+
+def behave(head: Recorded) -> Behaviour:
+    """Have the target fail for objects that are called for it."""
+    behaviours = {
+        "/302": Behaviour(status=302, headers=(("Location", BASE_PATH + UNAME + "obj"),)),
+        "/206": Behaviour(status=206, body=b"a part"),
+        "/short": Behaviour(status=200, body=b"short", declared=100),
+        "/lost": Behaviour(cut=At.AFTER_BODY),
+        **{"/%d" % status: Behaviour(status=status) for status in (403, 404, 500, 503)},
+    }
+    return behaviours.get(head.path[len(BASE_PATH):], Behaviour())
+
+
+@pytest.fixture(scope="module")
+def shared_target() -> Iterator[StandInTarget]:
+    """One stand-in for all tests of this file."""
+    target = StandInTarget()
+    target.default = behave
+    for name in ("obj", "a%20b", "a;v=1", "a%3Bv%3D1", "a", "a+b", "a%2Bb", "100%25", "%E2%82%AC", "a@b"):
+        target.objects[UNAME + name] = b"content of " + name.encode()
+    target.objects[UNAME + "large"] = LARGE
+    target.objects[UNAME + "empty"] = b""
+    target.objects["/docs"] = b"content of docs"
+    yield target
+    target.close()
+    assert target.complaints == []
+
+
+def start_pair(kind: str, mode: str, target: StandInTarget, env: Optional[Mapping[str, str]] = None) -> Pair:
+    """Start both servers for a class; whoever asked for them kills them."""
+    source, name = SOURCE.format(**BASES[kind]), mode.capitalize()
+    env = {"AIS_TARGET_URL": target.url, **(env or {})}
+    upstream = SDKServer(source, name, kind, 1, env)
+    try:
+        ours = Runtime(env={**env, "ETL_CLASS_PAYLOAD": make_payload(source, name), "NUM_WORKERS": "1"}, expect_traceback=True)
+    except BaseException:
+        upstream.kill()
+        raise
+    upstream.expect_traceback = True
+    return Pair(kind, mode, upstream, ours, target)
+
+
+@pytest.fixture(scope="module", params=["%s %s" % (kind, mode) for kind in BASES for mode in ("buffered", "streaming")])
+def pair(request: pytest.FixtureRequest, shared_target: StandInTarget) -> Iterator[Pair]:
+    """Each base, with a class that transforms whole objects and with one that transforms in pieces."""
+    kind, mode = request.param.split(" ")
+    pair = start_pair(kind, mode, shared_target)
+    with pair.upstream, pair.ours:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Files for all tests of this module."""
+    mountpath = tmp_path_factory.mktemp("mountpath")
+    stored = mountpath / "@ais/bck/%ob/dir/a b+c%20d;v=1"
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(b"content of the file")
+    (mountpath / "private").write_bytes(b"private")
+    return Files(fqn(stored), fqn(str(stored) + "x"), fqn(mountpath / "private"), fqn("/proc/self/environ"))
+
+
+def fqn(path: Union[str, Path]) -> str:
+    """Make the parameter that names a file, escaped as a target does it."""
+    return "etl_fqn=" + quote(quote(str(path), safe="$&+=:@"), safe="")
+
+
+class Seen(NamedTuple):
+    """What a client sees: a status, or the name of an exception; and a body if that is a success."""
+
+    status: Union[int, str]
+    body: bytes = b""
+
+
+def look(server: Server, case: "Case", files: Files) -> Seen:
+    """Send a case's request to a server."""
+    target = case.target.format(**files._asdict())
+    try:
+        response = server.request(case.method, target, case.body, timeout=10)
+    except (http.client.HTTPException, ConnectionError) as error:
+        return Seen(type(error).__name__)
+    return Seen(response.status, response.body if response.status < 300 else b"")
+
+
+class Case(NamedTuple):
+    """A request. The target may name the queries of `Files` in braces; a list is a body in chunks."""
+
+    method: str
+    target: str
+    body: Union[bytes, List[bytes], None] = None
+
+
+SAME = [
+    Case("GET", "/health"),
+    Case("PUT", "/bck/obj", b"content"), Case("PUT", "/bck/obj", b""), Case("PUT", "/bck/obj"), Case("PUT", "/bck/obj", LARGE),
+    Case("PUT", "/bck/obj?etl_args=x", b"content"), Case("PUT", "/bck/obj?etl_args=+a%2Bb+c%20%20", b"content"),
+    Case("PUT", "/bck/obj?etl_args=%7B%22a%22%3A+%5B1%2C2%5D%7D", b"content"),
+    Case("PUT", "/bck/obj?uuid=1&etl_args=x&y=2", b"content"),
+    Case("PUT", "/bck/obj?etl_args=%C3%BC%E2%82%AC", b"content"), Case("PUT", "/bck/obj?etl_args=a%26b%3Dc%3Fd%23e", b"content"),
+    Case("PUT", "/bck/obj?etl_args=", b"content"), Case("PUT", "/bck/obj?etl_args", b"content"),
+    Case("PUT", "/bck/a%20b", b"content"), Case("PUT", "/bck/a+b", b"content"), Case("PUT", "/bck/a%2Bb", b"content"),
+    Case("PUT", "/bck/100%25", b"content"), Case("PUT", "/bck/a%2520b", b"content"), Case("PUT", "/bck/%E2%82%AC", b"content"),
+    Case("PUT", "/bck/a%3Fb%23c", b"content"), Case("PUT", "/bck/a@b:c,d=e&f", b"content"), Case("PUT", "/bck/q?x=1", b"content"),
+    Case("PUT", "/bck/a%2Fb/c", b"content"), Case("PUT", "/bck/../obj", b"content"), Case("PUT", "/bck/%FF", b"content"),
+    Case("PUT", "/bck/dir/", b"content"), Case("PUT", "http://pod:8000/bck/obj", b"content"),
+    Case("PUT", "/bck/obj?{object}"), Case("PUT", "/bck/obj?{object}&etl_args=x", b"not this"),
+    Case("GET", UNAME + "obj?{object}"),
+    Case("GET", UNAME + "obj?etl_args=x&{object}"), Case("PUT", "/bck/obj?{missing}"), Case("GET", UNAME + "obj?{missing}"),
+    Case("GET", UNAME + "obj"), Case("GET", UNAME + "obj?etl_args=+x"), Case("GET", UNAME + "a%20b"),
+    Case("GET", UNAME + "100%25"),
+    Case("GET", UNAME + "%E2%82%AC"), Case("GET", UNAME + "a@b"), Case("GET", UNAME + "large"), Case("GET", UNAME + "empty"),
+    Case("GET", UNAME + "obj?latest-ver=true"), Case("GET", UNAME + "obj?etl_fqn="), Case("GET", UNAME + "obj?etl_args=x&uuid=1"),
+    Case("PUT", "/bck/obj?etl_args=nothing", b"content"), Case("GET", "/"),
+]
+STATUSES = [Case("GET", "/404"), Case("GET", "/403"), Case("GET", "/500"), Case("GET", "/503"), Case("GET", UNAME + "missing")]
+
+
+@pytest.mark.parametrize("case", SAME, ids=["%s %.50s" % case[:2] for case in SAME])
+def test_the_runtime_answers_as_the_servers_of_the_sdk(pair: Pair, files: Files, case: Case) -> None:
+    assert look(pair.ours, case, files) == look(pair.upstream, case, files)
+
+
+@pytest.mark.parametrize("case", STATUSES, ids=[case.target for case in STATUSES])
+def test_a_refusal_of_the_target_is_passed_on_by_both(pair: Pair, files: Files, case: Case) -> None:
+    ours, upstream = look(pair.ours, case, files), look(pair.upstream, case, files)
+    status = 404 if "missing" in case.target else int(case.target[1:])
+    assert ours == Seen(status)
+    assert upstream == Seen(502 if IS_OLD_SDK and pair.kind == "flask" else status)  # mended in 2.0
+
+
+@pytest.mark.parametrize("case", [
+    Case("PUT", "/bck/obj", [b"a", b"bc"]), Case("PUT", "/bck/obj", [LARGE]), Case("PUT", "/bck/obj", []),
+], ids=["pieces", "large", "empty"])
+def test_a_chunked_body_is_read_as_by_fastapi_and_flask_and_the_threaded_server_cannot(
+    pair: Pair, files: Files, case: Case
+) -> None:
+    ours, upstream = look(pair.ours, case, files), look(pair.upstream, case, files)
+    whole = Seen(200, pair.result("/bck/obj", "", b"".join(case.body or [])))  # type: ignore[arg-type]
+    assert ours == whole
+    if pair.kind != "threaded":
+        assert upstream == whole
+    elif IS_OLD_SDK:
+        assert upstream == Seen(200, pair.result("/bck/obj", "", b""))  # the object is lost
+    else:
+        assert upstream.status in (501, "ConnectionResetError", "RemoteDisconnected")
+
+
+# == Differences ==
+
+ANY = b"any body"
+Where = Mapping[str, Seen]
+
+
+class Difference(NamedTuple):
+    """A request that the SDK's servers answer wrongly, what they answer, and what the contract says.
+
+    `upstream` has a key "kind", "kind mode", "mode" or "" for any; a server that it does not tell of is right.
+    A body may hold `{path}`, the path as the class gets it.
+    """
+
+    defect: str
+    case: Case
+    upstream: Where
+    ours: Where
+
+
+DIFFERENCES = [
+    Difference("a file outside of AIStore's layout is read for whoever asks", Case("PUT", "/bck/obj?{private}"),
+               {"": Seen(200, b"{path}//private")}, {"": Seen(403)}),
+    Difference("the container's secrets are read for whoever asks", Case("GET", "/bck/obj?{environ}"),
+               {"": Seen(200, ANY)}, {"": Seen(403)}),
+    Difference("the latest version is not asked for where there is a file", Case("GET", UNAME + "obj?latest-ver=true&{object}"),
+               {"": Seen(200, b"{path}//content of the file")}, {"": Seen(200, b"{path}//content of obj")}),
+    Difference("a question mark in a pushed name hides the path, and the object is read as empty",
+               Case("PUT", "/bck/q?x=1?{object}"),
+               {"": Seen(200, b"{cut path}//")}, {"": Seen(200, b"{path}//content of the file")}),
+    Difference("a name with a semicolon loses what follows it", Case("PUT", "/bck/a;v=1", b"content"),
+               {"threaded": Seen(200, b"/bck/a//content")}, {"": Seen(200, b"{path}//content")}),
+    Difference("another object than the one that was asked for is read", Case("GET", UNAME + "a;v=1"),
+               {"threaded": Seen(200, UNAME.encode() + b"a//content of a"),
+                "": Seen(200, b"{path}//content of a%3Bv%3D1")}, {"": Seen(200, b"{path}//content of a;v=1")}),
+    Difference("the path is unquoted and quoted again", Case("GET", UNAME + "a+b"),
+               {"fastapi": Seen(200, b"{path}//content of a%2Bb"), "flask": Seen(200, b"{path}//content of a%2Bb")},
+               {"": Seen(200, b"{path}//content of a+b")}),
+    Difference("a file that user code misses is told as a missing object, which a job skips in silence",
+               Case("PUT", "/bck/obj?etl_args=missing", b"content"),
+               {"buffered": Seen(404), "threaded streaming": Seen(200, ANY), "flask streaming": Seen("RemoteDisconnected"),
+                "fastapi streaming": Seen(500)},
+               {"": Seen(500)}),
+    Difference("a stream that fails at once is answered 200 with an error page, or not at all",
+               Case("PUT", "/bck/obj?etl_args=fail", b"content"),
+               {"threaded streaming": Seen(200, ANY)}, {"": Seen(500)}),
+    Difference("an error page is written into an object that fails half-way", Case("PUT", "/bck/obj?etl_args=later", b"content"),
+               {"threaded streaming": Seen(200, ANY)}, {"streaming": Seen("IncompleteRead"), "buffered": Seen(200, ANY)}),
+    Difference("an error page is written into an object that the target cuts short", Case("GET", "/short"),
+               {"threaded streaming": Seen(200, ANY)}, {"streaming": Seen("IncompleteRead"), "buffered": Seen(502)}),
+    Difference("an error of a pipeline that a stream raises has no status", Case("PUT", "/bck/obj?etl_args=pipeline", b"content"),
+               {"threaded streaming": Seen(200, ANY), "fastapi streaming": Seen(500), "flask streaming": Seen(500)},
+               {"": Seen(400)}),
+    Difference("a part of an object is taken for the object", Case("GET", "/206"),
+               {"threaded buffered": Seen(206, ANY), "": Seen(200, b"{path}//a part")}, {"": Seen(502)}),
+    Difference("a redirect takes the secret elsewhere", Case("GET", "/302"),
+               {"fastapi buffered": Seen(302), "": Seen(200, b"{path}//content of obj")}, {"": Seen(502)}),
+    Difference("a result that is none is taken for an empty object", Case("PUT", "/bck/obj?etl_args=none", b"content"),
+               {"flask buffered": Seen(200)}, {"buffered": Seen(500), "streaming": Seen(200, ANY)}),
+    Difference("a download cannot be asked for", Case("POST", "/download?object_to=x", b""),
+               {"threaded": Seen(501), "": Seen(405)}, {"": Seen(400)}),
+    Difference("an unknown method is not told which ones there are", Case("POST", "/bck/obj", b"content"),
+               {"threaded": Seen(501)}, {"": Seen(405)}),
+    Difference("an unknown method is not told which ones there are", Case("DELETE", "/bck/obj"),
+               {"threaded": Seen(501)}, {"": Seen(405)}),
+    Difference("the health of the pod is transformed as an object", Case("PUT", "/health", b"content"),
+               {"": Seen(200, b"{path}//content")}, {"": Seen(405)}),
+    Difference("an object without a name is transformed", Case("PUT", "/", b"content"),
+               {"threaded": Seen(200, b"{path}//content"), "fastapi": Seen(200, b"{path}//content")}, {"": Seen(404)}),
+    Difference("an object is hidden by the documentation of the framework", Case("GET", "/docs"),
+               {"fastapi": Seen(200, ANY)}, {"": Seen(200, b"{path}//content of docs")}),
+]
+
+
+def expected(where: Where, pair: Pair) -> Optional[Seen]:
+    """Pick what is told of a server, the most special first."""
+    keys = ("%s %s" % (pair.kind, pair.mode), pair.kind, pair.mode, "")
+    return next((where[key] for key in keys if key in where), None)
+
+
+def fill(seen: Seen, pair: Pair, case: Case) -> Seen:
+    """Put the paths into an expected body."""
+    pushed = case.target.partition("?etl_fqn=")[0] if "?{" not in case.target else case.target.rpartition("?{")[0]
+    raw = pushed if case.method == "PUT" and "?{" in case.target else case.target.partition("?")[0]
+    path, cut = pair.result(raw, "", b""), pair.result(case.target.partition("?")[0], "", b"")
+    return Seen(seen.status, seen.body.replace(b"{path}//", path).replace(b"{cut path}//", cut))
+
+
+def agrees(actual: Seen, wanted: Seen) -> bool:
+    """Tell whether what was seen is what was expected."""
+    return actual.status == wanted.status and (wanted.body == ANY or actual.body == wanted.body)
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=["%s %.40s" % difference.case[:2] for difference in DIFFERENCES])
+def test_the_runtime_is_right_where_the_sdk_is_wrong(pair: Pair, files: Files, difference: Difference) -> None:
+    right = expected(difference.ours, pair)
+    assert right is not None
+    right = fill(right, pair, difference.case)
+    wrong = expected(difference.upstream, pair)
+    wrong = right if wrong is None else fill(wrong, pair, difference.case)
+    ours, upstream = look(pair.ours, difference.case, files), look(pair.upstream, difference.case, files)
+    assert agrees(ours, right), (difference.defect, ours, right)
+    assert agrees(upstream, wrong), (difference.defect, upstream, wrong)
+
+
+def test_an_empty_result_has_no_length_that_a_stage_before_takes_for_a_delivery(pair: Pair) -> None:
+    ours, upstream = (server.request("PUT", "/bck/obj?etl_args=nothing", b"content") for server in (pair.ours, pair.upstream))
+    assert (ours.status, ours.body) == (200, b"")
+    assert (ours.headers.get("content-length"), ours.headers["transfer-encoding"]) == (None, "chunked")
+    assert (upstream.status, upstream.body) == (200, b"")
+    if pair.mode == "buffered":
+        assert upstream.headers["content-length"] == "0"
+
+
+def test_the_type_of_results_is_the_same(pair: Pair) -> None:
+    answers = [server.request("PUT", "/bck/obj", b"content") for server in (pair.ours, pair.upstream)]
+    ours, upstream = (answer.headers["content-type"] for answer in answers)
+    assert ours == "text/x-same"
+    assert upstream.partition(";")[0] == ours  # FastAPI adds a charset to any text
+
+
+def serves_on(server: Server) -> bool:
+    """Tell whether a connection serves a second request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        for _ in range(2):
+            connection.request("PUT", "/bck/obj", b"content")
+            response = connection.getresponse()
+            response.read()
+            if connection.sock is None:
+                return False
+        return True
+    finally:
+        connection.close()
+
+
+def test_the_threaded_server_closes_a_connection_after_each_answer_and_ours_does_not(pair: Pair) -> None:
+    assert serves_on(pair.ours)
+    assert serves_on(pair.upstream) is (pair.kind == "fastapi")  # gunicorn's workers of the plain kind close too
+
+
+def cut_put(server: Server) -> bytes:
+    """Send a PUT whose body ends early, and return all that is answered."""
+    with server.connect(10) as connection:
+        connection.sendall(b"PUT /bck/obj HTTP/1.1\r\nHost: pod\r\nContent-Length: 100\r\n\r\npart")
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_the_threaded_server_transforms_a_body_that_is_cut_short_and_ours_does_not(pair: Pair) -> None:
+    ours = cut_put(pair.ours)
+    assert not (ours.startswith(b"HTTP/1.1 2") and ours.endswith(b"0\r\n\r\n"))
+    assert b"HTTP/1.1 2" not in ours or pair.mode == "streaming"
+    if pair.kind == "threaded":
+        upstream = cut_put(pair.upstream)
+        assert upstream.startswith(b"HTTP/1.0 200 ") and upstream.endswith(b"part")
+
+
+def error_of(server: Server) -> Response:
+    """Have a transform fail."""
+    return server.request("PUT", "/bck/obj?etl_args=fail", b"content")
+
+
+def test_errors_are_told_in_the_form_that_aistore_documents_which_is_fastapis(pair: Pair) -> None:
+    ours = error_of(pair.ours)
+    assert json.loads(ours.body) == {"detail": "Processing error: validation failed"}
+    if pair.mode == "buffered":
+        upstream = error_of(pair.upstream)
+        if pair.kind == "fastapi":
+            assert (upstream.status, upstream.body) == (ours.status, ours.body)
+        else:
+            assert b'{"detail":' not in upstream.body
+
+
+def test_parameters_that_are_not_for_the_runtime_reach_the_target_and_upstream_they_are_dropped(pair: Pair) -> None:
+    asked: Dict[str, str] = {}
+    for name, server in (("ours", pair.ours), ("upstream", pair.upstream)):
+        pair.target.requests.clear()
+        assert server.request("GET", UNAME + "obj?uuid=1&etl_args=x&latest-ver=true").status == 200
+        asked[name] = pair.target.wait_for_requests(1)[0].target
+    assert asked["ours"] == BASE_PATH + UNAME + "obj?uuid=1&latest-ver=true"
+    assert "?" not in asked["upstream"]
+
+
+def test_an_object_in_chunks_is_read_whole_and_upstream_takes_its_first_chunk_for_it(
+    pair: Pair, tmp_path: Path, shared_target: StandInTarget
+) -> None:
+    stored = tmp_path / "@ais/bck/%ob/chunked"
+    stored.parent.mkdir(parents=True)
+    stored.write_bytes(b"the first chunk")
+    whole = b"the first chunk, and the second one"
+    shared_target.objects[UNAME + "chunked"] = whole
+    try:
+        os.setxattr(str(stored), "user.ais.lom", b"\x01\x01" + b"\0" * 8 + struct.pack(">HQ", 3, len(whole)) + MARK + b"\0\1xx")
+    except (OSError, AttributeError):
+        pytest.skip("no attributes of users on this file system")
+    ours, upstream = (server.request("PUT", "/bck/chunked?" + fqn(stored)).body for server in (pair.ours, pair.upstream))
+    assert ours == pair.result("/bck/chunked", "", whole)
+    assert upstream == pair.result("/bck/chunked", "", b"the first chunk")
+
+
+@pytest.mark.parametrize("kind", list(BASES))
+def test_no_answer_tells_the_secret_of_the_target_and_upstream_some_do(kind: str, shared_target: StandInTarget) -> None:
+    pair = start_pair(kind, "buffered", shared_target, {"AIS_TARGET_URL": UNUSED_TARGET})
+    with pair.upstream, pair.ours:
+        ours, upstream = (server.request("GET", UNAME + "obj", timeout=30) for server in (pair.ours, pair.upstream))
+        assert (ours.status, upstream.status) == (502, 502)
+        assert b"s3cr3t" not in ours.body and "s3cr3t" not in pair.ours.log()
+        assert (b"s3cr3t" in upstream.body) is (kind != "fastapi")

@@ -1,0 +1,357 @@
+"""A running server and its connections: kept, idle, slow, many at once, broken off, over both protocols."""
+import contextlib
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Iterator, List, Optional
+
+import pytest
+
+from harness import Body, Runtime, Server, make_payload
+
+SLOTS = 2
+AT_ONCE_SECONDS = 0.5  # what needs no transform is answered within
+LARGE_BYTES = 8 << 20  # more than the buffers of a connection hold
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends RST
+
+SLEEPER = '''
+import threading, time
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+
+class Sleeper(HTTPMultiThreadedServer):
+    """Sleeps for as many seconds as the arguments tell, then gives the object back; /count gives the number of calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+
+    def transform(self, data, path, etl_args):
+        if path in ("/count", "/most"):
+            return b"%d" % (self.calls if path == "/count" else self.most)
+        with self.lock:
+            self.calls += 1
+            self.running += 1
+            self.most = max(self.most, self.running)
+        time.sleep(float(etl_args or 0))
+        with self.lock:
+            self.running -= 1
+        return data
+'''
+
+
+def assert_healthy_at_once(server: Server) -> None:
+    """Check that a probe does not wait."""
+    begun = time.monotonic()
+    response = server.request("GET", "/health", timeout=5)
+    assert (response.status, response.body) == (200, b"Running")
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One worker with few slots for transforms, so that they can all be busy."""
+    env = {"ETL_CLASS_PAYLOAD": make_payload(SLEEPER, "Sleeper"), "NUM_WORKERS": "1", "NUM_THREADS": str(SLOTS)}
+    with Runtime(env=env) as runtime:
+        yield runtime
+
+
+@pytest.fixture(autouse=True)
+def lives_on(server: Server) -> Iterator[None]:
+    """Whatever a test does, the server answers afterwards."""
+    yield
+    assert_healthy_at_once(server)
+
+
+@contextlib.contextmanager
+def keeping(server: Server) -> Iterator[http.client.HTTPConnection]:
+    """Make a client that reuses its connection, and fails where that is not possible."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.connect()
+    connection.auto_open = 0  # a connection that the server closed is not replaced in silence
+    with contextlib.closing(connection):
+        yield connection
+
+
+def exchange(connection: http.client.HTTPConnection, body: bytes) -> bytes:
+    """Put an object on a kept connection and return the result."""
+    connection.request("PUT", "/bucket/object", body)
+    with connection.getresponse() as response:
+        assert response.status == 200
+        return response.read()
+
+
+def read_to_mark(connection: socket.socket, mark: bytes) -> bytes:
+    """Read until these bytes have come."""
+    received = b""
+    while mark not in received:
+        data = connection.recv(1 << 16)
+        assert data, "the connection ended behind %r" % received
+        received += data
+    return received
+
+
+def count_of_calls(server: Server) -> int:
+    """Ask how often the class was called for an object."""
+    return int(server.request("PUT", "/count").body)
+
+
+# == Kept connections ==
+
+
+def test_a_connection_serves_many_requests(server: Server) -> None:
+    with keeping(server) as connection:
+        for number in range(20):
+            body = b"%d" % number * number * 1000
+            assert exchange(connection, body) == body
+
+
+def test_a_connection_that_was_idle_is_good_for_more(server: Server) -> None:
+    with keeping(server) as connection:
+        for pause in (0, 1.0, 0.1, 1.0, 0):
+            time.sleep(pause)
+            assert exchange(connection, b"hello") == b"hello"
+
+
+def test_a_connection_may_be_idle_before_its_first_request(server: Server) -> None:
+    with keeping(server) as connection:
+        time.sleep(0.5)
+        assert exchange(connection, b"hello") == b"hello"
+
+
+def test_errors_do_not_end_a_connection(server: Server) -> None:
+    with keeping(server) as connection:
+        requests = (("DELETE", "/b/o", 405), ("PUT", "/", 404), ("POST", "/download", 400), ("GET", "/health", 200))
+        for method, path, status in requests:
+            connection.request(method, path, b"body")
+            with connection.getresponse() as response:
+                assert response.status == status
+                response.read()
+
+
+def test_http_1_0_is_kept_where_it_asks_and_never_gets_chunks(server: Server) -> None:
+    with server.connect() as connection:
+        for body in (b"hello", b""):
+            connection.sendall(b"PUT /b/o HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            head, _, rest = read_to_mark(connection, b"\r\n\r\n").partition(b"\r\n\r\n")
+            while len(rest) < len(body):
+                rest += connection.recv(100)
+            assert rest == body
+            assert b"\r\nConnection: keep-alive" in head and b"Transfer-Encoding" not in head
+            assert b"\r\nContent-Length: %d" % len(body) in head
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("body", [bytes(range(256)) * (LARGE_BYTES // 256), [b"x" * 70000, b"y" * LARGE_BYTES, b"z"]])
+def test_a_large_object_comes_whole_and_goes_whole(server: Server, body: Body) -> None:
+    response = server.request("PUT", "/bucket/object", body)
+    assert response.status == 200
+    assert response.body == (body if isinstance(body, bytes) else b"".join(body))
+
+
+# == Many connections ==
+
+
+def test_two_hundred_idle_connections_are_in_nobodys_way(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(server.connect()) for _ in range(200)]
+        for connection in idle[::2]:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        for connection in idle[::2]:
+            assert read_to_mark(connection, b"Running").startswith(b"HTTP/1.1 200 ")
+        assert_healthy_at_once(server)
+        time.sleep(0.2)  # all are parked by now
+        assert_healthy_at_once(server)
+        for connection in idle:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_to_mark(connection, b"Running").startswith(b"HTTP/1.1 200 ")
+
+
+def test_requests_beyond_the_slots_wait_their_turn_and_probes_do_not(server: Server) -> None:
+    bodies = [b"%d" % number for number in range(6 * SLOTS)]
+    with ThreadPoolExecutor(len(bodies)) as clients:
+        answers = [clients.submit(server.request, "PUT", "/bucket/object?etl_args=0.2", body) for body in bodies]
+        time.sleep(0.1)
+        for _ in range(5):
+            assert_healthy_at_once(server)
+            assert server.request("DELETE", "/bucket/object").status == 405
+            time.sleep(0.1)
+        assert [answer.result().body for answer in answers] == bodies
+    assert 1 <= int(server.request("PUT", "/most").body) <= SLOTS
+
+
+def test_a_storm_of_new_connections_is_answered(server: Server) -> None:
+    bodies = [b"%d" % number for number in range(400)]
+    with ThreadPoolExecutor(40) as clients:
+        answers = list(clients.map(lambda body: server.request("PUT", "/bucket/object", body), bodies))
+    assert [answer.body for answer in answers] == bodies
+
+
+def test_clients_that_say_half_a_head_hold_up_nobody(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(server.connect()).sendall(b"PUT /bucket/object HTTP/1.1\r\nHo")
+        for _ in range(5):
+            assert server.request("PUT", "/bucket/object", b"hello").body == b"hello"
+            assert_healthy_at_once(server)
+
+
+def test_clients_that_send_half_a_body_take_no_slot(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(10 * SLOTS):
+            stack.enter_context(server.connect()).sendall(b"PUT /b/o HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello")
+        for _ in range(5):
+            assert server.request("PUT", "/bucket/object", b"hello", timeout=5).body == b"hello"
+
+
+# == Slow and early ==
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.1])
+def test_a_slow_head_and_a_slow_body_are_waited_for(server: Server, pause: float) -> None:
+    request = b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n\r\nhello!"
+    answer = server.raw([request[start:start + 6] for start in range(0, len(request), 6)], pause, quiet=0.2)
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"\r\n\r\nhello!")
+
+
+def test_a_body_is_invited_and_the_connection_kept(server: Server) -> None:
+    with server.connect(timeout=5) as connection:
+        for framing, body in ((b"Content-Length: 5", b"hello"), (b"Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\n\r\n")):
+            connection.sendall(b"PUT /b/o HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n%b\r\n\r\n" % framing)
+            assert read_to_mark(connection, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(body)
+            assert read_to_mark(connection, b"hello").startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("line, status", [("PUT /", 404), ("DELETE /bucket/object", 405)])
+def test_a_body_that_would_be_refused_is_not_invited(server: Server, line: str, status: int) -> None:
+    head = "%s HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n" % line
+    received = server.raw(head.encode(), first=5, quiet=0.5)
+    assert received.startswith(b"HTTP/1.1 %d " % status)
+    assert received.count(b"HTTP/1.1 ") == 1, "a final answer is the last word: %r" % received
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("method, path, status", [
+    ("PUT", "/", 404), ("POST", "/bucket/object", 405), ("DELETE", "/health", 405), ("POST", "/download", 400),
+    ("PUT", "/bucket/object?etl_fqn=/nowhere/@ais/bucket/%25ob/object", 404),
+])
+def test_an_early_error_reaches_a_client_that_still_sends(
+    server: Server, method: str, path: str, status: int, is_chunked: bool
+) -> None:
+    body: Body = [bytes(1 << 20)] * 8 if is_chunked else bytes(LARGE_BYTES)
+    response = server.request(method, path, body)
+    assert response.status == status
+    assert json.loads(response.body)["detail"]
+
+
+def test_a_refused_framing_reaches_a_client_that_still_sends(server: Server) -> None:
+    headers = {"Content-Length": str(LARGE_BYTES), "Transfer-Encoding": "chunked"}
+    response = server.request("PUT", "/bucket/object", bytes(LARGE_BYTES), headers)
+    assert response.status == 400
+    assert json.loads(response.body)["detail"]
+
+
+# == Broken off ==
+
+
+def test_an_empty_connection_leaves_no_line_in_the_log(server: Server) -> None:
+    lines = len(server.lines)
+    for _ in range(5):
+        server.connect().close()
+    with server.connect():
+        time.sleep(0.1)
+    time.sleep(0.2)
+    assert server.lines[lines:] == []
+
+
+def test_a_connection_that_is_reset_leaves_no_line_in_the_log(server: Server) -> None:
+    lines = len(server.lines)
+    for request in (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        for pause in (0.0, 0.1):
+            with server.connect() as connection:
+                connection.sendall(request)
+                time.sleep(pause)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    time.sleep(0.2)
+    assert server.lines[lines:] == []
+
+
+@pytest.mark.parametrize("sent", [b"Content-Length: 10\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"])
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_body_whose_client_goes_away_is_not_transformed(server: Server, sent: bytes, resets: bool) -> None:
+    calls = count_of_calls(server)
+    for pause in (0.0, 0.1):
+        with server.connect() as connection:
+            connection.sendall(b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\n" + sent)
+            time.sleep(pause)
+            if resets:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    time.sleep(0.2)
+    assert count_of_calls(server) == calls
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_client_that_goes_away_during_the_transform_does_no_harm(server: Server, resets: bool) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"PUT /bucket/object?etl_args=0.3 HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+        time.sleep(0.1)
+        if resets:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    time.sleep(0.4)
+    assert server.request("PUT", "/bucket/object", b"hello").body == b"hello"
+
+
+def test_a_client_that_goes_away_during_the_answer_does_no_harm(server: Server) -> None:
+    for _ in range(3):
+        with server.connect() as connection:
+            connection.sendall(b"PUT /b/o HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % LARGE_BYTES)
+            connection.sendall(bytes(LARGE_BYTES))
+            connection.recv(1000)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    assert server.request("PUT", "/bucket/object", b"hello").body == b"hello"
+
+
+# == Both protocols ==
+
+
+def local_address(family: int, address: str) -> Optional[str]:
+    """Return the address if this machine has it."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return None
+    return address
+
+
+@pytest.mark.parametrize("family, address", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_both_loopbacks_are_listened_on(server: Server, family: int, address: str) -> None:
+    if not local_address(family, address):
+        pytest.skip("this machine has no %s" % address)
+    with contextlib.closing(http.client.HTTPConnection(address, server.port, timeout=5)) as connection:
+        assert exchange(connection, b"hello") == b"hello"
+        assert exchange(connection, b"world") == b"world"
+
+
+def test_connections_in_many_threads_do_not_mix_their_answers(server: Server) -> None:
+    failures: List[str] = []
+
+    def talk(name: bytes) -> None:
+        with keeping(server) as connection:
+            for number in range(30):
+                body = b"%b %d " % (name, number) * (1 + 50 * (number % 7))
+                if exchange(connection, body) != body:
+                    failures.append(body.decode())
+
+    threads = [threading.Thread(target=talk, args=(b"%d" % number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []

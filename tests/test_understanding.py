@@ -1,0 +1,264 @@
+"""Stage 1, understanding: a method and a raw request target become the request that AIStore means."""
+import re
+from typing import Dict, NamedTuple, Tuple
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from ais_runtime_min import BadRequest, ETLRequest, NotFound, RequestError, split_query, split_target
+
+UNAME = "/ais%2F@%23%2Fbck%2Fdir%2Fobj"
+FQN = "/mp/@ais/bck/%ob/dir/obj"
+
+
+def wire(text: str) -> str:
+    """Return a target as the HTTP layer hands it over: one character a byte."""
+    return text.encode("utf-8").decode("latin-1")
+
+
+def go_escape(text: str, kept: str) -> str:
+    """Escape as package net/url of Go does: unreserved characters are kept, and those of `kept`."""
+    return "".join(
+        char if re.fullmatch("[A-Za-z0-9_.~-]", char) or char in kept else "".join("%%%02X" % byte for byte in char.encode())
+        for char in text
+    )
+
+
+def path_escape(text: str) -> str:
+    """Escape as url.PathEscape of Go."""
+    return go_escape(text, "$&+=:@")
+
+
+def query_escape(text: str) -> str:
+    """Escape as url.QueryEscape of Go."""
+    return go_escape(text, " ").replace(" ", "+")
+
+
+def encode_values(values: Dict[str, str]) -> str:
+    """Encode as url.Values.Encode of Go, which sorts by key."""
+    return "&".join("%s=%s" % (query_escape(key), query_escape(values[key])) for key in sorted(values))
+
+
+# == Targets ==
+
+
+class Split(NamedTuple):
+    """A request target and what its parts are, for PUT and GET; only the path of a PUT may have a question mark."""
+
+    target: str
+    put: Tuple[str, str]
+    get: Tuple[str, str]
+
+
+SPLITS = [
+    Split("/bck/obj", ("/bck/obj", ""), ("/bck/obj", "")),
+    Split("/bck/obj?", ("/bck/obj", ""), ("/bck/obj", "")),
+    Split("/bck/obj?a=1&b=2", ("/bck/obj", "a=1&b=2"), ("/bck/obj", "a=1&b=2")),
+    Split("/bck/obj;v=1?a=1;b", ("/bck/obj;v=1", "a=1;b"), ("/bck/obj;v=1", "a=1;b")),
+    Split("/bck/obj;v=1;w", ("/bck/obj;v=1;w", ""), ("/bck/obj;v=1;w", "")),
+    Split("/bck/q?x=1?etl_fqn=f", ("/bck/q?x=1", "etl_fqn=f"), ("/bck/q", "x=1?etl_fqn=f")),
+    Split("/bck/q?x?etl_args=a", ("/bck/q?x", "etl_args=a"), ("/bck/q", "x?etl_args=a")),
+    Split("/bck/q??latest-ver=true", ("/bck/q?", "latest-ver=true"), ("/bck/q", "?latest-ver=true")),
+    Split("/bck/q?etl_fqn=a?etl_fqn=b", ("/bck/q?etl_fqn=a", "etl_fqn=b"), ("/bck/q", "etl_fqn=a?etl_fqn=b")),
+    Split("/bck/q?x=1?y=2", ("/bck/q", "x=1?y=2"), ("/bck/q", "x=1?y=2")),
+    Split("/bck/q?etl_fqnx=1?y", ("/bck/q", "etl_fqnx=1?y"), ("/bck/q", "etl_fqnx=1?y")),
+    Split("/bck//obj/../x", ("/bck//obj/../x", ""), ("/bck//obj/../x", "")),
+    Split("/bck/http://h/x", ("/bck/http://h/x", ""), ("/bck/http://h/x", "")),
+    Split("http://h:8000/bck/obj?a=1", ("/bck/obj", "a=1"), ("/bck/obj", "a=1")),
+    Split("HTTP://h/bck/obj", ("/bck/obj", ""), ("/bck/obj", "")),
+    Split("https://[::1]:8000/bck/obj", ("/bck/obj", ""), ("/bck/obj", "")),
+    Split("//bck/obj", ("//bck/obj", ""), ("//bck/obj", "")),
+    Split("/bck/%3Fobj%2f%00?a=%3F", ("/bck/%3Fobj%2f%00", "a=%3F"), ("/bck/%3Fobj%2f%00", "a=%3F")),
+]
+
+
+@pytest.mark.parametrize("case", SPLITS, ids=[case.target for case in SPLITS])
+def test_the_path_and_the_query_are_told_apart_and_kept_raw(case: Split) -> None:
+    assert split_target("PUT", case.target) == case.put
+    assert split_target("GET", case.target) == case.get
+
+
+@pytest.mark.parametrize("query, known, rest", [
+    ("", {}, ""),
+    ("a=1", {"a": "1"}, "a=1"),
+    ("etl_args=x", {"etl_args": "x"}, ""),
+    ("b=2&etl_args=x&a=1&etl_fqn=f&c=3", {"a": "1", "b": "2", "c": "3", "etl_args": "x", "etl_fqn": "f"}, "b=2&a=1&c=3"),
+    ("a=%2B+%20&b", {"a": "+  ", "b": ""}, "a=%2B+%20&b"),
+    ("a=1&a=2", {"a": "1"}, "a=1&a=2"),
+    ("a==1", {"a": "=1"}, "a==1"),
+    ("a=%c3%bc&b=%C3%BC", {"a": "ü", "b": "ü"}, "a=%c3%bc&b=%C3%BC"),
+    (wire("a=ü"), {"a": "ü"}, wire("a=ü")),
+    ("etl_args=%FF", {"etl_args": "\ufffd"}, ""),
+    ("a=%FF&b=%zz&c=%", {"a": "\ufffd", "b": "%zz", "c": "%"}, "a=%FF&b=%zz&c=%"),
+    ("latest-ver=true&etl_fqn=f", {"latest-ver": "true", "etl_fqn": "f"}, "latest-ver=true"),
+])
+def test_our_parameters_are_decoded_and_the_others_go_along_as_they_came(
+    query: str, known: Dict[str, str], rest: str
+) -> None:
+    assert split_query(query) == (known, rest)
+
+
+@pytest.mark.parametrize("raw, decoded", [
+    (UNAME, "ais/@#/bck/dir/obj"),
+    ("/bck/a+b", "bck/a+b"),
+    ("/bck/a%2Bb", "bck/a+b"),
+    ("/bck/a%2520b", "bck/a%20b"),
+    ("/bck/a%20b", "bck/a b"),
+    ("/bck/a;v=1", "bck/a;v=1"),
+    ("/bck/%E2%82%AC", "bck/€"),
+    (wire("/bck/€"), "bck/€"),
+    ("/bck/%FF", "bck/\ufffd"),
+    ("/bck/\xff", "bck/\ufffd"),
+    ("/bck/100%", "bck/100%"),
+    ("/bck/../obj", "bck/../obj"),
+    ("/bck/%2E%2E/obj", "bck/../obj"),
+    ("//bck", "/bck"),
+    ("/bck/health", "bck/health"),
+    ("/bck/%00", "bck/\0"),
+])
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_the_path_is_kept_raw_and_decoded_once(method: str, raw: str, decoded: str) -> None:
+    request = ETLRequest.parse(method, raw + "?etl_args=x")
+    assert (request.method, request.raw_path, request.path, request.etl_args) == (method, raw, decoded, "x")
+
+
+@pytest.mark.parametrize("target", ["", "/", "//", "/?a=1", "*", "obj", "http://host", "http://host/", "http://host?a=1",
+                                    "ftp://host/bck/obj", "?etl_fqn=x"])
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_a_target_that_names_no_object_is_404(method: str, target: str) -> None:
+    with pytest.raises(NotFound) as caught:
+        ETLRequest.parse(method, target)
+    assert caught.value.status == 404
+
+
+@pytest.mark.parametrize("method, target, allowed", [
+    ("POST", "/bck/obj", "GET, PUT"), ("DELETE", "/bck/obj", "GET, PUT"), ("HEAD", "/bck/obj", "GET, PUT"),
+    ("PATCH", "/bck/obj", "GET, PUT"), ("OPTIONS", "/bck/obj", "GET, PUT"), ("get", "/bck/obj", "GET, PUT"),
+    ("TRACE", UNAME, "GET, PUT"), ("POST", "/downloads", "GET, PUT"), ("POST", "/download/obj", "GET, PUT"),
+    ("PUT", "/health", "GET"), ("POST", "/health?a=1", "GET"),
+    ("PUT", "/ws", "GET"),
+    ("GET", "/download?original_url=a&object_to=b", "POST"), ("PUT", "/download", "POST"),
+])
+def test_a_method_that_is_not_for_a_path_is_405_and_told_which_are(method: str, target: str, allowed: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        ETLRequest.parse(method, target)
+    assert (caught.value.status, dict(caught.value.headers)) == (405, {"Allow": allowed})
+
+
+# == Parameters ==
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", ""), ("x", "x"), ("+x+", "x"), ("%20%09x%0A", "x"), ("a+b", "a b"), ("a%2Bb", "a+b"), ("a%2520b", "a%20b"),
+    ("%7B%22a%22%3A1%7D", '{"a":1}'), ("a%26b%3Dc", "a&b=c"), ("a=b=c", "a=b=c"), ("%C3%BC", "ü"), (wire("ü"), "ü"),
+    ("%FF", "\ufffd"), ("a;b", "a;b"), ("%3F", "?"), ("%2F", "/"),
+])
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_etl_args_are_decoded_once_and_stripped(method: str, text: str, expected: str) -> None:
+    assert ETLRequest.parse(method, "/bck/obj?etl_args=" + text).etl_args == expected
+
+
+@pytest.mark.parametrize("name", [
+    "obj", "a b", "a+b", "100%", "a%20b", "a%2Fb", "a&b=c", "a?b", "a#b", "a;v=1", "ünï/€", " begins and ends ", "a\nb", "@#",
+])
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_a_path_escaped_twice_is_unescaped_once_by_the_query_and_once_by_the_reader(method: str, name: str) -> None:
+    target = "/bck/obj?" + encode_values({"etl_fqn": path_escape("/mp/@ais/bck/%ob/" + name), "etl_args": name})
+    request = ETLRequest.parse(method, target)
+    assert unquote(request.fqn) == "/mp/@ais/bck/%ob/" + name
+    assert (request.etl_args, request.query) == (name.strip(), "")
+
+
+@pytest.mark.parametrize("text, latest", [
+    ("latest-ver=true", True), ("latest-ver=1", True), ("latest-ver=TRUE", True),
+    ("latest-ver=false", False), ("latest-ver=", False), ("latest-ver", False), ("latest=true", False), ("", False),
+])
+def test_the_latest_version_is_asked_for_by_a_parameter_that_goes_along(text: str, latest: bool) -> None:
+    request = ETLRequest.parse("GET", UNAME + "?etl_fqn=%2Fmp&" + text)
+    assert (request.latest, request.query, request.fqn) == (latest, text, "/mp")
+
+
+def test_a_download_has_the_url_and_the_name_that_its_parameters_tell() -> None:
+    url = "https://host/a b?x=1&y=%2F#part"
+    query = encode_values({"original_url": url, "object_to": "bck/a+b c", "etl_args": " x "})
+    request = ETLRequest.parse("POST", "/download?" + query)
+    assert (request.original_url, request.object_to, request.etl_args) == (url, "bck/a+b c", "x")
+    assert (request.is_download, request.path) == (True, "bck/a+b c")
+
+
+@pytest.mark.parametrize("query", ["", "?original_url=http://h/x", "?object_to=bck/obj", "?original_url=&object_to=x",
+                                   "?original_url=http://h/x&object_to="])
+def test_a_download_without_one_of_its_parameters_is_400(query: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        ETLRequest.parse("POST", "/download" + query)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_the_parameters_of_a_download_mean_nothing_elsewhere(method: str) -> None:
+    request = ETLRequest.parse(method, "/bck/obj?object_to=other&original_url=http://h/x")
+    assert (request.path, request.is_download) == ("bck/obj", False)
+    assert request.query == "object_to=other&original_url=http://h/x"
+
+
+@pytest.mark.parametrize("method, target, replayable", [
+    ("PUT", "/bck/obj", False), ("PUT", "/bck/obj?etl_args=x", False), ("PUT", "/bck/obj?etl_fqn=%2Fmp", True),
+    ("GET", UNAME, True), ("POST", "/download?original_url=http://h/x&object_to=y", True),
+])
+def test_only_an_object_in_the_body_cannot_be_read_twice(method: str, target: str, replayable: bool) -> None:
+    assert ETLRequest.parse(method, target).is_replayable is replayable
+
+
+def test_the_pipeline_is_stripped_of_white_space() -> None:
+    assert ETLRequest.parse("PUT", "/bck/obj", " http://a, http://b ").pipeline == "http://a, http://b"
+    assert ETLRequest.parse("PUT", "/bck/obj").pipeline == ""
+
+
+# == What Go escapes comes back ==
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+ODD_NAMES = st.text(st.sampled_from("ab/ %+#;?&=@:$,~!'()*[]\\\"<>^`{|}\n\t\0ü€😀\xa0\x85\u2028"), min_size=1)
+
+
+@given(NAMES | ODD_NAMES, NAMES | ODD_NAMES, st.booleans())
+@example("?etl_fqn=x", "?etl_args=y", True)
+@example("a+b", "%2B", False)
+def test_any_name_that_a_target_escapes_for_a_pull_comes_back(name: str, args: str, latest: bool) -> None:
+    values = {"etl_fqn": path_escape("/mp/@ais/bck/%ob/" + name), "etl_args": args, "uuid": name}
+    if latest:
+        values["latest-ver"] = "true"
+    raw = "/" + path_escape("ais/@#/bck/" + name)
+    request = ETLRequest.parse("GET", raw + "?" + encode_values(values))
+    assert (request.raw_path, request.path) == (raw, "ais/@#/bck/" + name)
+    assert (unquote(request.fqn), request.etl_args) == ("/mp/@ais/bck/%ob/" + name, args.strip())
+    assert request.query == ("latest-ver=true&" if latest else "") + "uuid=" + query_escape(name)
+    assert request.latest is latest
+
+
+@given(NAMES | ODD_NAMES, NAMES | ODD_NAMES)
+def test_any_name_that_a_target_pushes_comes_back(name: str, args: str) -> None:
+    raw = "/bck/" + go_escape(name, "$&+,/:;=@")
+    target = raw + "?" + encode_values({"etl_fqn": path_escape("/mp/" + name), "etl_args": args})
+    request = ETLRequest.parse("PUT", target)
+    assert (request.raw_path, request.path) == (raw, "bck/" + name)
+    assert (unquote(request.fqn), request.etl_args, request.query) == ("/mp/" + name, args.strip(), "")
+
+
+@given(st.text(st.sampled_from("abü?=&/etl_fqn+;@:"), min_size=1), st.sampled_from(["etl_fqn", "etl_args", "latest-ver"]))
+@example("q?x=1", "etl_fqn")
+@example("q?etl_fqn=y", "etl_args")
+def test_any_question_mark_in_a_pushed_name_stays_in_it(name: str, parameter: str) -> None:
+    assume(name.strip("/"))
+    request = ETLRequest.parse("PUT", wire("/" + name) + "?" + encode_values({parameter: "true?x"}))
+    assert request.path == name
+
+
+@given(st.binary(), st.sampled_from(["GET", "PUT", "POST", "HEAD", "BREW"]))
+def test_no_target_whatever_is_more_than_a_refusal(data: bytes, method: str) -> None:
+    target = data.decode("latin-1")
+    try:
+        assert ETLRequest.parse(method, target).raw_path.startswith("/")
+    except RequestError as refusal:
+        assert refusal.status in (400, 404, 405)
