@@ -1727,8 +1727,9 @@ class ForeignBytecode(Exception):
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
     """Tell 3.9 and 3.10 apart by their line tables: only 3.10's covers the bytecode to its end (PEP 626)."""
-    covers = sum(code.co_lnotab[::2] if sys.version_info < (3, 10) else code.co_linetable[::2]) == len(code.co_code)
-    return covers != (sys.version_info >= (3, 10))
+    has_ranges = sys.version_info >= (3, 10)
+    table = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
+    return (sum(table[::2]) == len(code.co_code)) != has_ranges
 
 
 def is_foreign_adaptive_code(code: types.CodeType) -> bool:
