@@ -1728,7 +1728,7 @@ class ForeignBytecode(Exception):
 def is_foreign_wordcode(code: types.CodeType) -> bool:
     """Tell 3.9 and 3.10 apart by their line tables: only 3.10's covers the bytecode to its end (PEP 626)."""
     has_ranges = sys.version_info >= (3, 10)
-    table = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
+    table: bytes = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
     return (sum(table[::2]) == len(code.co_code)) != has_ranges
 
 
