@@ -112,6 +112,7 @@ BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before us 
 RESULT_UNREAD_SECONDS = 60.0  # until a result that nobody reads is cut
 LINGER_SECONDS = 0.02  # a thread waits so long for its connection's next request before it parks it
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
+SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
@@ -1022,25 +1023,6 @@ class NodeAnswer(NamedTuple):
     url: str
 
 
-def body_pieces(body: Union[bytes, Iterable[bytes], None]) -> Iterator[Union[bytes, memoryview]]:
-    """Cut a body into writes: as it is if it has a length, else framed in chunks (RFC 9112, 7.1)."""
-    if isinstance(body, bytes):
-        view = memoryview(body)
-        for start in range(0, len(view), WRITE_BYTES):
-            yield view[start:start + WRITE_BYTES]
-    elif body is not None:
-        for piece in body:
-            yield b"%x\r\n%b\r\n" % (len(piece), piece)
-        yield b"0\r\n\r\n"
-
-
-def is_readable(connection: socket.socket, timeout_seconds: float = 0.0) -> bool:
-    """Tell whether a read would return at once; on an idle connection that means its end."""
-    poller = select.poll()
-    poller.register(connection, select.POLLIN)
-    return bool(poller.poll(1000 * timeout_seconds))
-
-
 def tls_context(settings: Settings) -> ssl.SSLContext:
     """Make the TLS side of connections to AIStore's nodes; ConfigError where a certificate is none."""
     try:
@@ -1187,6 +1169,7 @@ class NodeConnection:
 
     def close(self) -> None:
         """Close it, in the middle of a body too: without the last chunk the node cannot take it for whole."""
+        attempt(self.socket.shutdown, socket.SHUT_RDWR)  # wakes a thread that is still sending
         self.socket.close()
 
 
@@ -1307,7 +1290,7 @@ class ConnectionPool:
         self._token = settings.token
         self._settings = settings
         self._tls: Optional[ssl.SSLContext] = None  # made when first needed: reading the authorities takes a while
-        self._idle: Dict[Tuple[int, Hop], NodeConnection] = {}
+        self._idle: Dict[Tuple[int, Hop], List[NodeConnection]] = {}  # several: one object may come from where it goes
 
     def open(self, request: NodeRequest) -> NodeBody:
         """Send a request; return the answer, its body unread. The caller closes it.
@@ -1316,15 +1299,23 @@ class ConnectionPool:
         byte of an answer, the request goes out once more on a new one, unless its body can be sent only once. OSError
         tells that the node was lost.
         """
-        kept = self._idle.pop((threading.get_ident(), request.hop), None)
-        if kept is not None and request.is_repeatable and kept.is_usable():
+        kept = self._take_kept(request.hop) if request.is_repeatable else None
+        if kept is not None:
             try:
                 return self._exchange(kept, request)
-            except (NothingAnswered, ConnectionError):
+            except NothingAnswered:
                 logger.debug("a kept connection to %s was closed; dialing anew", request.hop.host)
-        elif kept is not None:
-            kept.close()
         return self._exchange(NodeConnection(request, self._tls_for(request.hop)), request)
+
+    def _take_kept(self, hop: Hop) -> Optional[NodeConnection]:
+        """Take an idle connection of this thread's that is still good; close those that are not."""
+        kept = self._idle.get((threading.get_ident(), hop), [])
+        while kept:
+            connection = kept.pop()
+            if connection.is_usable():
+                return connection
+            connection.close()
+        return None
 
     def _tls_for(self, hop: Hop) -> Optional[ssl.SSLContext]:
         if hop.scheme == "https" and self._tls is None:
@@ -1335,10 +1326,13 @@ class ConnectionPool:
         """Send on one connection and read the answer's head; close the connection if that fails."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
-            connection.begin(request, self._token)
             sender = BodySender(connection, request.pieces())
             on_failure.callback(sender.close)
-            is_sent = sender.run()
+            try:
+                connection.begin(request, self._token)
+                is_sent = sender.run()
+            except ConnectionError:  # it may have answered before it hung up
+                is_sent = False
             head = connection.read_head()
             body = connection.body(head)
             on_failure.pop_all()
@@ -1354,15 +1348,18 @@ class ConnectionPool:
             connection.close()
             return
         connection.idle_since = time.monotonic()
-        self._idle[threading.get_ident(), connection.hop] = connection
+        self._idle.setdefault((threading.get_ident(), connection.hop), []).append(connection)
 
     def close_idle(self) -> None:
         """Close the connections that have been idle for too long, whichever thread they belong to."""
-        for key, connection in list(self._idle.items()):
-            if time.monotonic() - connection.idle_since > HOP_IDLE_SECONDS:
-                found = self._idle.pop(key, None)
-                if found is not None:
-                    found.close()
+        oldest = time.monotonic() - HOP_IDLE_SECONDS
+        for key, kept in list(self._idle.items()):
+            for connection in [connection for connection in kept if connection.idle_since < oldest]:
+                with contextlib.suppress(ValueError):  # its thread has just taken it
+                    kept.remove(connection)
+                    connection.close()
+            if not kept:
+                self._idle.pop(key, None)
 
 
 # == 7. The ETL class contract ==
@@ -2836,12 +2833,13 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
             request, client_address = self._jobs.get()
             with self._lock:
                 self._free -= 1
-            try:
-                self.process_request_thread(request, client_address)
-            finally:
-                with self._lock:
-                    self._busy -= 1
-                    self._quiet.notify_all()
+            _, error = attempt(self.process_request_thread, request, client_address)
+            if error is not None:
+                logger.error("connection of %s: %s", client_address, error, exc_info=error)
+                self.close_request(request)
+            with self._lock:
+                self._busy -= 1
+                self._quiet.notify_all()
 
     def wait_until_quiet(self, seconds: float) -> None:
         """Wait until no connection is being served, or that time is over."""
@@ -2860,9 +2858,10 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
+        self._next_sweep = 0.0
         self.start_pool()
 
-    def serve_forever(self, poll_interval: float = 5.0) -> None:
+    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
         """Accept connections and dispatch parked ones that are readable; after `drain`, see to it that all end."""
         self.socket.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -2915,7 +2914,11 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         return [(cast(socket.socket, key.fileobj), *key.data) for key in self._selector.get_map().values() if key.data]
 
     def _close_expired(self) -> None:
-        oldest = time.monotonic() - IDLE_SECONDS
+        """Close what has been idle for too long; looking at all connections is worth it only now and then."""
+        now = time.monotonic()
+        if now < self._next_sweep:
+            return
+        self._next_sweep, oldest = now + SWEEP_SECONDS, now - IDLE_SECONDS
         for connection, _, since in self._parked():
             if since < oldest:
                 self._selector.unregister(connection)
