@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import http.client
 import http.server
 import importlib
@@ -629,9 +630,9 @@ class Fields(Dict[str, str]):
         return super().get(name.lower(), default)
 
 
-def parse_fields(lines: Sequence[bytes]) -> Fields:
-    """Parse header fields; a repeated one is joined by commas, but not one that frames the message."""
-    fields = Fields()
+def parse_fields(lines: Sequence[bytes]) -> Dict[str, str]:
+    """Parse header fields, their names to lower case; a repeated one is joined by commas, but none that frames."""
+    fields: Dict[str, str] = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if match is None:
@@ -1050,7 +1051,7 @@ class AnswerHead(NamedTuple):
         line, *lines = data.split(b"\r\n")
         match = STATUS_LINE.fullmatch(line)
         try:
-            fields = parse_fields(lines)
+            fields = Fields(parse_fields(lines))
         except UnframedRequest as error:
             raise ConnectionError(f"its answer cannot be understood: {error}") from None
         if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
@@ -2552,7 +2553,7 @@ class Head(NamedTuple):
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
 
 
-UNKNOWN_HEAD = Head("", "", False, Fields())  # of a request that could not be parsed
+UNKNOWN_HEAD = Head("", "", False, {})  # of a request that could not be parsed
 
 
 def parse_head(data: bytes) -> Head:
@@ -2602,9 +2603,10 @@ def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
 
 
-def http_date() -> str:
-    """Write the time as RFC 9110, 5.6.7 wants it, in any locale."""
-    now = time.gmtime()
+@functools.lru_cache(maxsize=1)
+def http_date(seconds: int) -> str:
+    """Write a time since the epoch as RFC 9110, 5.6.7 wants it, in any locale; made once a second."""
+    now = time.gmtime(seconds)
     day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
     month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[now.tm_mon - 1]
     return f"{day}, {now.tm_mday:02} {month} {now.tm_year} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT"
@@ -2615,7 +2617,7 @@ UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
 def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     """Write an answer's head; a value of user code's cannot break out of its line, nor a made-up status."""
-    lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}", f"Date: {http_date()}"]
+    lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}", f"Date: {http_date(int(time.time()))}"]
     lines += [UNPRINTABLE.sub("?", f"{name}: {value}") for name, value in fields]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
@@ -2673,7 +2675,8 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             logger.warning("request of %s: %s", self.client_address[0], error)
             self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
             return self._linger()
-        self._set_receive_timeout(BODY_PAUSE_SECONDS)
+        if body.size is None or body.size > self.input.ahead:
+            self._set_receive_timeout(BODY_PAUSE_SECONDS)
         expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
         self.input.invite = self._send_continue if expects and not self.input.ahead else None
         with contextlib.closing(self._answer(head, body)) as answer:
@@ -2693,7 +2696,9 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
                 return self.input.take(end + 4)[:-4]
-            self._check_partial_head(deadline)
+            if self.input.ahead:
+                self._check_partial_head(deadline)
+                self._set_receive_timeout(HEAD_TIMEOUT_SECONDS)
             try:
                 if not self.input.fill():
                     return None
@@ -2702,7 +2707,6 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                     self.is_idle = True
                     return None
             deadline = deadline or time.monotonic() + HEAD_TIMEOUT_SECONDS
-            self._set_receive_timeout(HEAD_TIMEOUT_SECONDS)
 
     def _check_partial_head(self, deadline: float) -> None:
         """Give up on a head that is too long, too slow, or will never end in an empty line."""
