@@ -229,7 +229,11 @@ class Terminated(SystemExit):
 
 
 def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
-    """Make a call that may raise anything: users' code runs in it, and its SystemExit must not end a thread."""
+    """Make a call that may raise anything: users' code runs in it, and its SystemExit must not end a thread.
+
+    Only `Terminated` passes: a signal that comes while the user's code is loaded is meant for us. Whoever gets the
+    outcome decides what an error means; none may be dropped unless that is said.
+    """
     try:
         return Outcome(function(*args))
     except Terminated:
@@ -532,7 +536,11 @@ def last_words(lines: Sequence[str]) -> str:
 
 
 def run_tool(variable: str, command: Sequence[str]) -> None:
-    """Run an installer to its end; its last lines are in the error. The signal that ends us ends it too."""
+    """Run an installer to its end, for `TOOL_SECONDS` at most; PackageError has its last words.
+
+    It runs in a session of its own, so that it and all that it starts can be ended together: when the time is over, and
+    when a signal ends us, whose exception passes through here.
+    """
     import subprocess
 
     tool = " ".join(command[:1] if command[0] != sys.executable else command[2:3])
@@ -645,9 +653,10 @@ def parse_fields(lines: Sequence[bytes]) -> Dict[str, str]:
 
 
 class ConnectionInput:
-    """What a client sends, received ahead by up to `READ_BYTES`; its head and its body are read from here.
+    """What a peer sends, received ahead by up to `READ_BYTES`; its heads and bodies are read from here.
 
-    Time-outs are the socket's own (SO_RCVTIMEO), so that a read is one system call; they show as BlockingIOError.
+    It does not own the connection. Time-outs are the socket's: a client's are the kernel's (SO_RCVTIMEO), so that a read
+    is one system call, and show as BlockingIOError; a node's are Python's, and show as socket.timeout.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -1175,7 +1184,12 @@ class NodeConnection:
 
 
 class BodySender:
-    """Send a request's body over a connection, and go on with it in a thread if the answer comes meanwhile."""
+    """Send a request's body over a connection, and go on with it in a thread if the answer comes meanwhile.
+
+    A stage that streams answers while it reads. If we sent all before reading anything, both sides would block once the
+    buffers between them are full; so the rest of the body gets a thread of its own, which ends with the body, with the
+    connection, or when `stop` is called. It owns the iterator and closes it.
+    """
 
     def __init__(self, connection: NodeConnection, pieces: Iterator[Union[bytes, memoryview]]) -> None:
         self._connection = connection
@@ -1764,7 +1778,11 @@ def checked_code(*args: Any) -> types.CodeType:
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class, refusing another Python's bytecode before any of it runs."""
+    """Unpickle a class, refusing another Python's bytecode before any of it runs.
+
+    A pickle does not say which Python made it. Code of another minor version may load without complaint and then crash
+    the interpreter, or compute nonsense, so each code object is looked at as it is made.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         """Look up a global, with our own maker in the place of code objects' type."""
@@ -1809,7 +1827,10 @@ def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
 
 
 def checked_class(cls: Any) -> Type[ETLServer]:
-    """Refuse what cannot be served: no class, no ETLServer, nothing to call, or an override that would do nothing."""
+    """Refuse what cannot be served: no class, no ETLServer, nothing to call, or an override that would do nothing.
+
+    Called in the supervisor, before any worker is forked, so that the mistake is told once. PayloadError or ClassError.
+    """
     if not isinstance(cls, type):
         raise PayloadError(f"{FAILED}: it is no class but {type(cls).__name__!r}")
     if not issubclass(cls, ETLServer):
@@ -2047,7 +2068,9 @@ def target_refusal(status: int, answer: bytes) -> RequestError:
 class Sources:
     """Open the object of a request: a file, the request's body, the target's copy, or a download.
 
-    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`.
+    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`. The target sends a path wherever the
+    object has a file, which saves a trip of its bytes through a socket; but a path says nothing of whether the file is
+    all of the object, so `is_whole` asks.
     """
 
     def __init__(self, settings: Settings, pool: ConnectionPool, locate: Callable[[str], str]) -> None:
@@ -2199,7 +2222,11 @@ def as_bytes(output: Any, what: str) -> bytes:
 
 
 class Transforms:
-    """Call the class, with what it expects, and take what it gives for bytes."""
+    """Call the class, with what it expects, and take what it gives for bytes.
+
+    Arguments go by position, since users name them as they like. What `path` looks like depends on the base class
+    (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely on it.
+    """
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
         self._server = server
@@ -2325,7 +2352,12 @@ def is_hopeless(error: Optional[BaseException]) -> bool:
 
 
 class Deliveries:
-    """Put outputs to the next hop, and turn its answer into ours. Shared by all threads of a worker."""
+    """Put outputs to the next hop, and turn its answer into ours. Shared by all threads of a worker.
+
+    What a hop answers decides whether an object is there or lost, and AIStore acts on our status alone: 200 is content,
+    204 a delivery, 404 a source that does not exist and is skipped without a word. So nothing is passed on that means
+    something else coming from us.
+    """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
         self._settings = settings
@@ -2458,7 +2490,11 @@ class Retries:
 
 
 class Service:
-    """What a worker answers requests with; shared by all its threads."""
+    """What a worker answers requests with; shared by all its threads.
+
+    `answer` never raises. An answer in pieces holds the object's source, and perhaps a connection to a hop, until it has
+    been sent or closed.
+    """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool, slots: Slots) -> None:
         self._settings = settings
@@ -2625,6 +2661,10 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
 class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
     """Serve one connection while it has work, on one thread.
 
+    Methods for callers:  the constructor, which returns when this thread is done with the connection
+    Tunables:             HEAD_TIMEOUT_SECONDS, BODY_PAUSE_SECONDS, RESULT_UNREAD_SECONDS, LINGER_SECONDS
+
+    The base class's own parser is not used: it is lenient where two readers of a request could differ on where it ends.
     When `handle` returns, `is_idle` tells whether the connection is to be parked, and served again once readable, and
     `is_broken` whether it is to be reset.
     """
@@ -2852,7 +2892,11 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
 
 
 class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
-    """An HTTP server on a listening socket that other processes may share; idle connections hold no thread."""
+    """An HTTP server on a listening socket that other processes may share; idle connections hold no thread.
+
+    A connection is in one of three places: with the selector (parked), in the queue of the pool, or with a pool thread.
+    The thread of `serve_forever` alone touches the selector; the pool hands connections back by a queue and a wake-up.
+    """
 
     def __init__(self, listener: socket.socket, service: Service) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
@@ -3112,6 +3156,10 @@ class Supervisor:
 
     It owns the listening socket, forks the workers, replaces one that dies, and ends with the reason of one that
     cannot construct the class. As PID 1 of a container it reaps the orphans of the user's subprocesses.
+
+    It has one thread and one place where it waits, the selector: for reports of the workers, and for signals, whose
+    handlers only count. A worker that dies is replaced after a delay that doubles with each death in a row; a worker
+    that has answered a request ends the row. Workers notice its own death by a pipe whose other end closes.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)

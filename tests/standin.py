@@ -68,6 +68,7 @@ class Behaviour:
     body: Union[bytes, Callable[[bytes], bytes]] = b""  # a function gets the request's body, as an ETL stage does
     framing: str = "length"  # or "chunked", or "close"
     declared: Optional[int] = None  # a Content-Length other than the body's; the connection closes behind the body
+    interim: Tuple[int, ...] = ()  # 1xx answers, sent as soon as the head is read
     early: bool = False  # answer before the body is read
     read_on: bool = True  # False: an early answer's request body is left unread, the connection stays open until close()
     cut: Optional[At] = None  # end the connection here
@@ -263,6 +264,7 @@ class _Connection:
         if head is None:
             return False
         plan = self.owner.behaviour_for(head)
+        self.raw.sendall(b"".join(b"HTTP/1.1 %d Interim\r\n\r\n" % status for status in plan.interim))
         if plan.early:
             self._answer(plan, head)
             if not plan.read_on:
