@@ -72,8 +72,8 @@ import time
 import types
 from abc import ABC, abstractmethod
 from http import HTTPStatus
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
-                    Optional, Sequence, Tuple, Type, TypeVar, Union, cast)
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
+                    NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ QPARAM_ARGS = "etl_args"
 QPARAM_LATEST = "latest-ver"
 QPARAM_ORIGINAL_URL = "original_url"
 QPARAM_OBJECT_TO = "object_to"
+AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}  # for /download: some servers refuse requests without one
 DEFAULT_MIME_TYPE = "application/octet-stream"
 
 HEAD_LIMIT_BYTES = 64 << 10  # as much as AIStore's own server takes for a pipeline of many stages, and then some
@@ -106,6 +107,7 @@ WRITE_BYTES = 1 << 20  # one send; TLS fails on pieces of several GiB
 DRAIN_LIMIT_BYTES = 1 << 20  # of a body that an error leaves unread; past this, closing is cheaper than reading on
 LINGER_LIMIT_BYTES = 64 << 20  # read after the last answer, so that a client which sends on can still see it
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
+ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
 SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole before ours begins, so that it can fail well
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
@@ -122,6 +124,7 @@ RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, toge
 # waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
+WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
 TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
 TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
 
@@ -129,7 +132,7 @@ BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
-RESPAWN_DELAY_LIMIT_SECONDS = 10.0  # the delay before a dead worker is replaced doubles up to this
+RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
 DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
 DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
@@ -158,13 +161,13 @@ class Exit(enum.IntEnum):
 class RequestError(Exception):
     """A request that ends in an error answer; its text is the answer's `detail`."""
 
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
     headers: Mapping[str, str] = {}
 
     def __init__(self, detail: str, status: Optional[int] = None, headers: Optional[Mapping[str, str]] = None) -> None:
         super().__init__(detail)
         if status is not None:
-            self.status = HTTPStatus(status)
+            self.status = status
         if headers is not None:
             self.headers = headers
 
@@ -531,7 +534,7 @@ def stop_group(process: subprocess.Popen[bytes]) -> None:
 
 def last_words(lines: Sequence[str]) -> str:
     """Pick the line of a tool's output that says what went wrong: its last error, else its last line."""
-    errors = [line.strip() for line in lines if line.lower().lstrip().startswith("error")]
+    errors = [line.strip() for line in lines if re.match(r"\s*error\b(?!.*subprocess-exited)", line, re.IGNORECASE)]
     return (errors or [line.strip() for line in lines] or ["it printed nothing"])[-1]
 
 
@@ -605,7 +608,7 @@ def install_python_packages(text: str) -> None:
         if requirement.startswith("-"):
             raise PackageError(f"PACKAGES has {requirement!r}: options are not allowed, only requirements")
     if any(not is_installed(requirement) for requirement in requirements):
-        logger.info("installing Python packages: %s", " ".join(requirements))
+        logger.info("installing Python packages: %s", re.sub(r"://[^/@\s]+@", "://***@", " ".join(requirements)))
         run_tool("PACKAGES", [sys.executable, "-m", "pip", "install", "--quiet", "--no-input",
                               "--disable-pip-version-check", *requirements])
         importlib.invalidate_caches()
@@ -794,9 +797,9 @@ class MessageBody(BodyStream):
             pass
         super().finish()
 
-    def drain(self, limit: int) -> None:
-        """Read and forget what is left, up to `limit` bytes."""
-        while limit > 0 and not self.is_at_end and self.failure is None:
+    def drain(self, limit: int, deadline: float) -> None:
+        """Read and forget what is left, up to `limit` bytes and a time of time.monotonic()."""
+        while limit > 0 and time.monotonic() < deadline and not self.is_at_end and self.failure is None:
             limit -= len(self.read(READ_BYTES) or b"")
 
     def _read_some(self, buffer: Any) -> int:
@@ -961,8 +964,8 @@ class Hop(NamedTuple):
     def of(cls, url: str) -> Hop:
         """Take the node from a URL; ValueError where there is none."""
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("it is no http(s) URL")
+        if parts.scheme not in ("http", "https") or not parts.hostname or not HOST.fullmatch(parts.netloc):
+            raise ValueError(f"{url!r} is no http(s) URL")
         return cls(parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
 
 
@@ -1096,7 +1099,7 @@ class NodeConnection:
         if tls is not None:
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self.socket.close)
-                self.socket = tls.wrap_socket(self.socket, server_hostname=hop.host)
+                self.socket = tls.wrap_socket(self.socket, server_hostname=hop.host, suppress_ragged_eofs=False)
                 on_failure.pop_all()
         self.input = ConnectionInput(self.socket)
 
@@ -1132,6 +1135,8 @@ class NodeConnection:
 
     def _is_answering(self) -> bool:
         """Tell whether the node has begun its answer, or ended the connection. Needs a socket that does not block."""
+        if self.input.ahead:
+            return True
         if not is_ready(self.socket, select.POLLIN):
             return False
         if not isinstance(self.socket, ssl.SSLSocket):
@@ -1147,13 +1152,10 @@ class NodeConnection:
         while True:
             end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
-                head = AnswerHead.parse(self.input.take(end + 4)[:-4])
-                if head.status >= 200:  # "100 Continue" and its like come before the answer
-                    return head
-            elif self.input.ahead >= HEAD_LIMIT_BYTES:
+                return AnswerHead.parse(self.input.take(end + 4)[:-4])
+            if self.input.ahead >= HEAD_LIMIT_BYTES:
                 raise ConnectionError("its answer has too long a head")
-            else:
-                self._read_more()
+            self._read_more()
 
     def _read_more(self) -> None:
         has_begun = self.input.ahead > 0
@@ -1294,6 +1296,19 @@ class NodeBody(BodyStream):
             self._release()
 
 
+def read_text(body: NodeBody) -> bytes:
+    """Read an answer that is not content, up to a limit; of an error, what there is: a cut text is better than none."""
+    text = b""
+    while len(text) < ERROR_TEXT_LIMIT_BYTES:
+        piece, error = attempt(body.read, ERROR_TEXT_LIMIT_BYTES - len(text))
+        if error is not None and body.status < 400:
+            raise error
+        if not piece:
+            break
+        text += piece
+    return text
+
+
 class ConnectionPool:
     """Connections to other nodes, kept alive per thread and hop.
 
@@ -1305,6 +1320,7 @@ class ConnectionPool:
         self._token = settings.token
         self._settings = settings
         self._tls: Optional[ssl.SSLContext] = None  # made when first needed: reading the authorities takes a while
+        self._lock = threading.Lock()
         self._idle: Dict[Tuple[int, Hop], List[NodeConnection]] = {}  # several: one object may come from where it goes
 
     def open(self, request: NodeRequest) -> NodeBody:
@@ -1324,13 +1340,15 @@ class ConnectionPool:
 
     def _take_kept(self, hop: Hop) -> Optional[NodeConnection]:
         """Take an idle connection of this thread's that is still good; close those that are not."""
-        kept = self._idle.get((threading.get_ident(), hop), [])
-        while kept:
-            connection = kept.pop()
+        while True:
+            with self._lock:
+                kept = self._idle.get((threading.get_ident(), hop))
+                if not kept:
+                    return None
+                connection = kept.pop()
             if connection.is_usable():
                 return connection
             connection.close()
-        return None
 
     def _tls_for(self, hop: Hop) -> Optional[ssl.SSLContext]:
         if hop.scheme == "https" and self._tls is None:
@@ -1343,12 +1361,7 @@ class ConnectionPool:
             on_failure.callback(connection.close)
             sender = BodySender(connection, request.pieces())
             on_failure.callback(sender.close)
-            try:
-                connection.begin(request, self._token)
-                is_sent = sender.run()
-            except ConnectionError:  # it may have answered before it hung up
-                is_sent = False
-            head = connection.read_head()
+            is_sent, head = self._converse(connection, request, sender)
             body = connection.body(head)
             on_failure.pop_all()
         if is_sent or head.status >= 300:
@@ -1357,24 +1370,43 @@ class ConnectionPool:
             sender.go_on()
         return NodeBody(head, body, sender, lambda: self._release(connection, is_sent and head.keeps_alive and body.is_at_end))
 
+    def _converse(self, connection: NodeConnection, request: NodeRequest,
+                  sender: BodySender) -> Tuple[bool, AnswerHead]:
+        """Send until all is sent or the answer comes; return whether all was sent, and the answer's head."""
+        has_begun = is_sent = False
+        while True:
+            try:
+                if not has_begun:
+                    has_begun = True
+                    connection.begin(request, self._token)
+                is_sent = is_sent or sender.run()
+            except ConnectionError:  # it may have answered before it hung up
+                is_sent = False
+            head = connection.read_head()
+            if head.status >= 200:  # "100 Continue" and its like come before the answer, and want the rest of the body
+                return is_sent, head
+
     def _release(self, connection: NodeConnection, is_good: bool) -> None:
         """Keep a connection whose answer was read to its end, close any other."""
         if not is_good or connection.input.ahead:
             connection.close()
             return
         connection.idle_since = time.monotonic()
-        self._idle.setdefault((threading.get_ident(), connection.hop), []).append(connection)
+        with self._lock:
+            self._idle.setdefault((threading.get_ident(), connection.hop), []).append(connection)
 
     def close_idle(self) -> None:
         """Close the connections that have been idle for too long, whichever thread they belong to."""
         oldest = time.monotonic() - HOP_IDLE_SECONDS
-        for key, kept in list(self._idle.items()):
-            for connection in [connection for connection in kept if connection.idle_since < oldest]:
-                with contextlib.suppress(ValueError):  # its thread has just taken it
-                    kept.remove(connection)
-                    connection.close()
-            if not kept:
-                self._idle.pop(key, None)
+        with self._lock:
+            everything, self._idle = self._idle, {}
+            for key, kept in everything.items():
+                good = [connection for connection in kept if connection.idle_since >= oldest]
+                if good:
+                    self._idle[key] = good
+        for connection in itertools.chain(*everything.values()):
+            if connection.idle_since < oldest:
+                connection.close()
 
 
 # == 7. The ETL class contract ==
@@ -1484,10 +1516,11 @@ class ETLServer(ABC):
         """Put bytes to another node; an override carries every delivery of this class."""
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
-        request = NodeRequest("PUT", Hop.of(url), path_of(url), headers, data, timeout or CONNECT_SECONDS,
+        body = bytes(data) if isinstance(data, (bytearray, memoryview)) else data
+        request = NodeRequest("PUT", Hop.of(url), path_of(url), headers, body, timeout or CONNECT_SECONDS,
                               timeout or HOP_SILENCE_SECONDS)
-        with Current.pool.open(request) as body:
-            return NodeAnswer(body.status, cast(Any, body.headers), body.readall(), url)
+        with Current.pool.open(request) as answer:
+            return NodeAnswer(answer.status, answer.headers, answer.readall(), url)
 
     def handle_direct_put_response(self, resp: Any, data: bytes, data_length: int = -1) -> Tuple[int, bytes, int]:
         """Read a hop's answer: (status to pass on, body to pass on, bytes that were delivered)."""
@@ -1967,7 +2000,14 @@ class ETLRequest(NamedTuple):
     @property
     def decoded_path(self) -> str:
         """The decoded path with its first slash, from which every byte of the raw one can be made again."""
+        if self.object_to:
+            return "/" + self.object_to.lstrip("/")
         return unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "surrogateescape")
+
+    @property
+    def name(self) -> str:
+        """What log lines call the object."""
+        return self.object_to or self.raw_path
 
     @property
     def is_replayable(self) -> bool:
@@ -1979,10 +2019,27 @@ class ETLRequest(NamedTuple):
 # A request to a byte source. Runs on the thread that serves the connection; the source belongs to whoever opened it.
 
 
+class SpoolFile(io.FileIO):
+    """A temporary file that is removed when it is closed; classes get its path."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        descriptor, self.path = tempfile.mkstemp(prefix="etl-")
+        super().__init__(descriptor, "r+")
+
+    def close(self) -> None:
+        """Close and remove it."""
+        if not self.closed:
+            super().close()
+            with contextlib.suppress(FileNotFoundError):  # a class may have moved it away
+                os.unlink(self.path)
+
+
 class Source(NamedTuple):
     """An opened object. Whoever opened it closes `stream`, which also removes a temporary file."""
 
-    stream: Any  # an io.RawIOBase, or a temporary file
+    stream: io.RawIOBase
     path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
 
     def finish(self) -> None:
@@ -2022,14 +2079,14 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> io.FileIO:
     return io.FileIO(descriptor, "rb")
 
 
-OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd\x00)?\x00\x03(.{8})(?:\xe3\x2f\xbd\x00|\Z)")
+OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
 
 
 def is_whole(file: io.FileIO) -> bool:
     """Tell whether an object's file is all of it: of an object in chunks the path leads to the first chunk alone.
 
     AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a preamble of ten bytes,
-    records of a two-byte key and a value, parted by four fixed bytes; key 3 is the size. What cannot be read as that
+    records of a two-byte key and a value, parted by three fixed bytes; key 3 is the size. What cannot be read as that
     says nothing.
     """
     try:
@@ -2044,7 +2101,7 @@ def uname_of(path: str) -> bytes:
     """Make an object's unique name, `provider/@uuid#namespace/bucket/object`, from the path of its file."""
     match = OBJECT_PATH.fullmatch(path)
     if match is None:
-        raise NotFound("the object is stored in chunks, and its path does not tell its name")
+        raise RequestError("the object is stored in chunks, and its path does not tell its name")
     provider, namespace, bucket, name = match.groups("")
     if not namespace.startswith("@"):
         namespace = "@" + (namespace or "#")
@@ -2057,12 +2114,11 @@ def folder_path(folder: str, raw_path: str) -> str:
     return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
 
 
-def target_refusal(status: int, answer: bytes) -> RequestError:
+def target_refusal(status: int, text: str) -> RequestError:
     """Turn a target's refusal into ours: its 4xx and 5xx pass, anything else is not an answer to a GET."""
     if status == HTTPStatus.NOT_FOUND:
         return NotFound("the target does not have the object")
-    text = answer.decode("utf-8", "replace").strip()
-    return RequestError(f"the target answered {status}: {text}", status if status >= 400 else HTTPStatus.BAD_GATEWAY)
+    return RequestError(f"the target answered {status}: {text}".rstrip(": "), status if status >= 400 else HTTPStatus.BAD_GATEWAY)
 
 
 class Sources:
@@ -2095,20 +2151,24 @@ class Sources:
             return self._as_wanted(self._fetch(request.raw_path, request.query), wants_path)
         return Source(body)
 
+    def close_idle(self) -> None:
+        """Close connections that have been idle for too long, those to the outside world too."""
+        self._pool.close_idle()
+        self._outside.close_idle()
+
     def _as_wanted(self, stream: BodyStream, wants_path: bool) -> Source:
         """Spool an object into a temporary file where the class wants a path and there is no file of the object."""
         if not wants_path:
             return Source(stream)
         import shutil
-        import tempfile
 
         with contextlib.ExitStack() as on_failure:
-            spool = on_failure.enter_context(tempfile.NamedTemporaryFile(prefix="etl-"))
+            spool = on_failure.enter_context(SpoolFile())
             with stream:
                 shutil.copyfileobj(stream, spool, WRITE_BYTES)
-            spool.flush()
+            spool.seek(0)
             on_failure.pop_all()
-        return Source(spool, spool.name)
+        return Source(spool, spool.path)
 
     def _fetch(self, raw_path: str, query: str) -> Any:
         """Read an object from the target, or from the folder that stands in for it."""
@@ -2126,13 +2186,13 @@ class Sources:
         if stream.status == HTTPStatus.OK and stream.can_be_checked:
             return stream
         with stream:
-            raise target_refusal(stream.status, stream.read(1024) or b"")
+            raise target_refusal(stream.status, read_text(stream).decode("utf-8", "replace").strip())
 
     def _download(self, url: str) -> NodeBody:
         """Fetch a URL of the outside world, by connections that know nothing of the cluster's secrets."""
         for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
             try:
-                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url)))
+                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url), AGENT))
             except (OSError, ValueError) as error:
                 raise BadGateway(f"the download failed: {describe(error)}") from None
             if stream.status == HTTPStatus.OK:
@@ -2192,9 +2252,12 @@ class MainThreadSlots:
         self._calls.put(call)
         done.acquire()
         outcome = outcomes.pop()
-        if outcome.error is not None:
-            raise outcome.error
-        return cast(T, outcome.value)
+        try:
+            if outcome.error is not None:
+                raise outcome.error
+            return cast(T, outcome.value)
+        finally:
+            del outcome  # its error's traceback has this frame: a cycle, which would keep the object in memory
 
     def work(self) -> None:
         """Make the calls that `run` hands over, until `end`."""
@@ -2251,8 +2314,7 @@ class Transforms:
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
         """Transform in pieces, none of them empty; raises at the end if the object was not read whole and right."""
-        reader = io.BufferedReader(source.stream if isinstance(source.stream, io.RawIOBase) else source.stream.raw,
-                                   READ_BYTES)
+        reader = io.BufferedReader(source.stream, READ_BYTES)
         output = self._server.transform_stream(reader, self._path(request), request.etl_args)
         try:
             for piece in output:
@@ -2347,8 +2409,28 @@ def is_hopeless(error: Optional[BaseException]) -> bool:
         if isinstance(error, (ConnectionRefusedError, ssl.SSLCertVerificationError)):
             return True
         inner = error.args[0] if error.args else None
-        error = getattr(inner, "reason", None) or (inner if isinstance(inner, BaseException) else error.__cause__)
+        causes = (getattr(error, "reason", None), getattr(inner, "reason", None), inner, error.__cause__)
+        error = next((cause for cause in causes if isinstance(cause, BaseException)), None)
     return False
+
+
+class Destination(NamedTuple):
+    """The next hop of a request's pipeline."""
+
+    url: str
+    hop: Hop
+    is_final: bool  # the object at its target, not another stage
+    headers: Mapping[str, str]  # the rest of the pipeline
+
+
+def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
+    """Pass on what another node says its content is."""
+    return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
+
+
+def is_overridden(server: ETLServer, name: str) -> bool:
+    """Tell whether a class has a method of its own in the place of ours."""
+    return getattr(type(server), name) is not getattr(ETLServer, name)
 
 
 class Deliveries:
@@ -2363,75 +2445,74 @@ class Deliveries:
         self._settings = settings
         self._server = server
         self._pool = pool
-        self._by_class = any(getattr(type(server), name) is not getattr(ETLServer, name)
-                             for name in ("client_put", "handle_direct_put_response"))
+        self._by_class = any(is_overridden(server, name) for name in ("client_put", "handle_direct_put_response"))
 
-    def deliver(self, request: ETLRequest, output: Union[bytes, Iterator[bytes]], connect_seconds: float) -> Answer:
-        """Put an output to the first hop of the pipeline. HopLost where its answer does not come whole."""
+    def destination(self, request: ETLRequest) -> Destination:
+        """Read the pipeline, before anything is done for a request whose result could not go anywhere."""
         try:
             entry, rest = parse_etl_pipeline(request.pipeline)
+            Hop.of(entry)
+            url = compose_etl_direct_put_url(entry, self._settings.target, request.decoded_path, request.etl_args)
+            return Destination(url, Hop.of(url), is_final(entry), {HEADER_NODE_URL: rest} if rest else {})
         except ValueError as error:  # InvalidPipelineError is one, ours and the SDK's
-            raise BadRequest(str(error)) from None
-        headers = {HEADER_NODE_URL: rest} if rest else {}
+            raise BadRequest(f"the pipeline cannot be used: {error}") from None
+
+    def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]], connect_seconds: float) -> Answer:
+        """Put an output to the next hop. HopLost where its answer does not come whole."""
         counted = output if isinstance(output, bytes) else CountingIterator(output)
         try:
-            url = compose_etl_direct_put_url(entry, self._settings.target, request.decoded_path, request.etl_args)
-            hop = Hop.of(url)
-        except ValueError as error:
-            raise BadRequest(f"the pipeline's entry {entry!r} cannot be used: {error}") from None
-        try:
             if self._by_class:
-                return self._deliver_by_class(url, counted, headers)
-            body = self._pool.open(NodeRequest("PUT", hop, path_of(url), headers, as_body(counted), connect_seconds))
-            if is_final(entry):
-                return self._delivered(body, counted)
-            return self._passed_back(body)
+                return self._deliver_by_class(to, counted)
+            request = NodeRequest("PUT", to.hop, path_of(to.url), to.headers, as_body(counted), connect_seconds)
+            return self._read_answer(to, self._pool.open(request), counted)
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
-            raise HopLost(f"the next hop was lost: {error or type(error).__name__}", is_hopeless(error)) from None
+            raise HopLost(f"the next hop was lost: {describe(error)}", is_hopeless(error)) from None
 
-    def _deliver_by_class(self, url: str, output: Union[bytes, CountingIterator], headers: Dict[str, str]) -> Answer:
-        """Let the class's own methods put the output and read the answer, as the SDK's servers do."""
+    def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
+        """Let the class's own methods put the output, and read the answer where it wants to."""
         data = b"" if isinstance(output, CountingIterator) else output
-        response = self._server.client_put(url, cast(Any, as_body(output)), headers)
+        response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
+        if not is_overridden(self._server, "handle_direct_put_response"):
+            answer = NodeAnswer(response.status_code, response.headers, response.content, to.url)
+            return self._judge(to, answer, size_of(output))
         status, content, length = self._server.handle_direct_put_response(response, data, size_of(output))
+        if status == HTTPStatus.NOT_FOUND or status >= 400:
+            content = self._settings.redact(as_bytes(content, "the answer is").decode("utf-8", "replace")).encode()
         fields = tuple(self._server.make_direct_put_headers(length).items())
         return Answer(HTTPStatus.BAD_GATEWAY if status == HTTPStatus.NOT_FOUND else status, content, fields)
 
-    def _delivered(self, body: NodeBody, output: Union[bytes, CountingIterator]) -> Answer:
-        """Read a final target's answer: it has the object, or has not."""
+    def _read_answer(self, to: Destination, body: NodeBody, output: Union[bytes, CountingIterator]) -> Answer:
+        """Turn the hop's answer into ours; the content of a next stage is passed on as it comes, if it is large."""
+        is_content = body.status == HTTPStatus.OK and not to.is_final
+        if is_content and (body.size is None or body.size > SMALL_ANSWER_BYTES):
+            pieces = relay(body)
+            return Answer(HTTPStatus.OK, chain_first(next(pieces, b""), pieces), content_type(body.headers))
         with body:
-            if body.status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) and not body.is_early:
-                content = body.read(READ_BYTES)
-                if content:
-                    raise BadGateway(f"the target took the object, but answered {content[:100]!r}")
-                return Answer(HTTPStatus.NO_CONTENT, b"", ((HEADER_DIRECT_PUT_LENGTH, str(size_of(output))),))
-            return self._refused(body)
+            if body.is_early and body.status < 300 and to.is_final:
+                raise BadGateway("the target answered before it had the object")
+            content = body.readall() if is_content else read_text(body)
+            return self._judge(to, NodeAnswer(body.status, body.headers, content, to.url), size_of(output))
 
-    def _passed_back(self, body: NodeBody) -> Answer:
-        """Turn the next stage's answer into ours: content, also empty, or news of a delivery further on."""
-        if body.status == HTTPStatus.NO_CONTENT:
-            with body:
-                length = body.headers.get(HEADER_DIRECT_PUT_LENGTH, "0")
-            return Answer(HTTPStatus.NO_CONTENT, b"", ((HEADER_DIRECT_PUT_LENGTH, length),))
-        if body.status != HTTPStatus.OK:
-            with body:
-                return self._refused(body)
-        fields = (("Content-Type", body.headers.get("Content-Type", DEFAULT_MIME_TYPE)),)
-        if body.size is not None and body.size <= SMALL_ANSWER_BYTES:
-            with body:
-                return Answer(HTTPStatus.OK, body.readall(), fields)
-        pieces = relay(body)
-        return Answer(HTTPStatus.OK, chain_first(next(pieces, b""), pieces), fields)
+    def _judge(self, to: Destination, answer: NodeAnswer, size: int) -> Answer:
+        """Decide what an answer that came whole means: content, also empty, news of a delivery, or a refusal."""
+        status = answer.status_code
+        if to.is_final and status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) and not answer.content:
+            return Answer(HTTPStatus.NO_CONTENT, b"", ((HEADER_DIRECT_PUT_LENGTH, str(size)),))
+        if not to.is_final and status == HTTPStatus.NO_CONTENT:
+            return Answer(status, b"", ((HEADER_DIRECT_PUT_LENGTH, answer.headers.get(HEADER_DIRECT_PUT_LENGTH, "0")),))
+        if not to.is_final and status == HTTPStatus.OK:
+            return Answer(status, answer.content, content_type(answer.headers))
+        return self._refused(answer)
 
-    def _refused(self, body: NodeBody) -> Answer:
+    def _refused(self, answer: NodeAnswer) -> Answer:
         """Pass a refusal back. A 404 would mean that the source is not there, and other statuses that all is well."""
-        text = self._settings.redact((body.read(SMALL_ANSWER_BYTES) or b"").decode("utf-8", "replace"))
-        reason = body.headers.get(HEADER_RETRY_REASON)
-        if body.status == HTTPStatus.SERVICE_UNAVAILABLE and reason:
+        status = answer.status_code
+        text = self._settings.redact(answer.content[:ERROR_TEXT_LIMIT_BYTES].decode("utf-8", "replace"))
+        if status == HTTPStatus.SERVICE_UNAVAILABLE and answer.headers.get(HEADER_RETRY_REASON):
             raise HopLost(f"the next stage wants the object again: {text}")
-        if body.status < 400 or body.status == HTTPStatus.NOT_FOUND:
-            raise BadGateway(f"the next hop answered {body.status}: {text}".rstrip(": "))
-        return Answer(body.status, text.encode(), (("Content-Type", body.headers.get("Content-Type", "text/plain")),))
+        if status < 400 or status == HTTPStatus.NOT_FOUND:
+            raise BadGateway(f"the next hop answered {status}: {text}".rstrip(": "))
+        return Answer(status, text.encode(), content_type(answer.headers))
 
 
 def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -2489,6 +2570,13 @@ class Retries:
         return self._delays.pop(0)
 
 
+def forget_traceback(error: BaseException) -> None:
+    """Let go of the frames that an error came through: they hold whole objects until the next full collection."""
+    for each in (error, getattr(error, "error", None), error.__context__, error.__cause__):
+        if isinstance(each, BaseException):
+            each.__traceback__ = None
+
+
 class Service:
     """What a worker answers requests with; shared by all its threads.
 
@@ -2503,15 +2591,24 @@ class Service:
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_answered = False
-        self.pool = pool
+
+    def close_idle(self) -> None:
+        """Close connections to other nodes that have been idle for too long."""
+        self._sources.close_idle()
 
     def answer(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
-        outcome = attempt(self._answer, request, body)
+        answer, error = attempt(self._answer, request, body)
         if not self._has_answered:
             self._has_answered = True
             report(REPORT_ANSWERED)
-        return cast(Answer, outcome.value) if outcome.error is None else self.answer_for(request, outcome.error)
+        if error is None:
+            return cast(Answer, answer)
+        answer, second_error = attempt(self.answer_for, request, error)
+        forget_traceback(error)
+        if second_error is not None:  # an exception of the user's that cannot even be looked at
+            return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"Processing error: {type(error).__name__}", {})
+        return cast(Answer, answer)
 
     def _answer(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Understood, it is read, transformed and delivered."""
@@ -2540,18 +2637,19 @@ class Service:
 
     def _deliver(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Deliver the output; again while the hop is lost, if the output or the object can be had again."""
+        destination = self._deliveries.destination(request)
         output = None if self._transforms.is_streaming else self._output(request, body)
         retries = Retries(self._delays if output is not None or request.is_replayable else [])
         while True:
             try:
-                return self._deliveries.deliver(
-                    request, guarded(self._pieces(request, body)) if output is None else output, retries.connect_seconds)
+                pieces = guarded(self._pieces(request, body)) if output is None else output
+                return self._deliveries.deliver(destination, pieces, retries.connect_seconds)
             except HopLost as error:
                 if output is None and not request.is_replayable and not error.hopeless:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
                                        {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}) from None
                 delay = retries.take(error)
-                logger.warning("%s: %s; trying again in %.0f s", request.raw_path, error, delay)
+                logger.warning("%s: %s; trying again in %.0f s", request.name, error, delay)
                 time.sleep(delay)
 
     def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
@@ -2559,9 +2657,9 @@ class Service:
         if isinstance(error, OutputFailed):
             error = error.error
         if isinstance(error, RequestError):
-            logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.raw_path, error)
+            logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.name, error)
             return error_answer(error.status, self._settings.redact(str(error)), error.headers)
-        log_user_error(request.raw_path, error)
+        log_user_error(request.name, error)
         status, headers = user_status(error), {}
         if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
@@ -2767,7 +2865,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                 return Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
         except RequestError as error:
             return error_answer(error.status, str(error), error.headers)
-        self.serving = request.raw_path
+        self.serving = request.name
         return self.server.service.answer(request, body)
 
     def _drain(self, body: MessageBody) -> None:
@@ -2775,7 +2873,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         self.input.invite, waits = None, self.input.invite is not None
         if not waits and not body.is_at_end and (body.size or 0) <= DRAIN_LIMIT_BYTES:
             self._set_receive_timeout(DRAIN_SECONDS)
-            attempt(body.drain, DRAIN_LIMIT_BYTES)
+            attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
         """Send an answer, whose head tells the client whether the connection can be used again."""
@@ -2866,8 +2964,15 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
             self._busy += 1
             self._jobs.put((request, client_address))
             if self._jobs.qsize() > self._free and self._threads < THREAD_LIMIT:
-                self._threads += 1
-                threading.Thread(target=self._work, name="etl", daemon=True).start()
+                self._start_thread()
+
+    def _start_thread(self) -> None:
+        """Start another thread; where the system has none left, those that are there take its work over in time."""
+        try:
+            threading.Thread(target=self._work, name="etl", daemon=True).start()
+            self._threads += 1
+        except RuntimeError as error:
+            logger.error("%d threads serve connections, and another cannot be started: %s", self._threads, error)
 
     def _work(self) -> None:
         """Serve one connection after the other, forever: the thread ends with the process."""
@@ -2880,7 +2985,7 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
             _, error = attempt(self.process_request_thread, request, client_address)
             if error is not None:
                 logger.error("connection of %s: %s", client_address, error, exc_info=error)
-                self.close_request(request)
+                request.close()
             with self._lock:
                 self._busy -= 1
                 self._quiet.notify_all()
@@ -2907,6 +3012,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._waker.setblocking(False)
         self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
         self._next_sweep = 0.0
+        self._drain_signals: FrozenSet[int] = frozenset()
         self.start_pool()
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
@@ -2925,7 +3031,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                     self.process_request(key.fileobj, key.data[0])
             self._close_expired()
         self._dismiss_idle()
-        self.wait_until_quiet(GRACE_SECONDS)
+        self.wait_until_quiet(WORKER_GRACE_SECONDS)
 
     def _accept(self) -> None:
         try:
@@ -2971,11 +3077,11 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             if since < oldest:
                 self._selector.unregister(connection)
                 self.shutdown_request(connection)
-        self.service.pool.close_idle()
+        self.service.close_idle()
 
     def _wake_up(self) -> None:
         """Do what this thread was woken for: a signal has come, or a connection is to be parked."""
-        if any(self._wakeup.recv(READ_BYTES)):
+        if self._drain_signals.intersection(self._wakeup.recv(READ_BYTES)):
             self.is_draining = True
         self._park_newly_idle()
 
@@ -2985,6 +3091,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         The interpreter runs handlers on the main thread alone, which may wait for a lock just then and not hear of a
         signal that another thread has taken. So the signal's number goes down the pipe that wakes the selector.
         """
+        self._drain_signals = frozenset(signals)  # others come down the pipe too: users have alarms
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for number in signals:
             signal.signal(number, lambda *_: self.drain())
@@ -3047,13 +3154,15 @@ def serve_instance(server: ListeningServer) -> None:
     listener = Current.listener or bind(server.host, server.port)
     Current.pool = Current.pool or ConnectionPool(settings)
     slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
-    if server.one_at_a_time and settings.threads is None:
+    if server.one_at_a_time and settings.threads in (None, 1):
         slots = MainThreadSlots()
     http_server = PooledHTTPServer(listener, Service(settings, server, Current.pool, slots))
 
     def serve() -> None:
-        http_server.serve_forever()
-        slots.end()
+        try:
+            http_server.serve_forever()
+        finally:
+            slots.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
 
     if threading.current_thread() is threading.main_thread():
         http_server.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
@@ -3103,9 +3212,8 @@ def leave(code: int) -> NoReturn:
     """End a worker: what is registered for the exit is called, what still runs in threads is not waited for."""
     import atexit
 
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for function in (atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+        attempt(function)
     os._exit(code)
 
 
@@ -3125,12 +3233,12 @@ class Worker:
         self.has_answered = False
         self.failure: Optional[StartupError] = None
 
-    def read_reports(self) -> None:
-        """Read what the worker has told so far."""
+    def read_reports(self) -> bool:
+        """Read what the worker has told so far; False if it will tell no more."""
         try:
             text = os.read(self.reports, READ_BYTES)
         except BlockingIOError:
-            return
+            return True
         for line in text.splitlines():
             if line == REPORT_READY:
                 self.is_ready = True
@@ -3140,6 +3248,7 @@ class Worker:
                 code, _, reason = line[1:].decode("utf-8", "replace").partition(" ")
                 self.failure = StartupError(reason)
                 self.failure.exit = Exit(int(code))
+        return bool(text)
 
 
 def how_it_died(status: int) -> str:
@@ -3189,8 +3298,8 @@ class Supervisor:
             for key, _ in self._selector.select(self._seconds_to_wait()):
                 if key.data is None:
                     os.read(key.fd, READ_BYTES)
-                else:
-                    key.data.read_reports()
+                elif not key.data.read_reports():  # user code has closed it; without this we would spin
+                    self._selector.unregister(key.fd)
             self._announce(announce)
             self._reap()
             self._obey()
@@ -3242,11 +3351,16 @@ class Supervisor:
         gc.freeze()  # what is loaded by now is shared; a collection in a worker must not copy it
         reports, reporter = os.pipe()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        pid = os.fork()
-        if not pid:
-            self._become_worker(reporter, masked)
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        os.close(reporter)
+        try:
+            pid = os.fork()
+            if not pid:
+                self._become_worker(reporter, masked)
+        except OSError as error:  # no memory or too many processes, perhaps for a moment
+            os.close(reports)
+            return self._start_later(f"a worker cannot be started: {error.strerror}")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            os.close(reporter)
         os.set_blocking(reports, False)
         self._workers[pid] = Worker(pid, reports)
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
@@ -3293,7 +3407,8 @@ class Supervisor:
             worker = self._workers.pop(pid, None)
             if worker is not None:
                 worker.read_reports()
-                self._selector.unregister(worker.reports)
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(worker.reports)
                 os.close(worker.reports)
                 self._bury(worker, status)
 
@@ -3301,15 +3416,21 @@ class Supervisor:
         """Decide what a worker's end means: the end of all, or a replacement."""
         if self._deadline:
             return
-        if worker.failure is not None:
+        if worker.failure is not None and not self._is_announced:
             return self._fail(worker.failure)
-        self._deaths = 1 if worker.has_answered else self._deaths + 1
-        how = how_it_died(status)
-        if self._has_own_start or self._deaths >= DEATHS_LIMIT:
-            return self._fail(StartupError(f"worker {worker.pid} {how}" + (
-                "" if self._has_own_start else f", the {self._deaths}th in a row that never answered a request")))
+        if worker.has_answered:
+            self._deaths = 0
+        self._start_later(f"worker {worker.pid} {worker.failure or how_it_died(status)}")
+
+    def _start_later(self, why: str) -> None:
+        """Start a worker after a delay that grows with each death in a row; end the pod where that is hopeless."""
+        self._deaths += 1
+        if self._has_own_start:
+            return self._fail(StartupError(why))
+        if self._deaths >= DEATHS_LIMIT:
+            return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
         delay = min(0.05 * 2 ** self._deaths, RESPAWN_DELAY_LIMIT_SECONDS)
-        logger.error("worker %d %s; starting another in %.1f s", worker.pid, how, delay)
+        logger.error("%s; starting another in %.1f s", why, delay)
         self._due.append(time.monotonic() + delay)
 
     def _fail(self, failure: StartupError) -> None:
@@ -3498,6 +3619,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
     if arguments.target and "://" not in arguments.target:
+        if not os.path.isdir(arguments.target):
+            raise UsageError(f"there is no folder {arguments.target!r} to take for --target")
         arguments.target = "file://" + quote(os.path.abspath(arguments.target))
     return arguments
 

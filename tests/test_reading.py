@@ -308,7 +308,7 @@ def test_a_device_under_the_roots_is_forbidden(pods: Callable[..., Pod]) -> None
 
 # == Objects in chunks ==
 
-MARK = b"\xe3\x2f\xbd\x00"
+MARK = b"\xe3\x2f\xbd"
 PREAMBLE = b"\x01\x01" + b"\x12\x34\x56\x78\x9a\xbc\xde\xf0"
 
 
@@ -422,11 +422,14 @@ ATTRIBUTES = [  # the attribute, and whether it says that the file is the whole 
     (attribute(99, before=2), False),
     (attribute(99, preamble=b"\x02" + PREAMBLE[1:]), False),
     (attribute(99, preamble=b"\x01\x00" + b"\n" * 8), False),
-    (attribute(99, preamble=b"\x01\x01" + MARK + b"\x00\x03ab"), False),
-    (attribute(SIZE_OF_CHUNK, preamble=b"\x01\x01" + MARK + b"\x00\x03ab"), True),
+    (attribute(99, preamble=b"\x01\x01" + MARK + b"\x00\x03abc"), False),
+    (attribute(SIZE_OF_CHUNK, preamble=b"\x01\x01" + MARK + b"\x00\x03abc"), True),
     (attribute(int.from_bytes(b"\n" * 8, "big"), after=0), False),
     (attribute(99) + MARK, False),
     (PREAMBLE + MARK.join([b"\x00\x01ab\x00\x03" + b"\x00" * 7 + b"c", struct.pack(">HQ", 3, SIZE_OF_CHUNK)]), True),
+    # as AIStore 5.0 wrote it for an object of three parts of 1 MiB
+    (bytes.fromhex("02011234567890abcdef") + b"\x00\x00xxhash2" + MARK + b"\x00\x01" + bytes.fromhex("4e3a5bb1c6d2e8f0")
+     + MARK + b"\x00\x021" + MARK + bytes.fromhex("00030000000000300000") + MARK + b"\x00\x06x", False),
     # attributes of another layout say nothing
     (b"", True),
     (b"\x01", True),
@@ -440,7 +443,7 @@ ATTRIBUTES = [  # the attribute, and whether it says that the file is the whole 
     (PREAMBLE + struct.pack(">HQ", 3, 99)[:-1], True),
     (PREAMBLE + struct.pack(">HQ", 4, 99), True),
     (PREAMBLE + struct.pack(">HQ", 0x300, 99), True),
-    (PREAMBLE + b"\xe3\x2f\xbd".join([b"\x00\x01ab", struct.pack(">HQ", 3, 99)]), True),
+    (PREAMBLE + (MARK + b"\x00").join([b"\x00\x01ab", struct.pack(">HQ", 3, 99)]), True),
     (b"\xff" * 100, True),
     (b"\x01" * 100, True),
 ]
