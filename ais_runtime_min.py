@@ -3620,7 +3620,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.target and "://" not in arguments.target:
         if not os.path.isdir(arguments.target):
-            raise UsageError(f"there is no folder {arguments.target!r} to take for --target")
+            raise UsageError(f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
         arguments.target = "file://" + quote(os.path.abspath(arguments.target))
     return arguments
 

@@ -5,6 +5,7 @@ So a result tells which stages an object has passed, in which order, and whether
 """
 import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional
 from urllib.parse import quote
@@ -43,6 +44,7 @@ FINAL = "/ais%2F@%23%2Fdst%2Fobj"
 MIB = 1 << 20
 SIZES = [0, 1, 65537, 5 * MIB]
 ARGS = "a b&c=ü"
+SDK_IS_OLD = sys.version_info < (3, 10)  # 1.24.0, the last for Python 3.9: it hands no etl_args to the next stage
 
 
 class Stage(NamedTuple):
@@ -96,9 +98,19 @@ NOT_TAKEN = [  # the SDK's threaded server answers 501 to a body in chunks, whic
 ]
 
 
+def stages_of(chain: str) -> List[Stage]:
+    """Read a chain."""
+    return [STAGES[key] for key in chain.split(" ")]
+
+
 def loses_empty_results(chain: List[Stage]) -> bool:
     """Tell a chain in which a stage of the SDK's passes a result back: it takes an empty one for a delivery, and answers 204."""
     return any(not stage.is_ours for stage in chain[:-1])
+
+
+def args_for(chain: str) -> str:
+    """Return the arguments that each stage of a chain gets: an old SDK's stage has none for the next one, so none are sent."""
+    return "" if SDK_IS_OLD and not all(stage.is_ours for stage in stages_of(chain)) else ARGS
 
 
 class Field:
@@ -153,11 +165,6 @@ def field(shared_field: Field) -> Field:
     return shared_field
 
 
-def stages_of(chain: str) -> List[Stage]:
-    """Read a chain."""
-    return [STAGES[key] for key in chain.split(" ")]
-
-
 def expected(chain: str, content: bytes, args: str = "") -> bytes:
     """Return what a chain is to make of an object."""
     for stage in stages_of(chain):
@@ -168,26 +175,26 @@ def expected(chain: str, content: bytes, args: str = "") -> bytes:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_the_result_of_a_chain_comes_back_right_to_the_byte(field: Field, chain: str, size: int) -> None:
-    content = os.urandom(size)
-    response = field.send(chain, content, args=ARGS)
+    content, args = os.urandom(size), args_for(chain)
+    response = field.send(chain, content, args=args)
     if size == 0 and loses_empty_results(stages_of(chain)):
         assert (response.status, response.body) == (204, b"")
         return
     assert response.status == 200, response.body
-    assert response.body == expected(chain, content, ARGS)
+    assert response.body == expected(chain, content, args)
     assert field.target.requests == []
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_the_result_of_a_chain_arrives_at_its_target_right_to_the_byte(field: Field, chain: str, size: int) -> None:
-    content = os.urandom(size)
-    response = field.send(chain, content, field.target.root + FINAL + "?uuid=a&owt=1", ARGS)
+    content, args = os.urandom(size), args_for(chain)
+    response = field.send(chain, content, field.target.root + FINAL + "?uuid=a&owt=1", args)
     assert (response.status, response.body) == (204, b"")
     assert int(response.headers.get("ais-direct-put-length", "0")) == size
-    assert field.target.stored == {FINAL: expected(chain, content, ARGS)}
+    assert field.target.stored == {FINAL: expected(chain, content, args)}
     assert [request.complete for request in field.target.requests] == [True]
-    assert "uuid=a&owt=1&etl_args=" in field.target.requests[0].target
+    assert "uuid=a&owt=1" + "&etl_args=" * bool(args) in field.target.requests[0].target
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -201,6 +208,7 @@ def test_a_chain_reads_an_object_by_its_path(field: Field, chain: str, tmp_path:
     assert field.target.stored == {FINAL: expected(chain, content)}
 
 
+@pytest.mark.skipif(SDK_IS_OLD, reason="the threaded server of SDK 1.24.0 takes a body in chunks for an empty one, not for a 501")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("chain", NOT_TAKEN)
 def test_a_stage_that_takes_no_chunks_refuses_a_stream_and_nothing_is_stored(field: Field, chain: str, size: int) -> None:

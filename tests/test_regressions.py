@@ -1,0 +1,391 @@
+"""Defects that once were there: one test for each, so that none comes back.
+
+Most classes of these tests tell by `etl_args` what they are to do; `pid` has them answer the id of their worker.
+"""
+import contextlib
+import json
+import os
+import signal
+import ssl
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, Optional
+
+import pytest
+
+from ais_runtime_min import ConnectionPool, Hop, NodeRequest, Settings, is_hopeless
+from harness import ROOT, Environ, Response, Runtime, make_payload
+from standin import BASE_PATH, At, Behaviour, StandInTarget
+from test_reading import CHUNK, WHOLE, attribute, download_target, fqn_query, make_chunked
+
+StartRuntime = Callable[..., Runtime]
+StartTarget = Callable[..., StandInTarget]
+MIB = 1 << 20
+PEAK_LIMIT_MIB = 200  # one object of 32 MiB takes about 90
+FINAL = "/ais%2F@%23%2Fdst%2Fobj"
+
+SOURCE = '''
+import os
+import signal
+import threading
+import time
+
+from aistore.sdk.etl.webserver.flask_server import FlaskServer
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+
+
+class Echo(HTTPMultiThreadedServer):
+    def transform(self, data, path, etl_args):
+        with open(os.environ["CALLS"], "a") as calls:
+            calls.write(path + "\\n")
+        return str(os.getpid()).encode() if etl_args == "pid" else data
+
+
+class Streaming(HTTPMultiThreadedServer):
+    def transform_stream(self, reader, path, etl_args):
+        yield from iter(lambda: reader.read(65536), b"")
+
+
+class Alarmed(FlaskServer):
+    def transform(self, data, path, etl_args):
+        if etl_args == "alarm":
+            rung = []
+            signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+            signal.alarm(1)
+            deadline = time.monotonic() + 20
+            while not rung and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert rung
+        return str(os.getpid()).encode()
+
+
+class Fails:
+    def transform(self, data, path, etl_args):
+        if etl_args == "pid":
+            return str(os.getpid()).encode()
+        raise ValueError("no object of %d bytes" % len(data))
+
+
+class FailsThreaded(Fails, HTTPMultiThreadedServer):
+    pass
+
+
+class FailsFlask(Fails, FlaskServer):
+    pass
+
+
+class Put(HTTPMultiThreadedServer):
+    def transform(self, data, path, etl_args):
+        return data
+
+    def client_put(self, url, data, headers, timeout=None):
+        return super().client_put(url, data, headers, timeout)
+
+
+class FailsOnce(HTTPMultiThreadedServer):
+    def __init__(self):
+        super().__init__()
+        if os.path.exists(os.environ["CALLS"]):
+            os.unlink(os.environ["CALLS"])
+            raise OSError("not this time")
+
+    def transform(self, data, path, etl_args):
+        return str(os.getpid()).encode()
+
+
+class Awkward:
+    def __str__(self):
+        raise RuntimeError("has no text")
+
+
+class AwkwardDetail(Exception):
+    detail = Awkward()
+
+
+class FailingDetail(Exception):
+    @property
+    def detail(self):
+        raise RuntimeError("has no detail")
+
+
+class RaisesOdd(HTTPMultiThreadedServer):
+    def transform(self, data, path, etl_args):
+        raise {"awkward": AwkwardDetail, "failing": FailingDetail}[etl_args]("odd")
+
+
+class SameThread(FlaskServer):
+    def __init__(self):
+        super().__init__()
+        self.maker = threading.get_ident()
+
+    def transform(self, data, path, etl_args):
+        return str(self.maker == threading.get_ident()).encode()
+'''
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Path:
+    """The file in which `Echo` notes its calls, and which has `FailsOnce` fail."""
+    return tmp_path / "calls"
+
+
+@pytest.fixture
+def start(start_runtime: StartRuntime, calls: Path) -> StartRuntime:
+    """A function that starts a class of `SOURCE`, in one worker."""
+    def start_class(name: str, env: Optional[Environ] = None, expect_traceback: bool = False) -> Runtime:
+        variables = {"NUM_WORKERS": "1", "CALLS": str(calls), **(env or {})}
+        return start_runtime(make_payload(SOURCE, name), variables, expect_traceback=expect_traceback)
+
+    return start_class
+
+
+@pytest.fixture
+def hop(start_target: StartTarget) -> StandInTarget:
+    """The next stage, or a server of the outside world."""
+    return start_target()
+
+
+@pytest.fixture
+def mountpath(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose files can have attributes."""
+    with tempfile.TemporaryDirectory(dir=str(ROOT), prefix=".attributes-") as other:
+        for folder in (tmp_path, Path(other)):
+            with contextlib.suppress(OSError, AttributeError):
+                os.setxattr(str(folder), "user.ais.lom", b"x")
+                yield folder
+                return
+        pytest.skip("no file system here has attributes")
+
+
+def detail_of(response: Response) -> str:
+    """Return what a JSON error tells."""
+    assert response.headers["content-type"] == "application/json"
+    return str(json.loads(response.body)["detail"])
+
+
+def pid_of(runtime: Runtime) -> int:
+    """Ask for the worker's id."""
+    response = runtime.request("PUT", "/bck/obj?etl_args=pid", b"", timeout=60)
+    assert response.status == 200, response.body
+    return int(response.body)
+
+
+# == Reading ==
+
+
+def test_a_class_that_streams_gets_an_object_in_chunks_whole_though_etl_direct_fqn_is_on(
+    start: StartRuntime, target: StandInTarget, mountpath: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    target.objects["/ais%2F@%23%2Fbck%2Fdir%2Fobj"] = WHOLE
+    runtime = start("Streaming", {"ETL_DIRECT_FQN": "true", "TMPDIR": str(temporary)})
+    response = runtime.request("PUT", "/bck/dir/obj" + fqn_query(make_chunked(mountpath)))
+    assert (response.status, response.body) == (200, WHOLE)
+    assert [request.method for request in target.requests] == ["GET"]
+    assert list(temporary.glob("etl-*")) == []
+
+
+def test_a_first_chunk_whose_path_tells_no_name_is_500_and_not_a_missing_object(start: StartRuntime, mountpath: Path) -> None:
+    path = mountpath / "file"
+    path.write_bytes(CHUNK)
+    os.setxattr(str(path), "user.ais.lom", attribute(len(WHOLE)))
+    response = start("Echo", {"ETL_FQN_ROOTS": str(mountpath)}).request("PUT", "/bck/obj" + fqn_query(path))
+    assert response.status == 500
+    assert "chunks" in detail_of(response)
+
+
+def test_an_unknown_status_of_a_downloads_server_is_passed_on_as_json(start: StartRuntime, hop: StandInTarget) -> None:
+    hop.default = Behaviour(status=520, body=b"odd")
+    response = start("Echo").request("POST", download_target(hop.root + "/x"), b"")
+    assert response.status == 520
+    assert "520" in detail_of(response)
+
+
+def test_a_refusal_of_the_target_is_told_whole_though_it_comes_in_two_packets(start: StartRuntime, target: StandInTarget) -> None:
+    target.default = Behaviour(status=507, body=b"out of space", stall=At.IN_ANSWER_BODY, stall_seconds=0.5, after_bytes=4)
+    response = start("Echo").request("GET", "/bck/obj")
+    assert response.status == 507
+    assert "out of space" in detail_of(response)
+
+
+def test_downloads_leave_no_descriptor_open(start: StartRuntime, hop: StandInTarget) -> None:
+    runtime = start("Echo")
+    folder = Path("/proc/%d/fd" % pid_of(runtime))
+    if not folder.exists():
+        pytest.skip("no /proc here")
+    before = len(list(folder.iterdir()))
+    for status in [200, 302, 404, 520] * 10:
+        hop.script.append(Behaviour(status=status, body=b"x", framing="close"))
+        runtime.request("POST", download_target(hop.root + "/x"), b"")
+    deadline = time.monotonic() + 20
+    while len(list(folder.iterdir())) > before + 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(list(folder.iterdir())) <= before + 3
+
+
+# == Transforming ==
+
+
+def test_an_alarm_of_the_class_does_not_end_its_worker(start: StartRuntime) -> None:
+    runtime = start("Alarmed")
+    first = pid_of(runtime)
+    response = runtime.request("PUT", "/bck/obj?etl_args=alarm", b"", timeout=60)
+    assert (response.status, int(response.body)) == (200, first)
+    time.sleep(1)  # a worker that was told to drain would be gone
+    assert [pid_of(runtime) for _ in range(3)] == [first] * 3
+    assert "starting another" not in runtime.log()
+
+
+@pytest.mark.parametrize("name", ["FailsThreaded", "FailsFlask"])
+def test_an_object_whose_transform_failed_does_not_stay_in_memory(start: StartRuntime, name: str) -> None:
+    runtime = start(name, expect_traceback=True)
+    status = Path("/proc/%d/status" % pid_of(runtime))
+    if not status.exists():
+        pytest.skip("no /proc here")
+    content = bytes(32 * MIB)
+    for _ in range(12):
+        assert runtime.request("PUT", "/bck/obj", content, timeout=60).status == 500
+    peak, = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    assert peak / 1024 < PEAK_LIMIT_MIB
+
+
+@pytest.mark.parametrize("kind", ["awkward", "failing"])
+def test_an_exception_whose_detail_cannot_be_read_is_500_all_the_same(start: StartRuntime, kind: str) -> None:
+    runtime = start("RaisesOdd", expect_traceback=True)
+    response = runtime.request("PUT", "/bck/obj?etl_args=" + kind, b"")
+    assert response.status == 500
+    assert detail_of(response)
+
+
+def test_one_thread_for_a_flask_class_is_the_one_that_made_it(start: StartRuntime) -> None:
+    runtime = start("SameThread", {"NUM_THREADS": "1"})
+    assert [runtime.request("PUT", "/bck/obj", b"").body for _ in range(5)] == [b"True"] * 5
+
+
+# == Delivering ==
+
+
+def test_an_empty_200_of_a_stage_is_no_news_of_a_delivery_though_the_class_puts_itself(
+    start: StartRuntime, hop: StandInTarget
+) -> None:
+    hop.default = Behaviour(status=200)
+    response = start("Put").request("PUT", "/bck/obj", b"content", {"Ais-Node-Url": hop.root})
+    assert (response.status, response.body, response.headers["transfer-encoding"]) == (200, b"", "chunked")
+
+
+@pytest.mark.parametrize("retries, status", [("1", 200), ("0", 502)])
+def test_a_stage_that_wants_the_object_again_gets_it_though_the_class_puts_itself(
+    start: StartRuntime, hop: StandInTarget, retries: str, status: int
+) -> None:
+    hop.script.append(Behaviour(status=503, headers=(("Ais-Etl-Retry-Reason", "direct-put-transient"),)))
+    hop.default = Behaviour(status=200, body=b"done")
+    runtime = start("Put", {"AIS_DIRECT_PUT_RETRIES": retries})
+    response = runtime.request("PUT", "/bck/obj", b"content", {"Ais-Node-Url": hop.root})
+    assert response.status == status
+    assert [request.body for request in hop.requests] == [b"content"] * (1 + int(retries))
+
+
+def test_a_refusal_shows_no_secret_though_the_class_puts_itself(start: StartRuntime, hop: StandInTarget) -> None:
+    hop.default = Behaviour(status=500, body=b"cannot put " + BASE_PATH.encode() + b"/obj")
+    response = start("Put").request("PUT", "/bck/obj", b"content", {"Ais-Node-Url": hop.root + FINAL})
+    assert (response.status, response.body.startswith(b"cannot put ")) == (500, True)
+    assert b"s3cr3t" not in response.body
+
+
+def test_a_download_goes_along_its_pipeline(start: StartRuntime, hop: StandInTarget, start_target: StartTarget) -> None:
+    outside = start_target()
+    outside.default = Behaviour(status=200, body=b"content")
+    hop.default = Behaviour(status=200, body=b"done")
+    response = start("Echo").request("POST", download_target(outside.root + "/x"), b"", {"Ais-Node-Url": hop.root})
+    assert (response.status, response.body) == (200, b"done")
+    assert [(request.method, request.path, request.body) for request in hop.requests] == [("PUT", "/bck/a%20b", b"content")]
+
+
+def test_a_download_with_a_malformed_pipeline_is_400_before_anything_is_done(
+    start: StartRuntime, hop: StandInTarget, calls: Path
+) -> None:
+    response = start("Echo").request("POST", download_target(hop.root + "/x"), b"", {"Ais-Node-Url": "http://a:1,,http://b:2"})
+    assert response.status == 400
+    assert (hop.requests, calls.exists()) == ([], False)
+
+
+@pytest.mark.parametrize("name", ["Echo", "Streaming"])
+def test_an_interim_answer_does_not_stop_a_body_that_is_still_going_out(
+    start: StartRuntime, hop: StandInTarget, name: str
+) -> None:
+    content = os.urandom(2 * MIB)
+    hop.default = Behaviour(interim=(102,), stall=At.BEFORE_BODY, stall_seconds=0.5)
+    headers = {"Ais-Node-Url": hop.root + FINAL}
+    assert start(name).request("PUT", "/bck/obj", content, headers, timeout=20).status == 204
+    assert hop.stored == {FINAL: content}
+
+
+class Wrapped(Exception):
+    """An error as requests and urllib3 nest them: `reason` is the cause, or a text."""
+
+    def __init__(self, *args: Any, reason: Any = None) -> None:
+        super().__init__(*args)
+        self.reason = reason
+
+
+@pytest.mark.parametrize("cause, hopeless", [
+    (ssl.SSLCertVerificationError("unknown authority"), True), (ConnectionRefusedError(111, "refused"), True),
+    (ConnectionResetError(104, "reset"), False), ("a text", False), (None, False),
+], ids=repr)
+def test_a_hopeless_error_is_found_however_deep_it_is_wrapped(cause: Any, hopeless: bool) -> None:
+    assert is_hopeless(Wrapped(Wrapped("max retries", reason=cause))) is hopeless
+    assert is_hopeless(Wrapped(Wrapped(Wrapped("new connection", reason=cause)))) is hopeless
+    assert is_hopeless(Wrapped(Wrapped(cause, reason="a text"), reason="another text")) is hopeless
+
+
+def test_idle_connections_may_be_swept_while_all_threads_take_and_keep_some(target: StandInTarget) -> None:
+    target.objects["/obj"] = b"content"
+    pool, errors, until = ConnectionPool(Settings()), [], time.monotonic() + 1.5
+    interval = sys.getswitchinterval()
+
+    def repeat(action: Callable[[], object]) -> None:
+        try:
+            while time.monotonic() < until:
+                action()
+        except Exception as error:
+            errors.append(error)
+
+    def get() -> None:
+        with pool.open(NodeRequest("GET", Hop.of(target.url), BASE_PATH + "/obj")) as answer:
+            assert (answer.status, answer.readall()) == (200, b"content")
+
+    def get_on_a_new_thread() -> None:  # a key that the sweep has not seen yet
+        thread = threading.Thread(target=get)
+        thread.start()
+        thread.join()
+
+    actions: List[Callable[[], object]] = [get] * 6 + [get_on_a_new_thread] * 2 + [pool.close_idle] * 2
+    threads = [threading.Thread(target=repeat, args=(action,)) for action in actions]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert len(target.requests) > 20
+
+
+# == Workers ==
+
+
+def test_a_replacement_that_cannot_be_made_once_does_not_end_the_pod(start: StartRuntime, calls: Path) -> None:
+    runtime = start("FailsOnce", expect_traceback=True)
+    first = pid_of(runtime)
+    calls.write_text("fail")
+    os.kill(first, signal.SIGKILL)
+    runtime.wait_for_line("not this time.*starting another")
+    assert pid_of(runtime) != first
+    assert runtime.process.poll() is None
+    assert not calls.exists()
