@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import pytest
 
@@ -363,7 +363,7 @@ def test_idle_connections_may_be_swept_while_all_threads_take_and_keep_some(targ
         thread.start()
         thread.join()
 
-    actions: List[Callable[[], object]] = [get] * 6 + [get_on_a_new_thread] * 2 + [pool.close_idle] * 2
+    actions: Sequence[Callable[[], object]] = [get] * 6 + [get_on_a_new_thread] * 2 + [pool.close_idle] * 2
     threads = [threading.Thread(target=repeat, args=(action,)) for action in actions]
     sys.setswitchinterval(1e-6)
     try:
