@@ -169,7 +169,8 @@ def look(server: Server, case: "Case", files: Files) -> Seen:
     try:
         response = server.request(case.method, target, case.body, timeout=10)
     except (http.client.HTTPException, ConnectionError) as error:
-        return Seen(type(error).__name__)
+        # how a server that hangs up shows, by its end or by a reset, depends on who was faster
+        return Seen("RemoteDisconnected" if isinstance(error, ConnectionError) else type(error).__name__)
     return Seen(response.status, response.body if response.status < 300 else b"")
 
 
