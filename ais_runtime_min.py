@@ -108,6 +108,7 @@ DRAIN_LIMIT_BYTES = 1 << 20  # of a body that an error leaves unread; past this,
 LINGER_LIMIT_BYTES = 64 << 20  # read after the last answer, so that a client which sends on can still see it
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
+WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
 SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole before ours begins, so that it can fail well
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
@@ -130,6 +131,8 @@ TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
+RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
+CROWD_LIMIT = 64  # idle connections that are closed at once when no more can be opened
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
@@ -619,9 +622,11 @@ def install_python_packages(text: str) -> None:
 # from a connection that the caller owns. The grammar is that of RFC 9110, 5.6 and RFC 9112, with nothing forgiven.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+REQUEST_LINE = re.compile(rf"({TOKEN.decode()}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"(%b):[ \t]*((?:[!-~\x80-\xff](?:[ \t!-~\x80-\xff]*[!-~\x80-\xff])?)?)[ \t]*" % TOKEN)
+FIELD_LINE = re.compile(rb"%b:[\t -~\x80-\xff]*" % TOKEN)
+FIELD_LINES = re.compile(rf"(?:{TOKEN.decode()}:[\t -~\x80-\xff]*\r\n)*")
+FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
 SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
@@ -641,17 +646,21 @@ class Fields(Dict[str, str]):
         return super().get(name.lower(), default)
 
 
-def parse_fields(lines: Sequence[bytes]) -> Dict[str, str]:
-    """Parse header fields, their names to lower case; a repeated one is joined by commas, but none that frames."""
+def parse_fields(text: str) -> Dict[str, str]:
+    """Parse header fields, each a line with its CRLF, and return them by name in lower case.
+
+    A repeated one is joined by commas, but none that frames. One match of all is several times faster than one a line.
+    """
+    if not FIELD_LINES.fullmatch(text):
+        raise UnframedRequest("a header field is malformed")
     fields: Dict[str, str] = {}
-    for line in lines:
-        match = FIELD_LINE.fullmatch(line)
-        if match is None:
-            raise UnframedRequest("a header field is malformed")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
-        if name in fields and name in SINGLE:
-            raise UnframedRequest(f"the header field {name} is repeated")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    for name, value in FIELD.findall(text):
+        name, value = name.lower(), value.strip(" \t")
+        if name in fields:
+            if name in SINGLE:
+                raise UnframedRequest(f"the header field {name} is repeated")
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
     return fields
 
 
@@ -676,7 +685,7 @@ class ConnectionInput:
     def fill(self) -> bool:
         """Receive once more; False at the end of the connection."""
         data = self._receive()
-        self._ahead = self._ahead[self._start:] + data
+        self._ahead = self._ahead[self._start:] + data if self.ahead else data
         self._start = 0
         return bool(data)
 
@@ -695,11 +704,11 @@ class ConnectionInput:
         self._start += len(data)
         return data
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
         if not self.ahead:
             self._send_invitation()
-            return self._connection.recv_into(buffer)
+            return self._connection.recv_into(buffer, 0, flags)
         data = self.take(len(buffer))
         buffer[:len(data)] = data
         return len(data)
@@ -735,6 +744,17 @@ class Whose(NamedTuple):
 
 OF_REQUEST = Whose("the request's body", ShortBody, UnframedRequest)
 OF_NODE = Whose("another node's answer", NodeBodyLost, NodeBodyLost)
+
+
+def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
+    """Read a raw file into one object, where its size is known without a copy; the file stays open."""
+    if size is None:
+        return b"".join(iter(lambda: raw.read(READ_BYTES) or b"", b""))
+    buffered = io.BufferedReader(raw, READ_BYTES)
+    try:
+        return buffered.read(size)
+    finally:
+        buffered.detach()
 
 
 class BodyStream(io.RawIOBase):
@@ -773,13 +793,8 @@ class BodyStream(io.RawIOBase):
             raise
 
     def readall(self) -> bytes:
-        """Read to the end, into one object where the size is known: no copy is made of large bodies."""
-        if self.size is None:
-            return b"".join(iter(lambda: self.read(READ_BYTES) or b"", b""))
-        buffered = io.BufferedReader(self, READ_BYTES)
-        data = buffered.read(self.size)
-        buffered.detach()
-        return data
+        """Read to the end."""
+        return read_to_end(self, self.size)
 
 
 class MessageBody(BodyStream):
@@ -790,6 +805,7 @@ class MessageBody(BodyStream):
         self._source = source
         self._whose = whose
         self.is_at_end = False
+        self.receive_flags = 0  # MSG_WAITALL saves system calls where nobody waits for the first bytes of a body
 
     def finish(self) -> None:
         """Read on to the end: a sender that goes away must be noticed, also where the class stopped reading."""
@@ -804,7 +820,7 @@ class MessageBody(BodyStream):
 
     def _read_some(self, buffer: Any) -> int:
         """Read from the connection; the body is cut where that ends, breaks or says nothing for too long."""
-        count = self._from_connection(self._source.readinto, buffer)
+        count = self._from_connection(self._source.readinto, buffer, self.receive_flags)
         if not count:
             raise self._whose.cut(f"{self._whose.name} ended {self._missing()}early")
         return cast(int, count)
@@ -813,9 +829,9 @@ class MessageBody(BodyStream):
         """Tell how much of the body is missing, where that is known."""
         return ""
 
-    def _from_connection(self, read: Callable[[Any], Any], argument: Any) -> Any:
+    def _from_connection(self, read: Callable[..., Any], *args: Any) -> Any:
         try:
-            return read(argument)
+            return read(*args)
         except (BlockingIOError, socket.timeout):
             raise self._whose.cut(f"{self._whose.name} paused for too long") from None
         except OSError as error:
@@ -854,7 +870,7 @@ class BoundedReader(MessageBody):
 class ChunkedReader(MessageBody):
     """A body in chunks (RFC 9112, 7.1), parsed strictly; only its last chunk makes it whole."""
 
-    SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n\0]*)?\r\n")
+    SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n\0]*)?\r\n")
 
     def __init__(self, source: ConnectionInput, whose: Whose = OF_REQUEST) -> None:
         super().__init__(source, whose)
@@ -1059,11 +1075,11 @@ class AnswerHead(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> AnswerHead:
-        """Parse a head without the empty line that ends it; ConnectionError where it is none."""
-        line, *lines = data.split(b"\r\n")
+        """Parse a head, its lines each with CRLF; ConnectionError where it is none."""
+        line, _, rest = data.partition(b"\r\n")
         match = STATUS_LINE.fullmatch(line)
         try:
-            fields = Fields(parse_fields(lines))
+            fields = Fields(parse_fields(rest.decode("latin-1")))
         except UnframedRequest as error:
             raise ConnectionError(f"its answer cannot be understood: {error}") from None
         if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
@@ -1152,7 +1168,7 @@ class NodeConnection:
         while True:
             end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
-                return AnswerHead.parse(self.input.take(end + 4)[:-4])
+                return AnswerHead.parse(self.input.take(end + 4)[:-2])
             if self.input.ahead >= HEAD_LIMIT_BYTES:
                 raise ConnectionError("its answer has too long a head")
             self._read_more()
@@ -1937,9 +1953,18 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
     """
     if not target.startswith("/"):
         target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
+    if "?" not in target:
+        return target, ""
     ours = [match.start() for match in Q_MARK_OF_ETL.finditer(target)] if method == "PUT" else []
     mark = ours[-1] if ours else target.find("?")
-    return (target, "") if mark < 0 else (target[:mark], target[mark + 1:])
+    return target[:mark], target[mark + 1:]
+
+
+def decode_query(text: str) -> str:
+    """Decode a name or a value of a query; what is no UTF-8 is replaced."""
+    if text.isalnum() and text.isascii():
+        return text
+    return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
 
 
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
@@ -1947,8 +1972,8 @@ def split_query(query: str) -> Tuple[Dict[str, str], str]:
     known: Dict[str, str] = {}
     rest = []
     for item in query.split("&") if query else ():
-        name, _, value = (unquote(part.replace("+", " ").encode("latin-1").decode("utf-8", "replace"))
-                          for part in item.partition("="))
+        name, _, value = item.partition("=")
+        name, value = decode_query(name), decode_query(value)
         known.setdefault(name, value)
         if name not in (QPARAM_FQN, QPARAM_ARGS):
             rest.append(item)
@@ -2019,14 +2044,27 @@ class ETLRequest(NamedTuple):
 # A request to a byte source. Runs on the thread that serves the connection; the source belongs to whoever opened it.
 
 
-class SpoolFile(io.FileIO):
+class ObjectFile(io.FileIO):
+    """An object's file, opened; `size` is the file's in bytes."""
+
+    def __init__(self, descriptor: int, size: int, mode: str = "r") -> None:
+        super().__init__(descriptor, mode)
+        self.size = size
+
+    def readall(self) -> bytes:
+        """Read all of it, by one system call, since the size is known and objects are replaced, not changed."""
+        data = self.read(self.size + 1) or b""
+        return data if len(data) == self.size else data + super().readall()
+
+
+class SpoolFile(ObjectFile):
     """A temporary file that is removed when it is closed; classes get its path."""
 
     def __init__(self) -> None:
         import tempfile
 
         descriptor, self.path = tempfile.mkstemp(prefix="etl-")
-        super().__init__(descriptor, "r+")
+        super().__init__(descriptor, 0, "r+")
 
     def close(self) -> None:
         """Close and remove it."""
@@ -2039,7 +2077,7 @@ class SpoolFile(io.FileIO):
 class Source(NamedTuple):
     """An opened object. Whoever opened it closes `stream`, which also removes a temporary file."""
 
-    stream: io.RawIOBase
+    stream: Union[BodyStream, ObjectFile]
     path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
 
     def finish(self) -> None:
@@ -2058,31 +2096,42 @@ def is_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> bool:
     return any(path.startswith(root.rstrip("/") + "/") for root in roots)
 
 
-def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> io.FileIO:
+def resolved_path(descriptor: int, path: str) -> str:
+    """Return the path of an open file with its symlinks resolved; where /proc tells it, of what is open and no other."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:  # no /proc: macOS
+        return os.path.realpath(path)
+
+
+def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> ObjectFile:
     """Open an object by path: NotFound, or Forbidden for what is not AIStore's to show.
 
     The pod's port can be reached by others than its target, and the container holds secrets: only a regular file
-    may be read that lies in AIStore's layout, or under `roots`, once symlinks are resolved.
+    may be read that lies in AIStore's layout, or under `roots`, once symlinks are resolved. The open file is asked for
+    its path again: nothing else cannot be changed behind our back.
     """
     try:
-        resolved = os.path.realpath(path)
-        if not is_object_path(resolved, roots):
+        if not is_object_path(path, roots) and not is_object_path(os.path.realpath(path), roots):
             raise Forbidden("the path is not one of an object")
-        descriptor = os.open(resolved, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
+        if not is_object_path(os.path.realpath(path), roots):  # what is not there must not be told either
+            raise Forbidden("the path is not one of an object") from None
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise Forbidden(f"the object's file cannot be read: {error}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Forbidden("the path is not one of a regular file")
-    return io.FileIO(descriptor, "rb")
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and is_object_path(resolved_path(descriptor, path), roots):
+        return ObjectFile(descriptor, status.st_size)
+    os.close(descriptor)
+    raise Forbidden("the path is not one of an object's file")
 
 
 OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
 
 
-def is_whole(file: io.FileIO) -> bool:
+def is_whole(file: ObjectFile) -> bool:
     """Tell whether an object's file is all of it: of an object in chunks the path leads to the first chunk alone.
 
     AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a preamble of ten bytes,
@@ -2094,7 +2143,7 @@ def is_whole(file: io.FileIO) -> bool:
     except (OSError, AttributeError):  # AttributeError: not on Linux
         return True
     match = OBJECT_SIZE_XATTR.match(attribute)
-    return match is None or int.from_bytes(match[1], "big") == os.fstat(file.fileno()).st_size
+    return match is None or int.from_bytes(match[1], "big") == file.size
 
 
 def uname_of(path: str) -> bytes:
@@ -2216,13 +2265,18 @@ class ThreadSlots:
     """Run calls on the threads that ask, at most `limit` at once."""
 
     def __init__(self, limit: int) -> None:
-        self._free = threading.Semaphore(limit)
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # a semaphore in C: threading's costs as much as a parse
+        for slot in range(limit):
+            self._free.put(slot)
         self._ended = threading.Event()
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function once a slot is free; its exception is the caller's."""
-        with self._free:
+        slot = self._free.get()
+        try:
             return function(*args)
+        finally:
+            self._free.put(slot)
 
     def work(self) -> None:
         """Wait for `end`: this thread has nothing else to do but to take signals."""
@@ -2272,6 +2326,100 @@ class MainThreadSlots:
 Slots = Union[ThreadSlots, MainThreadSlots]
 
 
+def memory_limit(root: str = "/sys/fs/cgroup") -> int:
+    """Return how many bytes of memory the container may take: its control group's limit, or what the machine has."""
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 of control groups, and version 1
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(root, name)) as file:
+            limit = min(limit, int(file.read()))  # ValueError: "max"
+    return limit
+
+
+class Room:
+    """Bound the memory of all bodies that wait for their transforms; those that have no room stay with their senders.
+
+    Whoever came first is never made to wait: one body always fits, and no two wait for each other.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._total = 0
+        self._taken: Dict[object, int] = {}  # in the order of their coming
+        self._change = threading.Condition()
+
+    def enter(self, body: object) -> None:
+        """Admit a body, which takes nothing yet."""
+        with self._change:
+            self._taken[body] = 0
+
+    def take(self, body: object, count: int) -> None:
+        """Wait until there is room for some more bytes, and take it."""
+        with self._change:
+            self._change.wait_for(lambda: self._total + count <= self._limit or body is next(iter(self._taken)))
+            self._total += count
+            self._taken[body] += count
+
+    def give_back(self, body: object, count: int) -> None:
+        """Give back some of what a body has taken."""
+        with self._change:
+            self._total -= count
+            self._taken[body] -= count
+            self._change.notify_all()
+
+    def leave(self, body: object) -> None:
+        """Give back all that a body has taken, if it is still here."""
+        with self._change:
+            self._total -= self._taken.pop(body, 0)
+            self._change.notify_all()
+
+
+class WaitingBody(io.RawIOBase):
+    """A body that is read into memory as there is room for it; `close` leaves the stream open.
+
+    Room is taken for as much again as has come, so that a client which announces a lot and sends a little holds little.
+    """
+
+    def __init__(self, room: Room, stream: Union[BodyStream, ObjectFile]) -> None:
+        super().__init__()
+        self._room = room
+        self._stream = stream
+        self._count = 0
+        room.enter(self)
+
+    def close(self) -> None:
+        """Give the room back."""
+        super().close()
+        self._room.leave(self)
+
+    def readable(self) -> bool:
+        """Tell that this can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes into a buffer, 0 at the end."""
+        step = min(len(buffer), max(READ_BYTES, min(self._count, WRITE_BYTES)))
+        self._room.take(self, step)
+        count = self._stream.readinto(memoryview(buffer)[:step]) or 0
+        if count < step:
+            self._room.give_back(self, step - count)
+        self._count += count
+        return count
+
+    def readall(self) -> bytes:
+        """Read to the end."""
+        if isinstance(self._stream, BoundedReader):
+            self._stream.receive_flags = socket.MSG_WAITALL
+        return read_to_end(self, self._stream.size)
+
+    def before(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Make a function that gives the room back and then calls another: the body waits no more."""
+        def call(*args: Any) -> T:
+            self._room.leave(self)
+            return function(*args)
+
+        return call
+
+
 def as_bytes(output: Any, what: str) -> bytes:
     """Take a result for bytes: any bytes-like object, text as UTF-8; TypeError names what it is not."""
     if isinstance(output, bytes):
@@ -2295,6 +2443,8 @@ class Transforms:
         self._server = server
         self._slots = slots
         self._decodes = isinstance(server, FrameworkServer)
+        self._room = Room(WAITING_LIMIT_BYTES)
+        self._memory = memory_limit()
 
     @property
     def is_streaming(self) -> bool:
@@ -2304,13 +2454,25 @@ class Transforms:
     @property
     def mime_type(self) -> str:
         """The `Content-Type` of results."""
-        return self._server.get_mime_type()
+        return str(self._server.get_mime_type())
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
         """Read the whole object, wait for a slot, transform it."""
-        data = source.path or source.stream.readall()
-        output = self._slots.run(self._server.transform, data, self._path(request), request.etl_args)
+        args = (self._path(request), request.etl_args)
+        size = source.stream.size
+        if source.path or (size is not None and size <= READ_BYTES):
+            output = self._slots.run(self._server.transform, source.path or source.stream.readall(), *args)
+        else:
+            output = self._run_large(source.stream, *args)
         return as_bytes(output, "transform() returned")
+
+    def _run_large(self, stream: Union[BodyStream, ObjectFile], *args: str) -> Any:
+        """Read an object as there is memory for it; 413 where there never will be."""
+        if stream.size is not None and stream.size > self._memory:
+            raise RequestError(f"the object has {stream.size} bytes, more than the {self._memory} of the container's memory",
+                               HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        with WaitingBody(self._room, stream) as body:
+            return self._slots.run(body.before(self._server.transform), body.readall(), *args)
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
         """Transform in pieces, none of them empty; raises at the end if the object was not read whole and right."""
@@ -2357,7 +2519,10 @@ class Answer(NamedTuple):
             return []
         return [("Content-Length", str(len(self.body)))]
 
-    def close(self) -> None:
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Let go of what an unread body of pieces holds."""
         if not isinstance(self.body, bytes):
             cast(Any, self.body).close()
@@ -2683,41 +2848,51 @@ class Head(NamedTuple):
     @property
     def wants_close(self) -> bool:
         """Whether the client will send nothing more on this connection."""
-        options = {option.strip().lower() for option in self.fields.get("connection", "").split(",")}
+        connection = self.fields.get("connection")
+        if connection is None:
+            return self.is_http_1_0
+        options = {option.strip().lower() for option in connection.split(",")}
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits to be told to send its body (RFC 9110, 10.1.1)."""
+        expects = self.fields.get("expect")
+        return expects is not None and expects.lower() == "100-continue" and not self.is_http_1_0
 
 
 UNKNOWN_HEAD = Head("", "", False, {})  # of a request that could not be parsed
 
 
 def parse_head(data: bytes) -> Head:
-    """Parse a head, without the empty line that ends it; UnframedRequest for anything that is not plain HTTP/1."""
-    lines = data.split(b"\r\n")
-    if data.count(b"\n") != len(lines) - 1 or data.count(b"\r") != len(lines) - 1:
-        raise UnframedRequest("a line of the head does not end in CRLF")
-    if len(lines) > HEAD_LIMIT_FIELDS + 1:
+    """Parse a head, its lines each with CRLF; UnframedRequest for anything that is not plain HTTP/1."""
+    line, _, rest = data.decode("latin-1").partition("\r\n")
+    if rest.count("\n") > HEAD_LIMIT_FIELDS:
         raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
-    match = REQUEST_LINE.fullmatch(lines[0])
+    match = REQUEST_LINE.fullmatch(line)
     if match is None:
         raise UnframedRequest("the request line is malformed")
-    if match[3] != b"1":
-        raise UnframedRequest(f"HTTP/{match[3].decode()}.{match[4].decode()} is not spoken here", 505)
-    fields = parse_fields(lines[1:])
-    is_http_1_0 = match[4] == b"0"
-    if "host" not in fields and not is_http_1_0:
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise UnframedRequest(f"HTTP/{major}.{minor} is not spoken here", 505)
+    fields = parse_fields(rest)
+    host = fields.get("host")
+    if host is None and minor != "0":
         raise UnframedRequest("the Host field is missing")
-    if not HOST.fullmatch(fields.get("host", "")):
+    if host and not HOST.fullmatch(host):
         raise UnframedRequest("the Host field is malformed")
-    return Head(match[1].decode(), match[2].decode("latin-1"), is_http_1_0, fields)
+    return Head(method, target, minor == "0", fields)
 
 
 def body_of(head: Head, source: ConnectionInput) -> MessageBody:
     """Tell how a request's body ends (RFC 9112, 6.3); UnframedRequest where two answers are possible."""
     coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
     if coding is None:
-        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        if length is None:
+            return BoundedReader(source, 0)
+        if not (length.isascii() and length.isdigit() and len(length) <= 18):
             raise UnframedRequest("the Content-Length is malformed")
-        return BoundedReader(source, int(length or 0))
+        return BoundedReader(source, int(length))
     if length is not None or head.is_http_1_0:
         raise UnframedRequest("a Transfer-Encoding cannot come with a Content-Length, nor in HTTP/1.0")
     if coding.lower() != "chunked":
@@ -2749,11 +2924,22 @@ def http_date(seconds: int) -> str:
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
 
+@functools.lru_cache(maxsize=64)
+def status_line(status: int) -> str:
+    """Write an answer's first line, also for a status that a user's code made up."""
+    return f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}\r\n"
+
+
+@functools.lru_cache(maxsize=1024)
+def field_line(name: str, value: str) -> str:
+    """Write one header field; a value of user code's cannot break out of its line."""
+    return UNPRINTABLE.sub("?", f"{name}: {value}") + "\r\n"
+
+
 def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """Write an answer's head; a value of user code's cannot break out of its line, nor a made-up status."""
-    lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}", f"Date: {http_date(int(time.time()))}"]
-    lines += [UNPRINTABLE.sub("?", f"{name}: {value}") for name, value in fields]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+    """Write an answer's head."""
+    lines = [field_line(name, value) for name, value in fields]
+    return "".join([status_line(status), "Date: ", http_date(int(time.time())), "\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
 class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
@@ -2768,6 +2954,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
     """
 
     server: ETLHTTPServer
+    is_single = False  # whether this thread has time for one request only
     is_idle = False
     is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
     serving = ""  # the path of the request that is being answered
@@ -2815,10 +3002,9 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             return self._linger()
         if body.size is None or body.size > self.input.ahead:
             self._set_receive_timeout(BODY_PAUSE_SECONDS)
-        expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
-        self.input.invite = self._send_continue if expects and not self.input.ahead else None
-        with contextlib.closing(self._answer(head, body)) as answer:
-            if isinstance(answer.body, bytes):
+        self.input.invite = self._send_continue if head.expects_continue and not self.input.ahead else None
+        with self._answer(head, body) as answer:
+            if isinstance(answer.body, bytes) and not body.is_at_end:
                 self._drain(body)
             keeps = self._keeps(answer, head, body)
             self._write(answer, head, keeps)
@@ -2833,7 +3019,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                 self.input.take(2)
             end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
-                return self.input.take(end + 4)[:-4]
+                return self.input.take(end + 4)[:-2]
             if self.input.ahead:
                 self._check_partial_head(deadline)
                 self._set_receive_timeout(HEAD_TIMEOUT_SECONDS)
@@ -2871,15 +3057,16 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
     def _drain(self, body: MessageBody) -> None:
         """Read what an error has left of a small body, unless the client waits to be told to send it."""
         self.input.invite, waits = None, self.input.invite is not None
-        if not waits and not body.is_at_end and (body.size or 0) <= DRAIN_LIMIT_BYTES:
+        if not waits and (body.size or 0) <= DRAIN_LIMIT_BYTES:
             self._set_receive_timeout(DRAIN_SECONDS)
             attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
         """Send an answer, whose head tells the client whether the connection can be used again."""
         is_chunked = answer.is_open and not head.is_http_1_0
-        connection = ("Connection", "keep-alive" if keeps else "close")
-        fields = [*answer.headers, *answer.framing(is_chunked), *([] if keeps and not head.is_http_1_0 else [connection])]
+        fields = [*answer.headers, *answer.framing(is_chunked)]
+        if not keeps or head.is_http_1_0:
+            fields.append(("Connection", "keep-alive" if keeps else "close"))
         text = answer_head(answer.status, fields)
         if head.method == "HEAD":
             return self._send(text)
@@ -2893,7 +3080,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         Where a body was not read to its end, an error was found before: rather than reading on, a whole object perhaps,
         or guessing whether a client that waits for "100 Continue" will still send it (RFC 9110, 10.1.1), we close.
         """
-        if head.wants_close or self.server.is_draining:
+        if head.wants_close or self.server.is_draining or self.is_single:
             return False
         if isinstance(answer.body, bytes):
             return body.is_at_end and body.failure is None
@@ -2913,13 +3100,17 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, *parts: bytes) -> None:
         """Send parts in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
-        views = [memoryview(part) for part in parts if part]
-        while views:
-            sent = self.connection.sendmsg(views)
+        sent = self.connection.sendmsg(parts)
+        if sent == sum(map(len, parts)):
+            return
+        views = [memoryview(part) for part in parts]
+        while True:
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
-            if sent:
-                views[0] = views[0][sent:]
+            if not views:
+                return
+            views[0] = views[0][sent:]
+            sent = self.connection.sendmsg(views)
 
     def _send_continue(self) -> None:
         self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2940,60 +3131,109 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             self._receive_timeout = seconds
 
 
+class SingleRequestHandler(ETLRequestHandler):
+    """Serve one request of a connection and close it."""
+
+    is_single = True
+
+
+def needs_no_transform(data: bytes) -> bool:
+    """Tell whether the answer to what begins like this is known without the class: a health probe, or an error."""
+    end = data.find(b"\r\n\r\n")
+    if end < 0:
+        return False
+    try:
+        head = parse_head(data[:end + 2])
+        return ETLRequest.parse(head.method, head.target).raw_path == "/health"
+    except RequestError:
+        return True
+
+
 # == 15. Server ==
 # A listening socket and a pool of threads. `serve_forever` accepts and watches parked connections in one thread of
 # its own; connections with work are served by the pool. It knows nothing of HTTP but its handler.
 
 
-class ThreadPoolMixIn(socketserver.ThreadingMixIn):
-    """Serve requests by threads that are made as needed, up to `THREAD_LIMIT`, and kept."""
+class ThreadPool:
+    """Threads that are made as needed, up to a limit, and kept until the process ends.
 
-    daemon_threads = True
-    block_on_close = False
+    A job is a connection and its address, which `work` serves to the end; it must not raise.
+    """
 
-    def start_pool(self) -> None:
-        """Prepare the pool; call once, before the first request."""
+    def __init__(self, limit: int, work: Callable[[Any, Any], None]) -> None:
+        self._limit = limit
+        self._work = work
         self._jobs: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
-        self._free = self._threads = self._busy = 0
+        self._threads = self._busy = 0  # busy: jobs that are begun or wait
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Hand a connection to the pool."""
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether another job would have to wait for one of those before it."""
+        return self._busy >= self._limit
+
+    def submit(self, request: Any, client_address: Any) -> None:
+        """Take a job; RuntimeError where there is no thread at all and none can be started."""
         with self._lock:
+            if self._threads < min(self._busy + 1, self._limit):
+                self._start_thread()
             self._busy += 1
             self._jobs.put((request, client_address))
-            if self._jobs.qsize() > self._free and self._threads < THREAD_LIMIT:
-                self._start_thread()
 
     def _start_thread(self) -> None:
         """Start another thread; where the system has none left, those that are there take its work over in time."""
         try:
-            threading.Thread(target=self._work, name="etl", daemon=True).start()
+            threading.Thread(target=self._serve, name="etl", daemon=True).start()
             self._threads += 1
         except RuntimeError as error:
             logger.error("%d threads serve connections, and another cannot be started: %s", self._threads, error)
+            if not self._threads:
+                raise
 
-    def _work(self) -> None:
-        """Serve one connection after the other, forever: the thread ends with the process."""
+    def _serve(self) -> None:
+        """Do one job after the other, forever."""
         while True:
-            with self._lock:
-                self._free += 1
-            request, client_address = self._jobs.get()
-            with self._lock:
-                self._free -= 1
-            _, error = attempt(self.process_request_thread, request, client_address)
-            if error is not None:
-                logger.error("connection of %s: %s", client_address, error, exc_info=error)
-                request.close()
+            self._work(*self._jobs.get())
             with self._lock:
                 self._busy -= 1
-                self._quiet.notify_all()
+                if not self._busy:
+                    self._quiet.notify_all()
 
-    def wait_until_quiet(self, seconds: float) -> None:
-        """Wait until no connection is being served, or that time is over."""
+    def wait_until_quiet(self, deadline: float) -> None:
+        """Wait until there is no job left, or until a time of time.monotonic()."""
         with self._quiet:
-            self._quiet.wait_for(lambda: not self._busy, seconds)
+            self._quiet.wait_for(lambda: not self._busy, max(0.0, deadline - time.monotonic()))
+
+
+class ThreadPoolMixIn(socketserver.ThreadingMixIn):
+    """Serve requests by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
+
+    def start_pool(self) -> None:
+        """Prepare the pool; call once, before the first request."""
+        self.threads = ThreadPool(THREAD_LIMIT, self.process_request_thread)
+        self.reserve = ThreadPool(RESERVE_THREAD_LIMIT, self.process_single_request)
+
+    def process_single_request(self, request: Any, client_address: Any) -> None:
+        """Serve one request of a connection on a thread of the reserve."""
+        raise NotImplementedError
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand a connection that has something to say to a thread."""
+        pool = self.threads
+        if pool.is_exhausted and not self.reserve.is_exhausted:
+            data, error = attempt(request.recv, READ_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if error is None and needs_no_transform(data):
+                pool = self.reserve
+        try:
+            pool.submit(request, client_address)
+        except RuntimeError:  # its client sees the connection end, and tries again
+            request.close()
+
+    def wait_until_quiet(self, deadline: float) -> None:
+        """Wait until no connection is being served, or until a time of time.monotonic()."""
+        self.threads.wait_until_quiet(deadline)
+        self.reserve.wait_until_quiet(deadline)
 
 
 class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
@@ -3031,7 +3271,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                     self.process_request(key.fileobj, key.data[0])
             self._close_expired()
         self._dismiss_idle()
-        self.wait_until_quiet(WORKER_GRACE_SECONDS)
+        self.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
 
     def _accept(self) -> None:
         try:
@@ -3040,14 +3280,36 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             return
         except OSError as error:  # out of file descriptors, or the client is gone already
             logger.error("a connection could not be accepted: %s", error)
-            time.sleep(0.05)
-            return
+            return self._make_room()
+        if self.threads.is_exhausted:  # whether it can be answered at once is told by what it says
+            self._newly_idle.put((connection, address))
+            return self._park_newly_idle()
         self.process_request(connection, address)
 
+    def _make_room(self) -> None:
+        """Close connections that have been idle for the longest time; where there are none, give the others time."""
+        parked = sorted(self._parked(), key=lambda entry: entry[2])[:CROWD_LIMIT]
+        for connection, _, _ in parked:
+            self._selector.unregister(connection)
+            self.shutdown_request(connection)
+        if not parked:
+            time.sleep(0.05)
+
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection on a pool thread, then park or close it."""
+        """Serve a connection on a thread of the pool, then park or close it."""
+        _, error = attempt(self._serve_connection, ETLRequestHandler, request, client_address)
+        if error is not None:
+            logger.error("connection of %s: %s", client_address, error, exc_info=error)
+            request.close()
+
+    def process_single_request(self, request: Any, client_address: Any) -> None:
+        """Serve one request of a connection on a thread of the reserve, then close it."""
+        attempt(self._serve_connection, SingleRequestHandler, request, client_address)
+        request.close()
+
+    def _serve_connection(self, handler_class: Type[ETLRequestHandler], request: Any, client_address: Any) -> None:
         try:
-            handler = ETLRequestHandler(request, client_address, self)
+            handler = handler_class(request, client_address, self)
         except OSError as error:
             logger.debug("connection of %s: %s", client_address, error)
             return self.close_request(request)

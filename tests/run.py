@@ -9,7 +9,7 @@ The Python that runs this file is the one that is tested. Four environments are 
     sdkcore   cloudpickle and `aistore` without its extras
 
 They are kept until the requirement files or the Python change. `--all` does it for every Python 3.9 to 3.13 that it finds on
-PATH or among pyenv's versions.
+PATH or among pyenv's versions. A fifth environment, `bench`, is made only for the benchmarks, tests/bench/run.py.
 """
 import fcntl
 import hashlib
@@ -61,13 +61,13 @@ def python_of(environment: Path) -> Path:
 # == Environments ==
 
 
-def make_environments() -> Path:
-    """Make what is missing or outdated for this Python and return the folder of the four environments."""
+def make_environments(further: Sequence[str] = ()) -> Path:
+    """Make what is missing or outdated for this Python, the four and `further` ones, and return the folder of all."""
     folder = ROOT / ".venv" / ("%d.%d" % sys.version_info[:2])
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits for the first one to make them
-        for group in GROUPS:  # "test" comes first: it holds the installer of all
+        for group in (*GROUPS, *further):  # "test" comes first: it holds the installer of all
             if not is_made(folder / group):
                 print("tests/run.py: making %s" % (folder / group).relative_to(ROOT), flush=True)
                 make_environment(folder / group, folder / "test")
@@ -77,14 +77,14 @@ def make_environments() -> Path:
 def is_made(environment: Path) -> bool:
     """Tell whether an environment is whole and made from the present requirement files."""
     stamp = environment / STAMP
-    return stamp.is_file() and stamp.read_text() == fingerprint() and python_of(environment).exists()
+    return stamp.is_file() and stamp.read_text() == fingerprint(environment.name) and python_of(environment).exists()
 
 
-def fingerprint() -> str:
-    """Return a digest of all that the environments are made from: this Python and the requirement files."""
+def fingerprint(group: str) -> str:
+    """Return a digest of what an environment is made from: this Python, and its requirements or those of all four."""
     digest = hashlib.sha256((sys.version + sys.base_prefix + UV).encode())
-    for file in sorted(REQUIREMENTS.glob("*.txt")):
-        digest.update(file.read_bytes())
+    for name in sorted(GROUPS) if group in GROUPS else [group]:
+        digest.update((REQUIREMENTS / (name + ".txt")).read_bytes())
     return digest.hexdigest()
 
 
@@ -96,7 +96,7 @@ def make_environment(environment: Path, installer: Path) -> None:
         install_uv(installer)
     requirements = str(REQUIREMENTS / (environment.name + ".txt"))
     call([*install_command(installer, environment), "-r", requirements], environment.name)
-    (environment / STAMP).write_text(fingerprint())
+    (environment / STAMP).write_text(fingerprint(environment.name))
 
 
 def install_uv(installer: Path) -> None:

@@ -1,0 +1,93 @@
+"""What is measured, of whom, and what must come out: data alone, nothing here runs anything."""
+from typing import Dict, NamedTuple, Optional, Tuple
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+CLASSES_UPPER_BYTES = 64 * KIB  # smaller objects are upper-cased, larger ones returned as they are
+
+PEERS: Dict[str, str] = {
+    "ours": "ours",
+    "ours-fastapi": "ours, FastAPI class",
+    "fastapi": "SDK FastAPI",
+    "threaded": "SDK threaded",
+    "flask": "SDK Flask",
+    "ours-script": "ours, as a script",
+    "imports": "bare imports",
+}
+SERVERS = ("ours", "ours-fastapi", "fastapi", "threaded", "flask")
+UNITS = {"start": "ms", "memory": "MiB", "growth": "MiB"}  # of the kinds that send no load; the others count requests per second
+
+
+class Scenario(NamedTuple):
+    """One thing to measure; `name` is what `--only` looks at, and `size` is that of one object, in bytes."""
+
+    name: str
+    title: str
+    kind: str
+    size: int
+    connections: int
+    peers: Tuple[str, ...]
+
+    @property
+    def unit(self) -> str:
+        """What its figures count."""
+        return UNITS.get(self.kind, "requests/s")
+
+    @property
+    def is_load(self) -> bool:
+        """Whether wrk measures it."""
+        return self.kind not in UNITS
+
+    @property
+    def streams(self) -> bool:
+        """Whether it wants the class with `transform_stream`."""
+        return self.kind in ("stream", "growth")
+
+
+class Bar(NamedTuple):
+    """What a figure must reach: a multiple of the peer's, or without a peer a value of its own."""
+
+    scenario: str
+    ours: str
+    at_least: bool
+    limit: float
+    peer: Optional[str]
+
+
+def _load(kind: str, what: str, size: int, connections: int, peers: Tuple[str, ...] = SERVERS) -> Scenario:
+    label, short = ("1 MiB", "1m") if size == MIB else ("1 KiB", "1k")
+    many = "%d connection%s" % (connections, "s" if connections > 1 else "")
+    return Scenario("%s-%s-%d" % (kind, short, connections), "%s %s, %s" % (what, label, many), kind, size, connections, peers)
+
+
+DELIVERING = ("ours", "fastapi", "threaded")
+SCENARIOS = (
+    *(_load("put", "PUT", KIB, connections) for connections in (1, 16, 128)),
+    *(_load("put", "PUT", MIB, connections) for connections in (1, 8, 16, 128)),
+    *(_load("fqn", "by FQN", KIB, connections) for connections in (1, 16, 128)),
+    *(_load("fqn", "by FQN", MIB, connections) for connections in (1, 16, 128)),
+    _load("direct", "direct put", KIB, 16, DELIVERING),
+    _load("direct", "direct put", MIB, 16, DELIVERING),
+    _load("stream", "streamed", MIB, 16, ("ours", "fastapi")),  # the threaded server's end with their connection, see METHOD
+    Scenario("start", "exec to the first healthy answer, 4 workers", "start", 0, 0,
+             ("ours", "ours-script", "fastapi", "threaded", "imports")),
+    Scenario("memory", "memory (PSS) when idle, 4 workers", "memory", 0, 0, DELIVERING),
+    Scenario("stream-memory", "growth of memory over a streamed GiB", "growth", GIB, 1, ("ours", "fastapi")),
+)
+
+BARS = (
+    Bar("put-1k-16", "ours", True, 2.5, "fastapi"),
+    Bar("put-1k-16", "ours", True, 15, "threaded"),
+    Bar("put-1k-16", "ours-fastapi", True, 1.5, "fastapi"),
+    Bar("fqn-1k-16", "ours", True, 4, "fastapi"),
+    Bar("put-1m-8", "ours", True, 1.7, "fastapi"),
+    Bar("direct-1k-16", "ours", True, 2, "fastapi"),
+    Bar("direct-1m-16", "ours", True, 1.5, "fastapi"),
+    Bar("start", "ours", False, 0.25, "threaded"),
+    Bar("start", "ours", False, 0.08, "fastapi"),
+    Bar("start", "ours", False, 2.5, "imports"),
+    Bar("memory", "ours", False, 0.15, "fastapi"),
+    Bar("memory", "ours", False, 0.6, "threaded"),
+    Bar("stream-memory", "ours", False, 32, None),
+)
