@@ -109,6 +109,7 @@ LINGER_LIMIT_BYTES = 64 << 20  # read after the last answer, so that a client wh
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
 WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
+WORKER_OPTION = "--worker"  # what a worker's own command line begins with, where it is not forked
 SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole before ours begins, so that it can fail well
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
@@ -132,6 +133,8 @@ TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
 RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
+TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
+YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
 CROWD_LIMIT = 64  # idle connections that are closed at once when no more can be opened
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
@@ -1384,7 +1387,8 @@ class ConnectionPool:
             sender.close()
         else:
             sender.go_on()
-        return NodeBody(head, body, sender, lambda: self._release(connection, is_sent and head.keeps_alive and body.is_at_end))
+        is_good = is_sent and head.keeps_alive and request.is_repeatable  # others go out on new connections, and would pile up
+        return NodeBody(head, body, sender, lambda: self._release(connection, is_good and body.is_at_end))
 
     def _converse(self, connection: NodeConnection, request: NodeRequest,
                   sender: BodySender) -> Tuple[bool, AnswerHead]:
@@ -1435,6 +1439,45 @@ REPORT_ANSWERED = b"A"  # for the first time
 REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
 
 
+class Share:
+    """One worker's share of the connections, in memory that all workers of a pod see.
+
+    The kernel wakes all workers for a connection, and the quickest would get most of them: the one that is awake. So a
+    worker that has more than another gives the others a moment. One that is gone counts as having more than anybody.
+    """
+
+    ABSENT = 0xFFFFFFFF
+    COUNT_BYTES = 4
+
+    def __init__(self, workers: int = 1, slot: int = 0, descriptor: int = -1) -> None:
+        import mmap
+
+        self._counts = memoryview(mmap.mmap(descriptor, self.COUNT_BYTES * workers)).cast("I")
+        self._slot = slot
+
+    @classmethod
+    def allot(cls, workers: int) -> int:
+        """Make the memory for workers, none of which is there yet; return its descriptor, or -1 on systems without."""
+        if not hasattr(os, "memfd_create"):
+            return -1
+        descriptor = os.memfd_create("shares")
+        os.write(descriptor, b"\xff" * cls.COUNT_BYTES * workers)
+        return descriptor
+
+    def publish(self, connections: int) -> None:
+        """Tell the other workers how many connections this one has."""
+        self._counts[self._slot] = connections
+
+    def leave(self) -> None:
+        """Tell the other workers that this one is not there."""
+        self.publish(self.ABSENT)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether another worker has less."""
+        return self._counts[self._slot] > min(self._counts)
+
+
 class Current:
     """What this process runs with. `main` fills it before a class is constructed; one value for all instances."""
 
@@ -1442,6 +1485,7 @@ class Current:
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
     reports: Optional[int] = None  # the pipe to the supervisor, in a worker
+    share: Optional[Share] = None  # of the connections, in a worker
 
 
 def report(message: bytes) -> None:
@@ -1962,7 +2006,7 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
 
 def decode_query(text: str) -> str:
     """Decode a name or a value of a query; what is no UTF-8 is replaced."""
-    if text.isalnum() and text.isascii():
+    if "%" not in text and "+" not in text and text.isascii():
         return text
     return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
 
@@ -2051,10 +2095,17 @@ class ObjectFile(io.FileIO):
         super().__init__(descriptor, mode)
         self.size = size
 
+
+class SmallObject(io.BytesIO):
+    """An object that was read as soon as its file was opened."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.size = len(data)
+
     def readall(self) -> bytes:
-        """Read all of it, by one system call, since the size is known and objects are replaced, not changed."""
-        data = self.read(self.size + 1) or b""
-        return data if len(data) == self.size else data + super().readall()
+        """Return all of it, without a copy."""
+        return self.getvalue()
 
 
 class SpoolFile(ObjectFile):
@@ -2074,10 +2125,13 @@ class SpoolFile(ObjectFile):
                 os.unlink(self.path)
 
 
+ObjectStream = Union[BodyStream, ObjectFile, SmallObject]
+
+
 class Source(NamedTuple):
     """An opened object. Whoever opened it closes `stream`, which also removes a temporary file."""
 
-    stream: Union[BodyStream, ObjectFile]
+    stream: ObjectStream
     path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
 
     def finish(self) -> None:
@@ -2097,19 +2151,19 @@ def is_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> bool:
 
 
 def resolved_path(descriptor: int, path: str) -> str:
-    """Return the path of an open file with its symlinks resolved; where /proc tells it, of what is open and no other."""
+    """Return the path of an open file, symlinks resolved; where /proc tells it, of what is open and no other."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:  # no /proc: macOS
         return os.path.realpath(path)
 
 
-def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> ObjectFile:
-    """Open an object by path: NotFound, or Forbidden for what is not AIStore's to show.
+def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
+    """Open an object's file: its descriptor, NotFound, or Forbidden for what is not AIStore's to show.
 
-    The pod's port can be reached by others than its target, and the container holds secrets: only a regular file
-    may be read that lies in AIStore's layout, or under `roots`, once symlinks are resolved. The open file is asked for
-    its path again: nothing else cannot be changed behind our back.
+    The pod's port can be reached by others than its target, and the container holds secrets: only a file may be read
+    that lies in AIStore's layout, or under `roots`, once symlinks are resolved. The open file is asked for its path
+    again: nothing else cannot be changed behind our back.
     """
     try:
         if not is_object_path(path, roots) and not is_object_path(os.path.realpath(path), roots):
@@ -2121,17 +2175,16 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> ObjectFile:
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise Forbidden(f"the object's file cannot be read: {error}") from None
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and is_object_path(resolved_path(descriptor, path), roots):
-        return ObjectFile(descriptor, status.st_size)
-    os.close(descriptor)
-    raise Forbidden("the path is not one of an object's file")
+    if not is_object_path(resolved_path(descriptor, path), roots):
+        os.close(descriptor)
+        raise Forbidden("the path is not one of an object's file")
+    return descriptor
 
 
 OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
 
 
-def is_whole(file: ObjectFile) -> bool:
+def is_whole(descriptor: int, size: int) -> bool:
     """Tell whether an object's file is all of it: of an object in chunks the path leads to the first chunk alone.
 
     AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a preamble of ten bytes,
@@ -2139,11 +2192,51 @@ def is_whole(file: ObjectFile) -> bool:
     says nothing.
     """
     try:
-        attribute = os.getxattr(file.fileno(), "user.ais.lom")
+        attribute = os.getxattr(descriptor, "user.ais.lom")
     except (OSError, AttributeError):  # AttributeError: not on Linux
         return True
     match = OBJECT_SIZE_XATTR.match(attribute)
-    return match is None or int.from_bytes(match[1], "big") == file.size
+    return match is None or int.from_bytes(match[1], "big") == size
+
+
+def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[ObjectFile, SmallObject, None]:
+    """Open an object by path, and read it if it is small; None where the file is not all of the object."""
+    descriptor = open_object_path(path, roots)
+    is_kept = False
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Forbidden("the path is not one of a regular file")
+        if not is_whole(descriptor, status.st_size):
+            return None
+        if status.st_size <= READ_BYTES:
+            return SmallObject(os.read(descriptor, READ_BYTES))
+        is_kept = True
+        return ObjectFile(descriptor, status.st_size)
+    finally:
+        if not is_kept:
+            os.close(descriptor)
+
+
+class Turns:
+    """Let the threads of a worker make short system calls one thread after the other.
+
+    Each such call lets go of the interpreter lock. Where many threads want that, every call becomes a switch to another
+    thread and back, which costs more than all the calls. Who has waited `TURN_SECONDS` goes ahead: the calls are not
+    short then, the disk is slow, and disks are best waited for together.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in its turn."""
+        is_ours = self._lock.acquire(timeout=TURN_SECONDS)
+        try:
+            return function(*args)
+        finally:
+            if is_ours:
+                self._lock.release()
 
 
 def uname_of(path: str) -> bytes:
@@ -2183,6 +2276,7 @@ class Sources:
         self._pool = pool
         self._outside = ConnectionPool(Settings())  # no token, no certificate, the system's authorities
         self._locate = locate
+        self._turns = Turns()
 
     def open(self, request: ETLRequest, body: MessageBody) -> Source:
         """Open the object; the caller closes it. 404, 403 or the target's status where it cannot be had."""
@@ -2191,10 +2285,9 @@ class Sources:
         wants_path = bool(request.fqn) and self._settings.direct_fqn
         if request.fqn and not (request.latest and request.method == "GET"):
             path = self._locate(request.fqn)
-            file = open_object_file(path, self._settings.fqn_roots)
-            if is_whole(file):
+            file = self._turns.call(open_object_file, path, self._settings.fqn_roots)
+            if file is not None:
                 return Source(file, path if wants_path else "")
-            file.close()
             return self._as_wanted(self._fetch("/" + quote(uname_of(path), safe="@"), ""), wants_path)
         if request.method == "GET":
             return self._as_wanted(self._fetch(request.raw_path, request.query), wants_path)
@@ -2225,7 +2318,11 @@ class Sources:
         if not target:
             raise NotFound("there is no target to read objects from: serve with --target, or PUT the object")
         if target.startswith("file:"):
-            return open_object_file(folder_path(unquote(urlsplit(target).path), raw_path), self._settings.fqn_roots)
+            path = folder_path(unquote(urlsplit(target).path), raw_path)
+            file = open_object_file(path, self._settings.fqn_roots)
+            if file is None:
+                raise RequestError("the object is stored in chunks, and only a target can tell all of it")
+            return file
         url = urlsplit(target)
         path = escape_stray(url.path + raw_path) + ("?" + escape_stray(query) if query else "")
         try:
@@ -2379,7 +2476,7 @@ class WaitingBody(io.RawIOBase):
     Room is taken for as much again as has come, so that a client which announces a lot and sends a little holds little.
     """
 
-    def __init__(self, room: Room, stream: Union[BodyStream, ObjectFile]) -> None:
+    def __init__(self, room: Room, stream: ObjectStream) -> None:
         super().__init__()
         self._room = room
         self._stream = stream
@@ -2466,7 +2563,7 @@ class Transforms:
             output = self._run_large(source.stream, *args)
         return as_bytes(output, "transform() returned")
 
-    def _run_large(self, stream: Union[BodyStream, ObjectFile], *args: str) -> Any:
+    def _run_large(self, stream: ObjectStream, *args: str) -> Any:
         """Read an object as there is memory for it; 413 where there never will be."""
         if stream.size is not None and stream.size > self._memory:
             raise RequestError(f"the object has {stream.size} bytes, more than the {self._memory} of the container's memory",
@@ -2476,7 +2573,7 @@ class Transforms:
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
         """Transform in pieces, none of them empty; raises at the end if the object was not read whole and right."""
-        reader = io.BufferedReader(source.stream, READ_BYTES)
+        reader = io.BufferedReader(cast(io.RawIOBase, source.stream), READ_BYTES)
         output = self._server.transform_stream(reader, self._path(request), request.etl_args)
         try:
             for piece in output:
@@ -2979,6 +3076,8 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                 logger.debug("connection of %s: %s", self.client_address[0], error)
             elif error is not None:
                 self._log_cut(getattr(error, "error", error))
+            if error is not None:
+                forget_traceback(error)
             if not goes_on:
                 return
 
@@ -3166,19 +3265,20 @@ class ThreadPool:
         self._jobs: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
-        self._threads = self._busy = 0  # busy: jobs that are begun or wait
+        self._threads = 0
+        self.busy = 0  # jobs that are begun or wait
 
     @property
     def is_exhausted(self) -> bool:
         """Whether another job would have to wait for one of those before it."""
-        return self._busy >= self._limit
+        return self.busy >= self._limit
 
     def submit(self, request: Any, client_address: Any) -> None:
         """Take a job; RuntimeError where there is no thread at all and none can be started."""
         with self._lock:
-            if self._threads < min(self._busy + 1, self._limit):
+            if self._threads < min(self.busy + 1, self._limit):
                 self._start_thread()
-            self._busy += 1
+            self.busy += 1
             self._jobs.put((request, client_address))
 
     def _start_thread(self) -> None:
@@ -3196,14 +3296,14 @@ class ThreadPool:
         while True:
             self._work(*self._jobs.get())
             with self._lock:
-                self._busy -= 1
-                if not self._busy:
+                self.busy -= 1
+                if not self.busy:
                     self._quiet.notify_all()
 
     def wait_until_quiet(self, deadline: float) -> None:
         """Wait until there is no job left, or until a time of time.monotonic()."""
         with self._quiet:
-            self._quiet.wait_for(lambda: not self._busy, max(0.0, deadline - time.monotonic()))
+            self._quiet.wait_for(lambda: not self.busy, max(0.0, deadline - time.monotonic()))
 
 
 class ThreadPoolMixIn(socketserver.ThreadingMixIn):
@@ -3252,6 +3352,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._waker.setblocking(False)
         self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
         self._next_sweep = 0.0
+        self._share = Current.share or Share()
         self._drain_signals: FrozenSet[int] = frozenset()
         self.start_pool()
 
@@ -3261,6 +3362,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._selector.register(self.socket, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         while not self.is_draining:
+            self._share.publish(self._connections)
             for key, _ in self._selector.select(poll_interval):
                 if key.fileobj is self.socket:
                     self._accept()
@@ -3270,10 +3372,18 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                     self._selector.unregister(key.fileobj)
                     self.process_request(key.fileobj, key.data[0])
             self._close_expired()
+        self._share.leave()
         self._dismiss_idle()
         self.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
 
+    @property
+    def _connections(self) -> int:
+        """The number of open connections, about: those that are on their way from a thread to the selector lack."""
+        return self.threads.busy + self.reserve.busy + len(self._selector.get_map())
+
     def _accept(self) -> None:
+        if self._share.is_large:
+            time.sleep(YIELD_SECONDS)
         try:
             connection, address = self.socket.accept()
         except BlockingIOError:  # another worker was faster
@@ -3285,6 +3395,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._newly_idle.put((connection, address))
             return self._park_newly_idle()
         self.process_request(connection, address)
+        self._share.publish(self._connections)
 
     def _make_room(self) -> None:
         """Close connections that have been idle for the longest time; where there are none, give the others time."""
@@ -3453,9 +3564,10 @@ def construct(etl_class: Type[ETLServer]) -> ETLServer:
     return server
 
 
-def run_worker(etl_class: Type[ETLServer]) -> int:
-    """Construct the class and serve it: the life of a worker, from the fork to its exit code."""
+def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
+    """Construct the class and serve it: the life of a worker, to its exit code."""
     try:
+        etl_class = load()
         server = construct(etl_class)
         settings = Current.settings or Settings()
         if Current.listener is None and getattr(server, "port", None) == 8000:
@@ -3485,12 +3597,70 @@ def die_with(life: int) -> None:
     os._exit(Exit.SOFTWARE)
 
 
+class Place(NamedTuple):
+    """What a supervisor gives to a worker: open files, which are the worker's from then on, and its number."""
+
+    listener: int  # the shared socket; -1 where the class listens by itself
+    reports: int  # the pipe to the supervisor
+    life: int  # the pipe that closes when the supervisor is gone
+    shares: int  # the memory of `Share`, or -1
+    slot: int = 0
+    workers: int = 1
+
+    @property
+    def descriptors(self) -> List[int]:
+        """The open files."""
+        return [end for end in self[:4] if end >= 0]
+
+    def take(self, load: Callable[[], Type[ETLServer]]) -> NoReturn:
+        """Be a worker: load the class, serve it, and end the process."""
+        code = int(Exit.SOFTWARE)
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
+            Current.listener = socket.socket(fileno=self.listener) if self.listener >= 0 else None
+            Current.reports = self.reports
+            Current.share = Share(self.workers, self.slot, self.shares) if self.shares >= 0 else None
+            threading.Thread(target=die_with, args=(self.life,), name="life", daemon=True).start()
+            code = run_worker(load)
+        finally:
+            leave(code)
+
+
+class Launch(NamedTuple):
+    """How a process was started, and how others like it are."""
+
+    arguments: Sequence[str]
+    environ: Mapping[str, str]
+
+    def start_worker(self, place: Place) -> int:
+        """Start a process that does the same and takes a place; return its id. OSError where that is not possible."""
+        what = json.dumps([*place, sys.path])
+        command = [sys.executable, os.path.abspath(__file__), WORKER_OPTION, what, *self.arguments]
+        for end in place.descriptors:
+            os.set_inheritable(end, True)
+        try:
+            return os.posix_spawn(command[0], command, dict(self.environ))
+        finally:
+            for end in place.descriptors:
+                os.set_inheritable(end, False)
+
+
+def has_threads() -> bool:
+    """Tell whether this process has more threads than this one, also such as Python does not know of."""
+    try:
+        return len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # not Linux
+        return threading.active_count() > 1
+
+
 class Worker:
     """The supervisor's record of one worker process."""
 
-    def __init__(self, pid: int, reports: int) -> None:
+    def __init__(self, pid: int, reports: int, slot: int) -> None:
         self.pid = pid
         self.reports = reports
+        self.slot = slot  # its number, among those that are there: a replacement gets it again
         self.is_ready = False
         self.has_answered = False
         self.failure: Optional[StartupError] = None
@@ -3530,14 +3700,18 @@ class Supervisor:
 
     It has one thread and one place where it waits, the selector: for reports of the workers, and for signals, whose
     handlers only count. A worker that dies is replaced after a delay that doubles with each death in a row; a worker
-    that has answered a request ends the row. Workers notice its own death by a pipe whose other end closes.
+    that has answered a request ends the row, and where such a one lives the pod is not given up. A class that left
+    threads behind when it was loaded is not forked, since their locks would be held forever: its workers are processes
+    of their own, which load it again. Workers notice its own death by a pipe whose other end closes.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 
-    def __init__(self, settings: Settings, etl_class: Type[ETLServer]) -> None:
+    def __init__(self, settings: Settings, etl_class: Type[ETLServer], launch: Launch) -> None:
         self._settings = settings
         self._class = etl_class
+        self._launch = launch
+        self._forks = not has_threads()
         self._listener: Optional[socket.socket] = None
         self._workers: Dict[int, Worker] = {}
         self._due: List[float] = []  # when to start a worker
@@ -3548,6 +3722,7 @@ class Supervisor:
         self._is_announced = False
         self._selector = selectors.DefaultSelector()
         self._life = os.pipe()
+        self._shares = Share.allot(self._count)
         self._wakeup = (-1, -1)
 
     def run(self, announce: Callable[[str], None]) -> int:
@@ -3605,45 +3780,51 @@ class Supervisor:
             self._start_worker()
 
     def _start_worker(self) -> None:
+        """Start a worker, by a fork or afresh, and take note of it."""
+        slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
+        listener = self._listener.fileno() if self._listener is not None else -1
+        reports, reporter = os.pipe()
+        place = Place(listener, reporter, self._life[0], self._shares, slot, self._count)
+        try:
+            pid = self._fork(place, reports) if self._forks else self._launch.start_worker(place)
+        except OSError as error:  # no memory or too many processes, perhaps for a moment
+            os.close(reports)
+            return self._start_later(f"a worker cannot be started: {error.strerror}")
+        finally:
+            os.close(reporter)
+        os.set_blocking(reports, False)
+        self._workers[pid] = Worker(pid, reports, slot)
+        self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
+
+    def _fork(self, place: Place, reports: int) -> int:
         """Fork. Signals wait meanwhile: one that came between the fork and the child's own handlers would be lost."""
         import gc
 
         sys.stdout.flush()
         sys.stderr.flush()
         gc.freeze()  # what is loaded by now is shared; a collection in a worker must not copy it
-        reports, reporter = os.pipe()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
             pid = os.fork()
             if not pid:
-                self._become_worker(reporter, masked)
-        except OSError as error:  # no memory or too many processes, perhaps for a moment
-            os.close(reports)
-            return self._start_later(f"a worker cannot be started: {error.strerror}")
+                self._become_worker(place, reports, masked)
+            return pid
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-            os.close(reporter)
-        os.set_blocking(reports, False)
-        self._workers[pid] = Worker(pid, reports)
-        self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
-    def _become_worker(self, reporter: int, masked: Iterable[int]) -> NoReturn:
+    def _become_worker(self, place: Place, reports: int, masked: Iterable[int]) -> NoReturn:
         """The child's side of the fork: let go of what is the supervisor's, serve, and never return."""
-        code = int(Exit.SOFTWARE)
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             self._selector.close()
-            for end in (*self._wakeup, self._life[1], *(worker.reports for worker in self._workers.values())):
+            for end in (*self._wakeup, self._life[1], reports, *(worker.reports for worker in self._workers.values())):
                 os.close(end)
-            Current.listener, Current.reports = self._listener, reporter
-            threading.Thread(target=die_with, args=(self._life[0],), name="life", daemon=True).start()
-            code = run_worker(self._class)
+            place.take(lambda: self._class)
         finally:
-            leave(code)
+            leave(Exit.SOFTWARE)
 
     def _seconds_to_wait(self) -> Optional[float]:
         moments = self._due + ([self._deadline] if self._deadline else [])
@@ -3672,6 +3853,8 @@ class Supervisor:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(worker.reports)
                 os.close(worker.reports)
+                if self._shares >= 0:
+                    Share(self._count, worker.slot, self._shares).leave()
                 self._bury(worker, status)
 
     def _bury(self, worker: Worker, status: int) -> None:
@@ -3689,7 +3872,7 @@ class Supervisor:
         self._deaths += 1
         if self._has_own_start:
             return self._fail(StartupError(why))
-        if self._deaths >= DEATHS_LIMIT:
+        if self._deaths >= DEATHS_LIMIT and not any(worker.has_answered for worker in self._workers.values()):
             return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
         delay = min(0.05 * 2 ** self._deaths, RESPAWN_DELAY_LIMIT_SECONDS)
         logger.error("%s; starting another in %.1f s", why, delay)
@@ -3734,19 +3917,31 @@ def prepare(settings: Settings) -> None:
     install_python_packages(settings.packages)
 
 
-def run_pod(environ: Mapping[str, str]) -> int:
-    """Serve what the environment describes, until SIGTERM."""
+class Job(NamedTuple):
+    """What a command line asks for: with which settings to serve which class, and what to say once it is served."""
+
+    settings: Settings
+    load: Callable[[], Type[ETLServer]]
+    announce: Callable[[Type[ETLServer], str], None]
+
+    def run(self, launch: Launch) -> int:
+        """Serve until SIGTERM."""
+        prepare(self.settings)
+        etl_class = self.load()
+        return Supervisor(self.settings, etl_class, launch).run(functools.partial(self.announce, etl_class))
+
+
+def pod_job(environ: Mapping[str, str]) -> Job:
+    """Serve what the environment describes."""
     has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
-    settings = Current.settings = Settings.from_env(environ, required)
-    prepare(settings)
-    etl_class = load_etl_class(settings)
-    base = next(cls.__name__ for cls in etl_class.__mro__ if cls in (*INTERNALS, ETLServer))
+    settings = Settings.from_env(environ, required)
 
-    def announce(url: str) -> None:
+    def announce(etl_class: Type[ETLServer], url: str) -> None:
+        base = next(cls.__name__ for cls in etl_class.__mro__ if cls in (*INTERNALS, ETLServer))
         logger.info("serving %s (%s) on %s with %d workers", etl_class.__name__, base, url, settings.workers)
 
-    return Supervisor(settings, etl_class).run(announce)
+    return Job(settings, functools.partial(load_etl_class, settings), announce)
 
 
 def is_etl_class(value: Any) -> bool:
@@ -3808,20 +4003,18 @@ def curl_lines(url: str, folder: str) -> List[str]:
             f"  curl -sS '{url}/{quote(file)}'" if file else f"  curl -sS {url}/health"]
 
 
-def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def serve_job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     """Serve a class from a file: `serve FILE[:CLASS]`."""
     settings = Settings.from_env({**environ, **({"AIS_TARGET_URL": arguments.target} if arguments.target else {})})
     folder = unquote(urlsplit(settings.target).path) if settings.target.startswith("file:") else ""
-    settings = Current.settings = settings._replace(
+    settings = settings._replace(
         host=arguments.host, port=arguments.port, workers=arguments.workers,
         threads=arguments.threads or settings.threads, fqn_roots=(os.path.realpath(folder),) if folder else ())
-    prepare(settings)
-    etl_class = class_from_file(arguments.file)
 
-    def announce(url: str) -> None:
+    def announce(etl_class: Type[ETLServer], url: str) -> None:
         print(f"serving {etl_class.__name__} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
 
-    return Supervisor(settings, etl_class).run(announce)
+    return Job(settings, functools.partial(class_from_file, arguments.file), announce)
 
 
 def raise_file_limit() -> None:
@@ -3901,10 +4094,17 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a log line must not fail for a character
     arguments = list(sys.argv[1:] if argv is None else argv)
+    place = None
+    if arguments[:1] == [WORKER_OPTION]:
+        *numbers, sys.path[:] = json.loads(arguments[1])
+        place, arguments = Place(*numbers), arguments[2:]
     try:
-        if arguments:
-            return run_serve(parse_arguments(arguments), environ)
-        return run_pod(environ)
+        job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
+        Current.settings = job.settings
+        if place is not None:
+            configure_logging(job.settings)
+            place.take(job.load)
+        return job.run(Launch(arguments, environ))
     except StartupError as error:
         return give_up(error)
 
