@@ -48,11 +48,11 @@ import http.client
 import http.server
 import importlib
 import importlib.machinery
-import importlib.metadata
 import io
 import itertools
 import json
 import logging
+import mmap
 import os
 import pickle
 import queue
@@ -600,6 +600,8 @@ def split_requirements(text: str) -> List[str]:
 
 def is_installed(requirement: str) -> bool:
     """Tell whether a bare package name is installed; anything more than a name is for pip to decide."""
+    import importlib.metadata
+
     try:
         importlib.metadata.version(requirement)
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -1450,8 +1452,6 @@ class Share:
     COUNT_BYTES = 4
 
     def __init__(self, workers: int = 1, slot: int = 0, descriptor: int = -1) -> None:
-        import mmap
-
         self._counts = memoryview(mmap.mmap(descriptor, self.COUNT_BYTES * workers)).cast("I")
         self._slot = slot
 
@@ -2165,8 +2165,9 @@ def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
     that lies in AIStore's layout, or under `roots`, once symlinks are resolved. The open file is asked for its path
     again: nothing else cannot be changed behind our back.
     """
+    looks_right = is_object_path(path, roots)
     try:
-        if not is_object_path(path, roots) and not is_object_path(os.path.realpath(path), roots):
+        if not looks_right and not is_object_path(os.path.realpath(path), roots):
             raise Forbidden("the path is not one of an object")
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -2175,7 +2176,8 @@ def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise Forbidden(f"the object's file cannot be read: {error}") from None
-    if not is_object_path(resolved_path(descriptor, path), roots):
+    opened = resolved_path(descriptor, path)
+    if not (looks_right and opened == path) and not is_object_path(opened, roots):
         os.close(descriptor)
         raise Forbidden("the path is not one of an object's file")
     return descriptor
@@ -2210,7 +2212,7 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[Objec
         if not is_whole(descriptor, status.st_size):
             return None
         if status.st_size <= READ_BYTES:
-            return SmallObject(os.read(descriptor, READ_BYTES))
+            return SmallObject(os.read(descriptor, status.st_size + 1))
         is_kept = True
         return ObjectFile(descriptor, status.st_size)
     finally:
@@ -2427,7 +2429,7 @@ def memory_limit(root: str = "/sys/fs/cgroup") -> int:
     """Return how many bytes of memory the container may take: its control group's limit, or what the machine has."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 of control groups, and version 1
-        with contextlib.suppress(OSError, ValueError), open(os.path.join(root, name)) as file:
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(root, name), "rb", buffering=0) as file:
             limit = min(limit, int(file.read()))  # ValueError: "max"
     return limit
 
