@@ -41,6 +41,11 @@ What it does not do: authenticate its callers (the cluster's network does), spea
 """
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":  # what is loaded now stays, so that collecting takes a sixth of the start and finds nothing
+    gc.disable()
+
 import contextlib
 import enum
 import functools
@@ -140,6 +145,7 @@ DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
 DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
+DEATHS_SECONDS = 60.0  # that such a row must last, where some died idle: AIStore may be waiting to send again
 DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more of a message of this kind
@@ -1437,6 +1443,7 @@ class ConnectionPool:
 
 
 REPORT_READY = b"R"
+REPORT_BEGUN = b"B"  # to serve a request, for the first time
 REPORT_ANSWERED = b"A"  # for the first time
 REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
 
@@ -2854,7 +2861,7 @@ class Service:
         self._transforms = Transforms(server, slots)
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
-        self._has_answered = False
+        self._has_begun = self._has_answered = False
 
     def close_idle(self) -> None:
         """Close connections to other nodes that have been idle for too long."""
@@ -2862,6 +2869,9 @@ class Service:
 
     def answer(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
+        if not self._has_begun:
+            self._has_begun = True
+            report(REPORT_BEGUN)
         answer, error = attempt(self._answer, request, body)
         if not self._has_answered:
             self._has_answered = True
@@ -3566,10 +3576,17 @@ def construct(etl_class: Type[ETLServer]) -> ETLServer:
     return server
 
 
+def settle() -> None:
+    """Collect garbage from now on, but not among what is there: it stays, and forked workers share what they leave alone."""
+    gc.freeze()
+    gc.enable()
+
+
 def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
     """Construct the class and serve it: the life of a worker, to its exit code."""
     try:
         etl_class = load()
+        settle()
         server = construct(etl_class)
         settings = Current.settings or Settings()
         if Current.listener is None and getattr(server, "port", None) == 8000:
@@ -3664,6 +3681,7 @@ class Worker:
         self.reports = reports
         self.slot = slot  # its number, among those that are there: a replacement gets it again
         self.is_ready = False
+        self.has_begun = False
         self.has_answered = False
         self.failure: Optional[StartupError] = None
 
@@ -3676,6 +3694,8 @@ class Worker:
         for line in text.splitlines():
             if line == REPORT_READY:
                 self.is_ready = True
+            elif line == REPORT_BEGUN:
+                self.has_begun = True
             elif line == REPORT_ANSWERED:
                 self.has_answered = True
             elif line.startswith(REPORT_FAILED):
@@ -3718,6 +3738,8 @@ class Supervisor:
         self._workers: Dict[int, Worker] = {}
         self._due: List[float] = []  # when to start a worker
         self._deaths = 0  # in a row
+        self._idle_deaths = 0  # of these, of workers that were ready and had no request
+        self._first_death = 0.0
         self._deadline = 0.0  # for the workers' end, once they are told to
         self._failure: Optional[StartupError] = None
         self._stops = 0  # signals to stop, so far
@@ -3800,11 +3822,8 @@ class Supervisor:
 
     def _fork(self, place: Place, reports: int) -> int:
         """Fork. Signals wait meanwhile: one that came between the fork and the child's own handlers would be lost."""
-        import gc
-
         sys.stdout.flush()
         sys.stderr.flush()
-        gc.freeze()  # what is loaded by now is shared; a collection in a worker must not copy it
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
             pid = os.fork()
@@ -3866,19 +3885,29 @@ class Supervisor:
         if worker.failure is not None and not self._is_announced:
             return self._fail(worker.failure)
         if worker.has_answered:
-            self._deaths = 0
+            self._deaths = self._idle_deaths = 0
+        self._idle_deaths += worker.is_ready and not worker.has_begun
         self._start_later(f"worker {worker.pid} {worker.failure or how_it_died(status)}")
 
     def _start_later(self, why: str) -> None:
         """Start a worker after a delay that grows with each death in a row; end the pod where that is hopeless."""
         self._deaths += 1
+        if self._deaths == 1:
+            self._first_death = time.monotonic()
         if self._has_own_start:
             return self._fail(StartupError(why))
-        if self._deaths >= DEATHS_LIMIT and not any(worker.has_answered for worker in self._workers.values()):
+        if self._is_hopeless():
             return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
         delay = min(0.05 * 2 ** self._deaths, RESPAWN_DELAY_LIMIT_SECONDS)
         logger.error("%s; starting another in %.1f s", why, delay)
         self._due.append(time.monotonic() + delay)
+
+    def _is_hopeless(self) -> bool:
+        """Whether workers die of the class or of its objects, all of them, and not of what happens to an idle pod."""
+        if any(worker.has_answered for worker in self._workers.values()):
+            return False
+        lasts = time.monotonic() - self._first_death >= DEATHS_SECONDS
+        return self._deaths - self._idle_deaths * (not lasts) >= DEATHS_LIMIT
 
     def _fail(self, failure: StartupError) -> None:
         self._failure = failure
@@ -3930,6 +3959,7 @@ class Job(NamedTuple):
         """Serve until SIGTERM."""
         prepare(self.settings)
         etl_class = self.load()
+        settle()
         return Supervisor(self.settings, etl_class, launch).run(functools.partial(self.announce, etl_class))
 
 
