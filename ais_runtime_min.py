@@ -48,6 +48,7 @@ if __name__ == "__main__":  # what is loaded now stays, so that collecting takes
 
 import contextlib
 import enum
+import errno
 import functools
 import http.client
 import http.server
@@ -758,9 +759,12 @@ OF_NODE = Whose("another node's answer", NodeBodyLost, NodeBodyLost)
 
 
 def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
-    """Read a raw file into one object, where its size is known without a copy; the file stays open."""
+    """Read a raw file into one object without a copy of it all; the file stays open."""
     if size is None:
-        return b"".join(iter(lambda: raw.read(READ_BYTES) or b"", b""))
+        data, block = io.BytesIO(), memoryview(bytearray(READ_BYTES))
+        for count in iter(lambda: raw.readinto(block), 0):
+            data.write(block[:count])
+        return data.getvalue()
     buffered = io.BufferedReader(raw, READ_BYTES)
     try:
         return buffered.read(size)
@@ -2182,7 +2186,8 @@ def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
             raise Forbidden("the path is not one of an object") from None
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        raise Forbidden(f"the object's file cannot be read: {error}") from None
+        is_ours = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+        raise (RequestError if is_ours else Forbidden)(f"the object's file cannot be read: {error}") from None
     opened = resolved_path(descriptor, path)
     if not (looks_right and opened == path) and not is_object_path(opened, roots):
         os.close(descriptor)
@@ -3249,14 +3254,17 @@ class SingleRequestHandler(ETLRequestHandler):
 
 
 def needs_no_transform(data: bytes) -> bool:
-    """Tell whether the answer to what begins like this is known without the class: a health probe, or an error."""
+    """Tell whether these bytes are a whole request that is answered without the class: a health probe, or an error."""
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return False
     try:
         head = parse_head(data[:end + 2])
+        size = int(head.fields.get("content-length", "0"))
+        if "transfer-encoding" in head.fields or size > len(data) - end - 4:
+            return False
         return ETLRequest.parse(head.method, head.target).raw_path == "/health"
-    except RequestError:
+    except (RequestError, ValueError):  # ValueError: of the length, which is an error too
         return True
 
 
@@ -3577,7 +3585,7 @@ def construct(etl_class: Type[ETLServer]) -> ETLServer:
 
 
 def settle() -> None:
-    """Collect garbage from now on, but not among what is there: it stays, and forked workers share what they leave alone."""
+    """Collect garbage from now on, but not among what is there: it stays, and workers share it until they write to it."""
     gc.freeze()
     gc.enable()
 

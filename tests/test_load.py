@@ -348,11 +348,11 @@ def test_probes_and_errors_are_answered_while_every_slot_is_busy(start: Callable
     asyncio.run(wait_and_ask(server.port, tmp_path / "gate", 100, SMALL_REQUESTS))
 
 
-def test_probes_are_answered_with_more_waiting_requests_than_threads(
+def test_probes_and_errors_are_answered_with_more_waiting_requests_than_threads(
     start: Callable[..., Runtime], tmp_path: Path, many_files: None
 ) -> None:
-    server = start(1, NUM_THREADS="2")
-    asyncio.run(wait_and_ask(server.port, tmp_path / "gate", 1200, SMALL_REQUESTS[:1]))
+    server = start(1, NUM_THREADS="1")
+    asyncio.run(wait_and_ask(server.port, tmp_path / "gate", 1200, SMALL_REQUESTS))
 
 
 # == Spread ==

@@ -217,6 +217,8 @@ def build_forbidden(mountpath: Path, kind: str) -> str:
         return str(path / "private")
     elif kind == "dangling link out":
         path.symlink_to(mountpath / "nothing")
+    elif kind == "link to itself":
+        path.symlink_to(path)
     elif kind == "link to a device":
         path.symlink_to("/dev/zero")
     elif kind == "folder":
@@ -232,8 +234,8 @@ def build_forbidden(mountpath: Path, kind: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["link out", "link to a folder", "dangling link out", "link to a device", "folder", "fifo",
-                                  "socket", "zero byte", "dots"])
+@pytest.mark.parametrize("kind", ["link out", "link to a folder", "dangling link out", "link to itself", "link to a device",
+                                  "folder", "fifo", "socket", "zero byte", "dots"])
 @pytest.mark.parametrize("method", ["PUT", "GET"])
 def test_what_is_no_object_is_forbidden_though_its_path_looks_like_one(
     pod: Pod, tmp_path: Path, method: str, kind: str
@@ -263,6 +265,13 @@ def test_a_link_that_leads_to_an_object_may_be_read(pod: Pod, tmp_path: Path) ->
     link = tmp_path / "link"
     link.symlink_to(path)
     assert pod.ask("PUT", "/bck/obj" + fqn_query(link)).body == wrapped(pod, link, b"content")
+
+
+def test_a_link_to_where_an_object_might_be_tells_that_there_is_none(pod: Pod, tmp_path: Path) -> None:
+    link = make_object(tmp_path).parent / "link"
+    link.symlink_to(link.parent / "missing")
+    assert pod.ask("PUT", "/bck/obj" + fqn_query(link)).status == 404
+    assert pod.calls() == []
 
 
 def test_a_folder_that_is_a_link_may_be_a_mountpath(pod: Pod, tmp_path: Path) -> None:

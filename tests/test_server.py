@@ -11,9 +11,10 @@ from typing import Iterator, List, Optional
 
 import pytest
 
-from harness import Body, Runtime, Server, make_payload
+from harness import RUNTIME, SERVING, Body, Runtime, Server, exact_environment, interpreter, make_payload
 
 SLOTS = 2
+PROBE_SECONDS = 5.0  # a kubelet waits no longer
 AT_ONCE_SECONDS = 0.5  # what needs no transform is answered within
 LARGE_BYTES = 8 << 20  # more than the buffers of a connection hold
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends RST
@@ -207,6 +208,62 @@ def test_clients_that_send_half_a_body_take_no_slot(server: Server) -> None:
             stack.enter_context(server.connect()).sendall(b"PUT /b/o HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello")
         for _ in range(5):
             assert server.request("PUT", "/bucket/object", b"hello", timeout=5).body == b"hello"
+
+
+# == Few files ==
+
+FILES = 128  # a pod cannot raise its hard limit
+
+
+@pytest.fixture
+def few_files() -> Iterator[Server]:
+    """One worker that may have few files open."""
+    python = interpreter("slim")
+    env = {"ETL_CLASS_PAYLOAD": make_payload(SLEEPER, "Sleeper"), "NUM_WORKERS": "1"}
+    command = ["/bin/sh", "-c", 'ulimit -n %d && exec "$@"' % FILES, "sh", python, str(RUNTIME)]
+    with Server(command, exact_environment(python, env)) as server:
+        server.port = int(server.wait_for_line(SERVING)[1])
+        yield server
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Tell whether the other end has not closed a connection on which nothing is to come."""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1))
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+@pytest.mark.parametrize("greeting", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["silent", "kept"])
+def test_new_clients_are_served_where_idle_ones_have_taken_all_files(few_files: Server, greeting: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        idle = []
+        for _ in range(2 * FILES):
+            idle.append(stack.enter_context(few_files.connect()))
+            if greeting:
+                idle[-1].sendall(greeting)
+                assert read_to_mark(idle[-1], b"Running").startswith(b"HTTP/1.1 200 ")
+        for number in range(FILES):
+            begun = time.monotonic()
+            assert few_files.request("PUT", "/bucket/object", b"%d" % number, timeout=PROBE_SECONDS).body == b"%d" % number
+            assert time.monotonic() - begun < PROBE_SECONDS
+        states = [is_open(connection) for connection in idle]
+    assert states[:FILES // 2] == [False] * (FILES // 2), "those that were idle for the longest time are closed"
+    assert states[-FILES // 8:] == [True] * (FILES // 8), "and no more of them than is needed"
+    few_files.wait_for_line("could not be accepted", 1)
+
+
+def test_a_connection_with_a_request_under_way_is_not_closed_for_want_of_files(few_files: Server) -> None:
+    with ThreadPoolExecutor(8) as clients, contextlib.ExitStack() as stack:
+        answers = [clients.submit(few_files.request, "PUT", "/bucket/object?etl_args=2", b"%d" % number) for number in range(8)]
+        time.sleep(0.3)
+        for _ in range(2 * FILES):
+            stack.enter_context(few_files.connect())
+        assert few_files.request("GET", "/health", timeout=PROBE_SECONDS).body == b"Running"
+        assert [answer.result().body for answer in answers] == [b"%d" % number for number in range(8)]
 
 
 # == Slow and early ==

@@ -3,6 +3,7 @@
 Classes run in real workers; what a process has and who its children are is read from /proc, on Linux alone.
 """
 import contextlib
+import http.client
 import os
 import shutil
 import signal
@@ -13,10 +14,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Set
+from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
+from ais_runtime_min import DEATHS_LIMIT, WORKER_OPTION
 from harness import RUNTIME, SERVING, Response, Runtime, Server, exact_environment, interpreter, make_payload, run_to_end
 
 StartRuntime = Callable[..., Runtime]
@@ -43,6 +45,12 @@ class Obedient(HTTPMultiThreadedServer):
     def pid(self, seconds):
         time.sleep(float(seconds or 0))
         return b"%d" % os.getpid()
+
+    def die(self, survivor):
+        """Be an object that kills every worker but one, which says that it is the one."""
+        if os.getpid() != int(survivor):
+            os.kill(os.getpid(), 9)
+        return b"survived"
 
     def limit(self, _):
         import resource
@@ -146,6 +154,35 @@ class SlowToLoad(HTTPMultiThreadedServer):
 
     def transform(self, data, path, etl_args):
         return data
+'''
+PULSING = OBEDIENT + '''
+class Pulse:
+    """Counts in a thread that runs wherever this was made or unpickled, and that a fork would stop."""
+
+    def __init__(self):
+        self.beats = 0
+        threading.Thread(target=self.beat, daemon=True).start()
+
+    def __reduce__(self):
+        return Pulse, ()
+
+    def beat(self):
+        while True:
+            self.beats += 1
+            time.sleep(0.01)
+
+class Pulsing(Obedient):
+    heart = Pulse()
+
+    def __init__(self):
+        super().__init__()
+        if "REASON" in os.environ:
+            raise ValueError(os.environ["REASON"])
+
+    def pulse(self, seconds):
+        before = self.heart.beats
+        time.sleep(float(seconds))
+        return b"beats" if self.heart.beats > before else b"stands still"
 '''
 PREPARED = HEAD + '''
 class Prepared(HTTPMultiThreadedServer):
@@ -418,6 +455,155 @@ def test_workers_do_not_outlive_their_supervisor(obedient: Runtime) -> None:
         os.kill(obedient.pid, signal.SIGKILL)
         wait_until(lambda: not any(map(is_alive, workers)), 2, "the workers are gone")
     assert is_refused(obedient.port)
+
+
+# == Objects that kill ==
+
+
+def send_killer(server: Server, survivor: int) -> str:
+    """Send an object that kills every worker but one; say who has answered it."""
+    try:
+        return obey(server, "die %d" % survivor).body.decode()
+    except (OSError, http.client.HTTPException):
+        return "nobody"
+
+
+def test_objects_that_kill_their_workers_do_not_end_a_pod_that_answers_others(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(OBEDIENT, "Obedient"), {"NUM_WORKERS": "16"})
+    survivor = int(obey(server, "pid").body)  # the others have never answered
+    deadline = time.monotonic() + 10
+    while server.log().count("SIGKILL") < DEATHS_LIMIT + 2:
+        assert time.monotonic() < deadline, "only few workers got such an object"
+        with ThreadPoolExecutor(8) as clients:
+            answers = set(clients.map(lambda _: send_killer(server, survivor), range(8)))
+            assert answers <= {"survived", "nobody"}
+    assert server.process.poll() is None
+    for _ in range(20):
+        assert obey(server, "").body == b"hello"
+    assert server.terminate() == 0
+
+
+def test_a_class_that_dies_of_every_object_ends_the_pod(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(OBEDIENT, "Obedient"), {"NUM_WORKERS": str(DEATHS_LIMIT)})
+    deadline = time.monotonic() + 20
+    answers = set()
+    with ThreadPoolExecutor(4) as clients:
+        while server.process.poll() is None:
+            assert time.monotonic() < deadline, "workers die and are replaced for ever"
+            answers |= set(clients.map(lambda _: send_killer(server, 0), range(4)))
+    assert answers == {"nobody"}
+    assert server.wait() == os.EX_SOFTWARE
+    assert "SIGKILL" in server.lines[-1] and "%dth in a row" % DEATHS_LIMIT in server.lines[-1]
+
+
+# == Started afresh ==
+
+
+def arguments_of(pid: int) -> List[str]:
+    """Return the command line of a process."""
+    return Path("/proc/%d/cmdline" % pid).read_text().split("\0")
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process."""
+    return int(Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[1])
+
+
+def pulsing_command(kind: str, folder: Path) -> Tuple[List[str], Dict[str, Optional[str]]]:
+    """Make arguments and variables by which two workers serve the class that leaves a thread when it is loaded."""
+    if kind == "pod":
+        return [], {"ETL_CLASS_PAYLOAD": make_payload(PULSING, "Pulsing"), "NUM_WORKERS": "2"}
+    file = folder / "pulsing.py"
+    file.write_text(PULSING)
+    return ["serve", "%s:Pulsing" % file, "--workers", "2", "--port", "0"], {"AIS_TARGET_URL": None, "PORT": None}
+
+
+@pytest.fixture(params=["pod", "serve"])
+def pulsing(request: pytest.FixtureRequest, start_runtime: StartRuntime, tmp_path: Path) -> Runtime:
+    """Two workers of a class that leaves a thread when it is loaded: in a pod, and from a file."""
+    args, env = pulsing_command(request.param, tmp_path)
+    return start_runtime(None, env, args)
+
+
+@ON_LINUX
+def test_a_class_that_leaves_a_thread_when_it_is_loaded_is_not_forked(pulsing: Runtime) -> None:
+    workers = wait_for_workers(pulsing, 2)
+    assert sorted(workers) == children_of(pulsing.pid)
+    for worker in workers:
+        assert WORKER_OPTION in arguments_of(worker) and parent_of(worker) == pulsing.pid
+    with ThreadPoolExecutor(12) as clients:
+        assert {answer.body for answer in clients.map(lambda _: obey(pulsing, "pulse 0.2"), range(12))} == {b"beats"}
+    assert obey(pulsing, "").body == b"hello"
+    assert pulsing.log().count("serving ") == 1
+
+
+@ON_LINUX
+def test_a_class_that_leaves_no_thread_is_forked(obedient: Runtime) -> None:
+    command = arguments_of(obedient.pid)
+    assert [arguments_of(worker) for worker in wait_for_workers(obedient, 2)] == [command, command]
+
+
+@ON_LINUX
+def test_a_worker_that_was_started_afresh_is_replaced_when_it_is_killed(pulsing: Runtime) -> None:
+    before = wait_for_workers(pulsing, 2)
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    pulsing.wait_for_line(r"worker %d .*SIGKILL" % victim, 5)
+    wait_until(lambda: len(children_of(pulsing.pid)) == 2, 5, "two workers")
+    after = wait_for_workers(pulsing, 2)
+    assert victim not in after and len(after - before) == 1
+    assert all(WORKER_OPTION in arguments_of(worker) for worker in after)
+
+
+@ON_LINUX
+def test_workers_that_were_started_afresh_have_a_pipe_of_their_own_each(pulsing: Runtime) -> None:
+    pipes = [set(pipes_of(pid).values()) for pid in wait_for_workers(pulsing, 2)]
+    assert [len(names) for names in pipes] == [2, 2], pipes
+    assert len(pipes[0] & pipes[1]) == 1, "all have one pipe, which tells that the supervisor lives: %s" % pipes
+
+
+@ON_LINUX
+def test_workers_that_were_started_afresh_finish_what_is_in_flight_and_end(pulsing: Runtime) -> None:
+    workers = wait_for_workers(pulsing, 2)
+    with in_flight(pulsing, "/bucket/object?etl_args=sleep%201") as answers:
+        begun = time.monotonic()
+        assert pulsing.terminate() == 0
+        assert time.monotonic() - begun < 1 + AT_ONCE_SECONDS
+    assert [answer.body for answer in answers] == [b"slept"]
+    assert not any(map(is_alive, workers))
+
+
+@ON_LINUX
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2])
+def test_a_worker_that_is_being_started_afresh_is_stopped_at_once(delay: float) -> None:
+    with start_unready(PULSING, "Pulsing", free_port()) as server:
+        wait_until(lambda: children_of(server.pid), 10, "a worker is started")
+        time.sleep(delay)
+        workers = children_of(server.pid)
+        begun = time.monotonic()
+        assert server.terminate(5) == 0
+        assert time.monotonic() - begun < AT_ONCE_SECONDS
+        assert not any(map(is_alive, workers))
+
+
+@ON_LINUX
+def test_workers_that_were_started_afresh_do_not_outlive_their_supervisor(pulsing: Runtime) -> None:
+    workers = wait_for_workers(pulsing, 2)
+    with pulsing.connect() as connection:
+        connection.sendall(b"PUT /b/o?etl_args=sleep%2020 HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.1)
+        os.kill(pulsing.pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, workers)), 2, "the workers are gone")
+    assert is_refused(pulsing.port)
+
+
+@pytest.mark.parametrize("kind", ["pod", "serve"])
+def test_a_constructor_that_fails_in_a_worker_started_afresh_ends_the_pod_with_its_reason(kind: str, tmp_path: Path) -> None:
+    args, env = pulsing_command(kind, tmp_path)
+    run = run_to_end(args, {**env, "REASON": "the model is broken"})
+    assert run.code == os.EX_SOFTWARE
+    assert "Pulsing" in run.last_line and "ValueError: the model is broken" in run.last_line
+    assert not any("ais_runtime_min.py" in line for line in run.lines), "the runtime's own frames are in the traceback"
 
 
 # == Sharing and inheriting ==
