@@ -146,7 +146,8 @@ DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
 DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
-DEATHS_SECONDS = 60.0  # that such a row must last, where some died idle: AIStore may be waiting to send again
+DEATHS_SECONDS = 60.0  # that such a row must last, where some were killed idle: AIStore may be waiting to send again
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what passes when others are done
 DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more of a message of this kind
@@ -201,6 +202,12 @@ class NotFound(RequestError):
     """The source object is not there; AIStore takes a 404 for exactly that."""
 
     status = HTTPStatus.NOT_FOUND
+
+
+class ObjectTooLarge(RequestError):
+    """The class wants the object whole, and the container has no memory for it."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class BadGateway(RequestError):
@@ -1469,9 +1476,10 @@ class Share:
     @classmethod
     def allot(cls, workers: int) -> int:
         """Make the memory for workers, none of which is there yet; return its descriptor, or -1 on systems without."""
-        if not hasattr(os, "memfd_create"):
+        try:
+            descriptor = os.memfd_create("shares")
+        except (AttributeError, OSError):
             return -1
-        descriptor = os.memfd_create("shares")
         os.write(descriptor, b"\xff" * cls.COUNT_BYTES * workers)
         return descriptor
 
@@ -2100,7 +2108,7 @@ class ETLRequest(NamedTuple):
 
 
 class ObjectFile(io.FileIO):
-    """An object's file, opened; `size` is the file's in bytes."""
+    """An object's file, opened; `size` is what the file had then, in bytes."""
 
     def __init__(self, descriptor: int, size: int, mode: str = "r") -> None:
         super().__init__(descriptor, mode)
@@ -2169,29 +2177,36 @@ def resolved_path(descriptor: int, path: str) -> str:
         return os.path.realpath(path)
 
 
+def require_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> None:
+    """Raise Forbidden unless a resolved path may be read."""
+    if not is_object_path(path, roots):
+        raise Forbidden("the path is not one of an object")
+
+
 def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
     """Open an object's file: its descriptor, NotFound, or Forbidden for what is not AIStore's to show.
 
     The pod's port can be reached by others than its target, and the container holds secrets: only a file may be read
-    that lies in AIStore's layout, or under `roots`, once symlinks are resolved. The open file is asked for its path
-    again: nothing else cannot be changed behind our back.
+    that lies in AIStore's layout, or under `roots`, once symlinks are resolved. It is the open file that is asked where
+    it lies, since a path can come to lead elsewhere between a look at it and its use.
     """
-    looks_right = is_object_path(path, roots)
+    looks_right = "/.." not in path and is_object_path(path, roots)
     try:
-        if not looks_right and not is_object_path(os.path.realpath(path), roots):
-            raise Forbidden("the path is not one of an object")
+        if not looks_right:
+            require_object_path(os.path.realpath(path), roots)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        if not is_object_path(os.path.realpath(path), roots):  # what is not there must not be told either
-            raise Forbidden("the path is not one of an object") from None
+        require_object_path(os.path.realpath(path), roots)  # what is not there elsewhere must not be told
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        is_ours = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+        is_ours = getattr(error, "errno", None) in (*OUT_OF_RESOURCES, errno.EIO)
         raise (RequestError if is_ours else Forbidden)(f"the object's file cannot be read: {error}") from None
-    opened = resolved_path(descriptor, path)
-    if not (looks_right and opened == path) and not is_object_path(opened, roots):
-        os.close(descriptor)
-        raise Forbidden("the path is not one of an object's file")
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(os.close, descriptor)
+        opened = resolved_path(descriptor, path)
+        if not looks_right or opened != path:
+            require_object_path(opened, roots)
+        on_failure.pop_all()
     return descriptor
 
 
@@ -2452,8 +2467,9 @@ class Room:
     Whoever came first is never made to wait: one body always fits, and no two wait for each other.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, most_bytes: int = sys.maxsize) -> None:
         self._limit = limit_bytes
+        self._most = most_bytes  # of one body
         self._total = 0
         self._taken: Dict[object, int] = {}  # in the order of their coming
         self._change = threading.Condition()
@@ -2464,7 +2480,9 @@ class Room:
             self._taken[body] = 0
 
     def take(self, body: object, count: int) -> None:
-        """Wait until there is room for some more bytes, and take it."""
+        """Wait until there is room for some more bytes, and take it; 413 where no machine has so much."""
+        if self._taken[body] + count > self._most + WRITE_BYTES:  # a step of reading may be larger than what is left
+            raise ObjectTooLarge(f"the object has more bytes than the container's memory, {self._most}")
         with self._change:
             self._change.wait_for(lambda: self._total + count <= self._limit or body is next(iter(self._taken)))
             self._total += count
@@ -2533,7 +2551,7 @@ class WaitingBody(io.RawIOBase):
 
 def as_bytes(output: Any, what: str) -> bytes:
     """Take a result for bytes: any bytes-like object, text as UTF-8; TypeError names what it is not."""
-    if isinstance(output, bytes):
+    if type(output) is bytes:
         return output
     if isinstance(output, str):
         return output.encode("utf-8")
@@ -2554,8 +2572,8 @@ class Transforms:
         self._server = server
         self._slots = slots
         self._decodes = isinstance(server, FrameworkServer)
-        self._room = Room(WAITING_LIMIT_BYTES)
         self._memory = memory_limit()
+        self._room = Room(WAITING_LIMIT_BYTES, self._memory)
 
     @property
     def is_streaming(self) -> bool:
@@ -2565,7 +2583,7 @@ class Transforms:
     @property
     def mime_type(self) -> str:
         """The `Content-Type` of results."""
-        return str(self._server.get_mime_type())
+        return "".join(self._server.get_mime_type())  # a plain str of any subclass; TypeError where it is none
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
         """Read the whole object, wait for a slot, transform it."""
@@ -2580,8 +2598,7 @@ class Transforms:
     def _run_large(self, stream: ObjectStream, *args: str) -> Any:
         """Read an object as there is memory for it; 413 where there never will be."""
         if stream.size is not None and stream.size > self._memory:
-            raise RequestError(f"the object has {stream.size} bytes, more than the {self._memory} of the container's memory",
-                               HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            raise ObjectTooLarge(f"the object has {stream.size} bytes, more than the {self._memory} of the container's memory")
         with WaitingBody(self._room, stream) as body:
             return self._slots.run(body.before(self._server.transform), body.readall(), *args)
 
@@ -2752,6 +2769,7 @@ class Deliveries:
             answer = NodeAnswer(response.status_code, response.headers, response.content, to.url)
             return self._judge(to, answer, size_of(output))
         status, content, length = self._server.handle_direct_put_response(response, data, size_of(output))
+        status = int(status)
         if status == HTTPStatus.NOT_FOUND or status >= 400:
             content = self._settings.redact(as_bytes(content, "the answer is").decode("utf-8", "replace")).encode()
         fields = tuple(self._server.make_direct_put_headers(length).items())
@@ -3068,7 +3086,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
     """
 
     server: ETLHTTPServer
-    is_single = False  # whether this thread has time for one request only
+    is_single = False  # whether the connection is closed after one request
     is_idle = False
     is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
     serving = ""  # the path of the request that is being answered
@@ -3255,6 +3273,8 @@ class SingleRequestHandler(ETLRequestHandler):
 
 def needs_no_transform(data: bytes) -> bool:
     """Tell whether these bytes are a whole request that is answered without the class: a health probe, or an error."""
+    while data.startswith(b"\r\n"):  # RFC 9112, 2.2
+        data = data[2:]
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return False
@@ -3286,12 +3306,13 @@ class ThreadPool:
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._threads = 0
+        self._is_short = False  # whether the system had no other thread when one was asked for
         self.busy = 0  # jobs that are begun or wait
 
     @property
     def is_exhausted(self) -> bool:
         """Whether another job would have to wait for one of those before it."""
-        return self.busy >= self._limit
+        return self.busy >= (self._threads if self._is_short else self._limit)
 
     def submit(self, request: Any, client_address: Any) -> None:
         """Take a job; RuntimeError where there is no thread at all and none can be started."""
@@ -3306,18 +3327,22 @@ class ThreadPool:
         try:
             threading.Thread(target=self._serve, name="etl", daemon=True).start()
             self._threads += 1
+            self._is_short = False
         except RuntimeError as error:
-            logger.error("%d threads serve connections, and another cannot be started: %s", self._threads, error)
+            if not self._is_short:
+                logger.error("%d threads serve connections, and another cannot be started: %s", self._threads, error)
+            self._is_short = True
             if not self._threads:
                 raise
 
     def _serve(self) -> None:
         """Do one job after the other, forever."""
         while True:
-            self._work(*self._jobs.get())
-            with self._lock:
-                self.busy -= 1
-                if not self.busy:
+            try:
+                self._work(*self._jobs.get())
+            finally:
+                with self._lock:
+                    self.busy -= 1
                     self._quiet.notify_all()
 
     def wait_until_quiet(self, deadline: float) -> None:
@@ -3347,8 +3372,10 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
                 pool = self.reserve
         try:
             pool.submit(request, client_address)
-        except RuntimeError:  # its client sees the connection end, and tries again
-            request.close()
+        except RuntimeError:
+            if pool is self.reserve:
+                return self.process_single_request(request, client_address)  # it is all here, and takes no time
+            request.close()  # its client sees the connection end, and tries again
 
     def wait_until_quiet(self, deadline: float) -> None:
         """Wait until no connection is being served, or until a time of time.monotonic()."""
@@ -3383,14 +3410,15 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         while not self.is_draining:
             self._share.publish(self._connections)
-            for key, _ in self._selector.select(poll_interval):
-                if key.fileobj is self.socket:
-                    self._accept()
-                elif key.fileobj is self._wakeup:
-                    self._wake_up()
-                else:
-                    self._selector.unregister(key.fileobj)
-                    self.process_request(key.fileobj, key.data[0])
+            ready = {key.fileobj: key.data for key, _ in self._selector.select(poll_interval)}
+            for connection, parked in ready.items():
+                if parked is not None:
+                    self._selector.unregister(connection)
+                    self.process_request(connection, parked[0])
+            if self._wakeup in ready:
+                self._wake_up()
+            if self.socket in ready:  # after the others, since it may close connections that are parked
+                self._accept()
             self._close_expired()
         self._share.leave()
         self._dismiss_idle()
@@ -3408,12 +3436,13 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             connection, address = self.socket.accept()
         except BlockingIOError:  # another worker was faster
             return
-        except OSError as error:  # out of file descriptors, or the client is gone already
+        except OSError as error:
             logger.error("a connection could not be accepted: %s", error)
-            return self._make_room()
+            if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
+                self._make_room()
+            return
         if self.threads.is_exhausted:  # whether it can be answered at once is told by what it says
-            self._newly_idle.put((connection, address))
-            return self._park_newly_idle()
+            return self._park(connection, address)
         self.process_request(connection, address)
         self._share.publish(self._connections)
 
@@ -3447,15 +3476,17 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         if handler.is_broken:
             request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
             return self.close_request(request)
-        if not handler.is_idle or self.is_draining:
+        if handler.is_single or not handler.is_idle or self.is_draining:
             return self.shutdown_request(request)
         self._newly_idle.put((request, client_address))
         self._wake()
 
     def _park_newly_idle(self) -> None:
         while not self._newly_idle.empty():
-            connection, address = self._newly_idle.get()
-            self._selector.register(connection, selectors.EVENT_READ, (address, time.monotonic()))
+            self._park(*self._newly_idle.get())
+
+    def _park(self, connection: socket.socket, address: Any) -> None:
+        self._selector.register(connection, selectors.EVENT_READ, (address, time.monotonic()))
 
     def _parked(self) -> List[Tuple[socket.socket, Any, float]]:
         return [(cast(socket.socket, key.fileobj), *key.data) for key in self._selector.get_map().values() if key.data]
@@ -3551,11 +3582,11 @@ def serve_instance(server: ListeningServer) -> None:
         slots = MainThreadSlots()
     http_server = PooledHTTPServer(listener, Service(settings, server, Current.pool, slots))
 
+    failures: List[BaseException] = []
+
     def serve() -> None:
-        try:
-            http_server.serve_forever()
-        finally:
-            slots.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
+        failures.extend(filter(None, [attempt(http_server.serve_forever).error]))
+        slots.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
 
     if threading.current_thread() is threading.main_thread():
         http_server.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
@@ -3563,6 +3594,9 @@ def serve_instance(server: ListeningServer) -> None:
     threading.Thread(target=serve, name="acceptor", daemon=True).start()
     report(REPORT_READY)
     slots.work()
+    if failures:
+        logger.error("the server failed", exc_info=failures[0])
+        raise StartupError(f"the server failed: {describe(failures[0])}")
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
@@ -3585,7 +3619,7 @@ def construct(etl_class: Type[ETLServer]) -> ETLServer:
 
 
 def settle() -> None:
-    """Collect garbage from now on, but not among what is there: it stays, and workers share it until they write to it."""
+    """Collect garbage from now on, but not among what is there: it stays, and a forked worker shares most of it."""
     gc.freeze()
     gc.enable()
 
@@ -3639,30 +3673,43 @@ class Place(NamedTuple):
         """The open files."""
         return [end for end in self[:4] if end >= 0]
 
+    @classmethod
+    def parse(cls, text: str) -> Tuple[Place, List[str]]:
+        """Read what `Launch.start_worker` wrote: the place, and the search path for modules."""
+        value, error = attempt(json.loads, text)
+        if error is not None or not isinstance(value, list) or len(value) != len(cls._fields) + 1:
+            raise UsageError(f"{WORKER_OPTION} is for workers that the supervisor starts")
+        return cls(*value[:-1]), value[-1]
+
     def take(self, load: Callable[[], Type[ETLServer]]) -> NoReturn:
         """Be a worker: load the class, serve it, and end the process."""
-        code = int(Exit.SOFTWARE)
-        try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
-            Current.listener = socket.socket(fileno=self.listener) if self.listener >= 0 else None
-            Current.reports = self.reports
-            Current.share = Share(self.workers, self.slot, self.shares) if self.shares >= 0 else None
-            threading.Thread(target=die_with, args=(self.life,), name="life", daemon=True).start()
-            code = run_worker(load)
-        finally:
-            leave(code)
+        Current.reports = self.reports
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
+        _, error = attempt(self._settle_in)
+        code, error = attempt(run_worker, load) if error is None else Outcome(error=error)
+        if error is not None:
+            report(b"%b%d %b" % (REPORT_FAILED, Exit.SYSTEM, describe(error).encode("utf-8", "replace")))
+        leave(Exit.SYSTEM if error is not None else cast(int, code))
+
+    def _settle_in(self) -> None:
+        """Take over what the supervisor gave."""
+        Current.listener = socket.socket(fileno=self.listener) if self.listener >= 0 else None
+        Current.share = Share(self.workers, self.slot, self.shares) if self.shares >= 0 else None
+        threading.Thread(target=die_with, args=(self.life,), name="life", daemon=True).start()
 
 
 class Launch(NamedTuple):
-    """How a process was started, and how others like it are."""
+    """How a process was started, and how others like it are: what a class changes when it is loaded is not in here."""
 
     arguments: Sequence[str]
     environ: Mapping[str, str]
+    path: Sequence[str]
+    folder: str
 
     def start_worker(self, place: Place) -> int:
         """Start a process that does the same and takes a place; return its id. OSError where that is not possible."""
-        what = json.dumps([*place, sys.path])
+        what = json.dumps([*place, [self.folder, *self.path]])
         command = [sys.executable, os.path.abspath(__file__), WORKER_OPTION, what, *self.arguments]
         for end in place.descriptors:
             os.set_inheritable(end, True)
@@ -3746,7 +3793,7 @@ class Supervisor:
         self._workers: Dict[int, Worker] = {}
         self._due: List[float] = []  # when to start a worker
         self._deaths = 0  # in a row
-        self._idle_deaths = 0  # of these, of workers that were ready and had no request
+        self._idle_deaths = 0  # of these, of workers that were killed while they had no request: not by the class
         self._first_death = 0.0
         self._deadline = 0.0  # for the workers' end, once they are told to
         self._failure: Optional[StartupError] = None
@@ -3815,7 +3862,10 @@ class Supervisor:
         """Start a worker, by a fork or afresh, and take note of it."""
         slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
         listener = self._listener.fileno() if self._listener is not None else -1
-        reports, reporter = os.pipe()
+        try:
+            reports, reporter = os.pipe()
+        except OSError as error:
+            return self._start_later(f"a worker cannot be started: {error.strerror}")
         place = Place(listener, reporter, self._life[0], self._shares, slot, self._count)
         try:
             pid = self._fork(place, reports) if self._forks else self._launch.start_worker(place)
@@ -3894,7 +3944,8 @@ class Supervisor:
             return self._fail(worker.failure)
         if worker.has_answered:
             self._deaths = self._idle_deaths = 0
-        self._idle_deaths += worker.is_ready and not worker.has_begun
+        was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        self._idle_deaths += was_killed and worker.is_ready and not worker.has_begun
         self._start_later(f"worker {worker.pid} {worker.failure or how_it_died(status)}")
 
     def _start_later(self, why: str) -> None:
@@ -3906,7 +3957,7 @@ class Supervisor:
             return self._fail(StartupError(why))
         if self._is_hopeless():
             return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
-        delay = min(0.05 * 2 ** self._deaths, RESPAWN_DELAY_LIMIT_SECONDS)
+        delay = min(0.05 * 2 ** min(self._deaths, 10), RESPAWN_DELAY_LIMIT_SECONDS)
         logger.error("%s; starting another in %.1f s", why, delay)
         self._due.append(time.monotonic() + delay)
 
@@ -4120,6 +4171,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def read_job(arguments: Sequence[str], environ: Mapping[str, str]) -> Job:
+    """Tell from the command line and the environment what is to be done."""
+    job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
+    Current.settings = job.settings
+    return job
+
+
+def be_fresh_worker(text: str, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
+    """Be a worker that was not forked: what is wrong with its class is told to the supervisor."""
+    place, (folder, *sys.path[:]) = Place.parse(text)
+    os.chdir(folder)
+
+    def load() -> Type[ETLServer]:
+        job = read_job(arguments, environ)
+        configure_logging(job.settings)
+        return job.load()
+
+    place.take(load)
+
+
 def terminate(number: int, _: Any) -> NoReturn:
     """End the start: a tool that runs is ended on the way out."""
     raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
@@ -4134,17 +4205,11 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a log line must not fail for a character
     arguments = list(sys.argv[1:] if argv is None else argv)
-    place = None
-    if arguments[:1] == [WORKER_OPTION]:
-        *numbers, sys.path[:] = json.loads(arguments[1])
-        place, arguments = Place(*numbers), arguments[2:]
     try:
-        job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
-        Current.settings = job.settings
-        if place is not None:
-            configure_logging(job.settings)
-            place.take(job.load)
-        return job.run(Launch(arguments, environ))
+        if arguments[:1] == [WORKER_OPTION]:
+            be_fresh_worker("".join(arguments[1:2]), arguments[2:], environ)
+        launch = Launch(arguments, dict(environ), [os.fspath(entry) for entry in sys.path], os.getcwd())
+        return read_job(arguments, environ).run(launch)
     except StartupError as error:
         return give_up(error)
 
