@@ -2583,7 +2583,10 @@ class Transforms:
     @property
     def mime_type(self) -> str:
         """The `Content-Type` of results."""
-        return "".join(self._server.get_mime_type())  # a plain str of any subclass; TypeError where it is none
+        value = self._server.get_mime_type()
+        if not isinstance(value, str):
+            raise TypeError(f"get_mime_type() returned {type(value).__name__!r}, not str")
+        return str.__str__(value)  # a plain one, whatever a subclass makes of itself
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
         """Read the whole object, wait for a slot, transform it."""
@@ -3273,8 +3276,7 @@ class SingleRequestHandler(ETLRequestHandler):
 
 def needs_no_transform(data: bytes) -> bool:
     """Tell whether these bytes are a whole request that is answered without the class: a health probe, or an error."""
-    while data.startswith(b"\r\n"):  # RFC 9112, 2.2
-        data = data[2:]
+    data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return False
@@ -3676,8 +3678,9 @@ class Place(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Tuple[Place, List[str]]:
         """Read what `Launch.start_worker` wrote: the place, and the search path for modules."""
-        value, error = attempt(json.loads, text)
-        if error is not None or not isinstance(value, list) or len(value) != len(cls._fields) + 1:
+        value = attempt(json.loads, text).value
+        kinds = [type(part) for part in value] if isinstance(value, list) else []
+        if kinds != [*[int] * len(cls._fields), list] or not all(isinstance(entry, str) for entry in value[-1] or [0]):
             raise UsageError(f"{WORKER_OPTION} is for workers that the supervisor starts")
         return cls(*value[:-1]), value[-1]
 

@@ -263,6 +263,40 @@ class Fast(Many, FastAPIServer):
 class Flask(Many, FlaskServer):
     pass
 '''
+ODD = '''
+import os
+
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+
+
+class OddText(str):
+    __hash__ = None
+
+    def __str__(self):
+        return self
+
+
+class Liar(bytes):
+    def __len__(self):
+        return int(os.environ["LENGTH"])
+
+
+class Odd:
+    def get_mime_type(self):
+        kinds = {"plain": "text/plain", "odd": OddText("text/x-odd"), "none": None, "number": 5, "bytes": b"text/plain"}
+        return kinds[os.environ["MIME_TYPE"]]
+
+
+class Whole(Odd, HTTPMultiThreadedServer):
+    def transform(self, data, path, etl_args):
+        return Liar(data)
+
+
+class Pieces(Odd, HTTPMultiThreadedServer):
+    def transform_stream(self, reader, path, etl_args):
+        yield Liar(reader.read(3))
+        yield Liar(reader.read())
+'''
 BASES = {"threaded": "Threaded", "fastapi": "Fast", "flask": "Flask"}
 TOKEN = "t0ken-of-the-cluster"
 SECRETS = ("s3cr3t", TOKEN)
@@ -443,6 +477,27 @@ def test_a_stream_that_fails_resets_the_connection_of_a_client_of_http_1_0(strea
 def test_a_mime_type_cannot_break_out_of_its_line(pods: StartPod) -> None:
     response = put(pods(BUFFERED, "Forging"), "")
     assert (response.status, response.body, response.headers.get("x-forged")) == (200, b"abc", None)
+
+
+@pytest.mark.parametrize("name", ["Whole", "Pieces"])
+@pytest.mark.parametrize("length", ["0", "2", "1000"])
+def test_a_result_is_sent_whole_whatever_it_says_of_its_length(pods: StartPod, name: str, length: str) -> None:
+    response = put(pods(ODD, name, {"MIME_TYPE": "plain", "LENGTH": length}), "", b"0123456789")
+    assert (response.status, response.body) == (200, b"0123456789")
+
+
+@pytest.mark.parametrize("name", ["Whole", "Pieces"])
+def test_a_mime_type_of_an_odd_class_is_sent_as_plain_text(pods: StartPod, name: str) -> None:
+    response = put(pods(ODD, name, {"MIME_TYPE": "odd", "LENGTH": "3"}), "")
+    assert (response.status, response.body, response.headers["content-type"]) == (200, b"abc", "text/x-odd")
+
+
+@pytest.mark.parametrize("name", ["Whole", "Pieces"])
+@pytest.mark.parametrize("kind", ["none", "number", "bytes"])
+def test_a_mime_type_that_is_no_text_is_an_error_that_tells_the_reason(pods: StartPod, kind: str, name: str) -> None:
+    response = put(pods(ODD, name, {"MIME_TYPE": kind, "LENGTH": "3"}), "")
+    assert response.status == 500
+    assert re.search(r"get_mime_type\(\) returned", json.loads(response.body)["detail"]), response.body
 
 
 # == Paths ==

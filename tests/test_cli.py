@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pytest
 
 import ais_runtime_min
-from ais_runtime_min import Exit
+from ais_runtime_min import WORKER_OPTION, Exit
 from harness import RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, run_to_end
 
 StartServe = Callable[..., Runtime]
@@ -256,6 +256,13 @@ def test_a_command_line_that_is_not_understood_is_told(bare_python: str, args: S
     assert_no_traceback(done)
 
 
+@pytest.mark.parametrize("words", [[], ["x"], ["[]"], ["{}"], ["5", "serve"]], ids=" ".join)
+def test_the_option_of_workers_is_not_for_users(bare_python: str, words: Sequence[str]) -> None:
+    done = serve_in_vain(bare_python, WORKER_OPTION, *words)
+    assert (done.code, len(done.lines)) == (Exit.USAGE, 1), done
+    assert WORKER_OPTION in done.last_line
+
+
 @pytest.mark.parametrize("target", ["no/such/folder", "ftp://host/", "file:///no/such/folder"])
 def test_a_target_that_cannot_be_used_is_told(bare_python: str, etls: Path, target: str) -> None:
     done = serve_in_vain(bare_python, "serve", etls / "upper.py", "--port", "0", "--target", target)
@@ -369,6 +376,15 @@ def test_objects_are_read_under_the_folder_and_nowhere_else(
         assert b"secret" not in response.body.lower().replace(path.lower().encode(), b"")
     else:
         assert response.body == body
+
+
+@pytest.mark.parametrize("way", [
+    "/..%2f", "/bucket%2f..%2f..%2f", "/bucket/up/", "/nonesuch/../../", "/bucket/dir/..%2f..%2f..%2f",
+])
+def test_what_is_outside_of_the_folder_is_not_told_from_what_is_not_there(with_folder: Runtime, way: str) -> None:
+    there, missing = (with_folder.request("GET", way + name) for name in ("secret", "nothing"))
+    assert there.status == missing.status == 403
+    assert json.loads(there.body) == json.loads(missing.body)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])

@@ -22,6 +22,7 @@ from typing import Awaitable, Callable, Dict, Iterable, Iterator, List, NamedTup
 
 import pytest
 
+from ais_runtime_min import RESERVE_THREAD_LIMIT, THREAD_LIMIT, needs_no_transform
 from harness import Runtime, make_payload
 from standin import StandInTarget
 
@@ -324,13 +325,20 @@ SMALL_REQUESTS = [
 ]
 
 
-async def wait_and_ask(port: int, gate: Path, waiting: int, small: Sequence[Tuple[bytes, int]]) -> None:
-    """Fill all slots and have more requests wait; ask for small things meanwhile, then let all of them through."""
+async def wait_and_ask(
+    port: int, gate: Path, waiting: int, small: Sequence[Tuple[bytes, int]], unanswered: Sequence[bytes] = ()
+) -> None:
+    """Fill all slots and have more requests wait; ask for small things meanwhile, then let all of them through.
+
+    Before these come some requests for whose answers nobody waits.
+    """
     paths = ["/b/waiting-%d" % number for number in range(waiting)]
     connections = [Connection(port) for _ in paths]
     requests = [put(path, b"x", "wait %s" % gate) for path in paths]
     await in_turns(partial(each.send, [request]) for each, request in zip(connections, requests))
     await asyncio.sleep(1)  # all that can be taken up is
+    others = [Connection(port) for _ in unanswered]
+    await in_turns(partial(each.send, [request]) for each, request in zip(others, unanswered))
     try:
         for request, status in [*small] * 3:
             answer = await ask_once(port, request)
@@ -339,7 +347,7 @@ async def wait_and_ask(port: int, gate: Path, waiting: int, small: Sequence[Tupl
         gate.touch()
     answers = await asyncio.gather(*(connection.read_answer() for connection in connections))
     assert answers == [named(path, b"x") for path in paths]
-    for connection in connections:
+    for connection in connections + others:
         connection.close()
 
 
@@ -353,6 +361,32 @@ def test_probes_and_errors_are_answered_with_more_waiting_requests_than_threads(
 ) -> None:
     server = start(1, NUM_THREADS="1")
     asyncio.run(wait_and_ask(server.port, tmp_path / "gate", 1200, SMALL_REQUESTS))
+
+
+@pytest.mark.parametrize("kind", ["nothing but empty lines", "an object behind an empty line", "a probe without its body"])
+def test_what_looks_like_a_probe_does_not_keep_others_waiting_when_all_threads_are_busy(
+    start: Callable[..., Runtime], tmp_path: Path, many_files: None, kind: str
+) -> None:
+    server, gate = start(1, NUM_THREADS="1"), tmp_path / "gate"
+    request = {
+        "nothing but empty lines": b"\r\n\r\n",
+        "an object behind an empty line": b"\r\n" + put("/b/other", b"x", "wait %s" % gate),
+        "a probe without its body": HEALTH.replace(b"\r\n\r\n", b"\r\nContent-Length: 9\r\n\r\n"),
+    }[kind]
+    asyncio.run(wait_and_ask(server.port, gate, THREAD_LIMIT, [(HEALTH, 200)], [request] * (RESERVE_THREAD_LIMIT + 2)))
+    assert "starting another" not in server.log()
+
+
+@pytest.mark.parametrize("data, is_so", [
+    (HEALTH, True), (b"\r\n" + HEALTH, True), (b"\r\n\r\n\r\n" + HEALTH, True), (HEALTH + put("/b/o"), True),
+    (HEALTH.replace(b"x\r\n", b"x\r\nContent-Length: 2\r\n") + b"no", True), (b"not HTTP\r\n\r\n", True),
+    (b"", False), (b"\r", False), (b"\r\n", False), (b"\r\n\r\n", False), (b"\r\n\r\n\r\n", False), (HEALTH[:-1], False),
+    (put("/b/o", b"x"), False), (b"\r\n" + put("/b/o", b"x"), False), (b"\r\n\r\n" + put("/b/o"), False),
+    (HEALTH.replace(b"x\r\n", b"x\r\nContent-Length: 2\r\n") + b"n", False),
+    (HEALTH.replace(b"x\r\n", b"x\r\nTransfer-Encoding: chunked\r\n"), False),
+])
+def test_a_whole_probe_and_an_error_alone_need_no_transform(data: bytes, is_so: bool) -> None:
+    assert needs_no_transform(data) is is_so
 
 
 # == Spread ==
@@ -545,7 +579,7 @@ def footprint_of(*servers: Runtime) -> Footprint:
     return Footprint(*map(sum, zip(*each)))
 
 
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed objects, more for each thread that had one
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # else glibc keeps what threads have freed
 
 
 async def send_in_a_row(port: int, request: bytes, count: int) -> Counter[int]:

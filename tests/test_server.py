@@ -2,6 +2,8 @@
 import contextlib
 import http.client
 import json
+import os
+import signal
 import socket
 import struct
 import threading
@@ -11,6 +13,7 @@ from typing import Iterator, List, Optional
 
 import pytest
 
+from ais_runtime_min import LINGER_SECONDS
 from harness import RUNTIME, SERVING, Body, Runtime, Server, exact_environment, interpreter, make_payload
 
 SLOTS = 2
@@ -213,16 +216,24 @@ def test_clients_that_send_half_a_body_take_no_slot(server: Server) -> None:
 # == Few files ==
 
 FILES = 128  # a pod cannot raise its hard limit
+VERY_FEW_FILES = 40
+
+
+@contextlib.contextmanager
+def with_files(limit: int) -> Iterator[Server]:
+    """Start one worker that may have so many files open."""
+    python = interpreter("slim")
+    env = {"ETL_CLASS_PAYLOAD": make_payload(SLEEPER, "Sleeper"), "NUM_WORKERS": "1"}
+    command = ["/bin/sh", "-c", 'ulimit -n %d && exec "$@"' % limit, "sh", python, str(RUNTIME)]
+    with Server(command, exact_environment(python, env)) as server:
+        server.port = int(server.wait_for_line(SERVING)[1])
+        yield server
 
 
 @pytest.fixture
 def few_files() -> Iterator[Server]:
     """One worker that may have few files open."""
-    python = interpreter("slim")
-    env = {"ETL_CLASS_PAYLOAD": make_payload(SLEEPER, "Sleeper"), "NUM_WORKERS": "1"}
-    command = ["/bin/sh", "-c", 'ulimit -n %d && exec "$@"' % FILES, "sh", python, str(RUNTIME)]
-    with Server(command, exact_environment(python, env)) as server:
-        server.port = int(server.wait_for_line(SERVING)[1])
+    with with_files(FILES) as server:
         yield server
 
 
@@ -264,6 +275,44 @@ def test_a_connection_with_a_request_under_way_is_not_closed_for_want_of_files(f
             stack.enter_context(few_files.connect())
         assert few_files.request("GET", "/health", timeout=PROBE_SECONDS).body == b"Running"
         assert [answer.result().body for answer in answers] == [b"%d" % number for number in range(8)]
+
+
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """Stop all processes meanwhile, so that what comes is there at once when they go on."""
+    os.killpg(server.pid, signal.SIGSTOP)
+    try:
+        time.sleep(0.02)  # it takes a moment, in which they would see some of it
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGCONT)
+
+
+def is_answered(connection: socket.socket) -> bool:
+    """Tell whether a probe is answered, or the connection closed."""
+    try:
+        return connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    except ConnectionResetError:
+        return False
+
+
+def test_idle_clients_that_send_again_just_when_files_run_out_cost_no_request_that_is_under_way() -> None:
+    probe = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with with_files(VERY_FEW_FILES) as server, ThreadPoolExecutor(1) as client, contextlib.ExitStack() as stack:
+        kept = [stack.enter_context(server.connect(timeout=PROBE_SECONDS)) for _ in range(VERY_FEW_FILES // 2)]
+        answer = client.submit(server.request, "PUT", "/bucket/object?etl_args=2", b"hello")
+        time.sleep(0.1)
+        while "could not be accepted" not in server.log():
+            assert len(kept) < 2 * VERY_FEW_FILES, "there is no lack of files"
+            with paused(server):  # one round more than fits finds a new client before those that were idle
+                kept.append(stack.enter_context(server.connect(timeout=PROBE_SECONDS)))
+                for connection in kept:
+                    connection.sendall(probe)
+            kept = [connection for connection in kept if is_answered(connection)]
+            time.sleep(3 * LINGER_SECONDS)  # no thread waits for more from them
+        assert answer.result().body == b"hello", "its worker is gone"
+        assert server.request("GET", "/health", timeout=PROBE_SECONDS).body == b"Running"
+        assert "starting another" not in server.log()
 
 
 # == Slow and early ==

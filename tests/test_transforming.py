@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional
 import pytest
 
 from ais_runtime_min import (READ_BYTES, WAITING_LIMIT_BYTES, WRITE_BYTES, BoundedReader, ChunkedReader, ConnectionInput,
-                             MainThreadSlots, Room, ShortBody, SmallObject, ThreadSlots, WaitingBody, memory_limit)
+                             MainThreadSlots, RequestError, Room, ShortBody, SmallObject, ThreadSlots, WaitingBody, memory_limit)
 from harness import Response, Runtime, Server, make_payload
 
 T = TypeVar("T")
@@ -234,6 +234,28 @@ def test_a_body_that_is_cut_short_gives_its_room_back(pair: List[socket.socket],
     with WaitingBody(room, stream) as body, pytest.raises(ShortBody):
         body.readall()
     assert_empty(room)
+
+
+def test_a_body_of_unknown_size_that_the_memory_cannot_hold_is_413_and_gives_its_room_back(pair: List[socket.socket]) -> None:
+    client, ours = pair
+    room = Room(10, 2 * WRITE_BYTES)
+    sending = begin(client.sendall, b"".join([b"%x\r\n%b\r\n" % (WRITE_BYTES, bytes(WRITE_BYTES))] * 4))
+    with WaitingBody(room, ChunkedReader(ConnectionInput(ours))) as body, pytest.raises(RequestError) as caught:
+        begin(body.readall).result(SOON_SECONDS)
+    assert caught.value.status == 413
+    assert str(2 * WRITE_BYTES) in str(caught.value) and "memory" in str(caught.value)
+    assert_empty(room)
+    ours.close()
+    with contextlib.suppress(OSError):
+        sending.result(SOON_SECONDS)
+
+
+def test_a_body_of_unknown_size_that_the_memory_can_hold_is_read(pair: List[socket.socket]) -> None:
+    client, ours = pair
+    room = Room(10, 2 * WRITE_BYTES)
+    begin(client.sendall, b"".join([b"%x\r\n%b\r\n" % (WRITE_BYTES, bytes(WRITE_BYTES))] * 2) + b"0\r\n\r\n")
+    with WaitingBody(room, ChunkedReader(ConnectionInput(ours))) as body:
+        assert begin(body.readall).result(SOON_SECONDS) == bytes(2 * WRITE_BYTES)
 
 
 def test_the_room_is_given_back_before_the_transform_and_the_stream_stays_open() -> None:

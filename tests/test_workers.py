@@ -14,11 +14,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
-from ais_runtime_min import DEATHS_LIMIT, WORKER_OPTION
+from ais_runtime_min import (DEATHS_LIMIT, RESPAWN_DELAY_LIMIT_SECONDS, WORKER_OPTION, HTTPMultiThreadedServer, Settings,
+                             Supervisor, Worker)
 from harness import RUNTIME, SERVING, Response, Runtime, Server, exact_environment, interpreter, make_payload, run_to_end
 
 StartRuntime = Callable[..., Runtime]
@@ -445,6 +446,31 @@ def test_workers_that_always_die_end_the_pod_in_the_end(seconds: str) -> None:
     assert "exit code 3" in run.last_line
 
 
+def test_the_delay_of_a_replacement_has_a_limit_however_many_have_died() -> None:
+    launch: Any = None  # nothing is started
+    supervisor = Supervisor(Settings(), HTTPMultiThreadedServer, launch)
+    supervisor._workers[0] = Worker(0, -1, 0)
+    supervisor._workers[0].has_answered = True  # so the pod is not given up
+    for _ in range(1200):
+        supervisor._start_later("a worker has died")
+    delays = [due - time.monotonic() for due in supervisor._due]
+    assert len(delays) == 1200 and max(delays) <= RESPAWN_DELAY_LIMIT_SECONDS
+    assert delays[-1] > RESPAWN_DELAY_LIMIT_SECONDS - AT_ONCE_SECONDS
+
+
+@ON_LINUX
+def test_idle_workers_that_are_killed_do_not_end_a_pod_that_never_got_a_request(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(OBEDIENT, "Obedient"), {"NUM_WORKERS": str(DEATHS_LIMIT + 2)})
+    workers = children_of(server.pid)
+    assert len(workers) == DEATHS_LIMIT + 2
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    for worker in workers:
+        server.wait_for_line("worker %d .*SIGKILL.*starting another" % worker, 5)
+    assert server.process.poll() is None
+    assert obey(server, "").body == b"hello"
+
+
 @ON_LINUX
 def test_workers_do_not_outlive_their_supervisor(obedient: Runtime) -> None:
     workers = children_of(obedient.pid)
@@ -535,6 +561,22 @@ def test_a_class_that_leaves_a_thread_when_it_is_loaded_is_not_forked(pulsing: R
         assert {answer.body for answer in clients.map(lambda _: obey(pulsing, "pulse 0.2"), range(12))} == {b"beats"}
     assert obey(pulsing, "").body == b"hello"
     assert pulsing.log().count("serving ") == 1
+
+
+@ON_LINUX
+@pytest.mark.parametrize("line", [
+    "import pathlib; sys.path.insert(0, pathlib.Path('lib'))", "os.chdir('/')", "os.environ['LOG_LEVEL'] = 'trace'",
+])
+def test_what_a_class_changes_when_it_is_loaded_is_in_no_fresh_workers_way(
+    start_runtime: StartRuntime, tmp_path: Path, line: str
+) -> None:
+    file = tmp_path / "changing.py"
+    file.write_text(PULSING + line + "\n")
+    args = ["serve", "%s:Pulsing" % os.path.relpath(str(file)), "--port", "0"]
+    server = start_runtime(None, {"AIS_TARGET_URL": None, "PORT": None}, args)
+    assert obey(server, "pulse 0.1").body == b"beats"
+    worker, = children_of(server.pid)
+    assert WORKER_OPTION in arguments_of(worker)
 
 
 @ON_LINUX
