@@ -643,8 +643,8 @@ def install_python_packages(text: str) -> None:
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN.decode()}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"%b:[\t -~\x80-\xff]*" % TOKEN)
-FIELD_LINES = re.compile(rf"(?:{TOKEN.decode()}:[\t -~\x80-\xff]*\r\n)*")
+FIELD_LINE = re.compile(rb"%b:[\t -~\x80-\xff]*\r\n" % TOKEN)
+FIELD_LINES = re.compile(f"(?:{FIELD_LINE.pattern.decode()})*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
@@ -928,7 +928,7 @@ class ChunkedReader(MessageBody):
             line = self._readline()
             if line == b"\r\n":
                 return
-            if not FIELD_LINE.fullmatch(line[:-2]) or not line.endswith(b"\r\n"):
+            if not FIELD_LINE.fullmatch(line):
                 raise self._malformed("a trailer field is malformed")
         raise self._malformed("too many trailer fields")
 
@@ -2773,7 +2773,7 @@ class Deliveries:
             return self._judge(to, answer, size_of(output))
         status, content, length = self._server.handle_direct_put_response(response, data, size_of(output))
         status = int(status)
-        if status == HTTPStatus.NOT_FOUND or status >= 400:
+        if status >= 400:
             content = self._settings.redact(as_bytes(content, "the answer is").decode("utf-8", "replace")).encode()
         fields = tuple(self._server.make_direct_put_headers(length).items())
         return Answer(HTTPStatus.BAD_GATEWAY if status == HTTPStatus.NOT_FOUND else status, content, fields)
@@ -3687,8 +3687,6 @@ class Place(NamedTuple):
     def take(self, load: Callable[[], Type[ETLServer]]) -> NoReturn:
         """Be a worker: load the class, serve it, and end the process."""
         Current.reports = self.reports
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
         _, error = attempt(self._settle_in)
         code, error = attempt(run_worker, load) if error is None else Outcome(error=error)
         if error is not None:
@@ -3721,6 +3719,13 @@ class Launch(NamedTuple):
         finally:
             for end in place.descriptors:
                 os.set_inheritable(end, False)
+
+
+def take_workers_signals() -> None:
+    """Let signals do to this process what they do to a worker before it serves."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
 
 
 def has_threads() -> bool:
@@ -3898,8 +3903,7 @@ class Supervisor:
         """The child's side of the fork: let go of what is the supervisor's, serve, and never return."""
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            take_workers_signals()
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             self._selector.close()
             for end in (*self._wakeup, self._life[1], reports, *(worker.reports for worker in self._workers.values())):
@@ -4184,6 +4188,7 @@ def read_job(arguments: Sequence[str], environ: Mapping[str, str]) -> Job:
 def be_fresh_worker(text: str, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
     """Be a worker that was not forked: what is wrong with its class is told to the supervisor."""
     place, (folder, *sys.path[:]) = Place.parse(text)
+    take_workers_signals()
     os.chdir(folder)
 
     def load() -> Type[ETLServer]:

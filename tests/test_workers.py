@@ -14,7 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Collection, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
@@ -471,16 +471,21 @@ def test_idle_workers_that_are_killed_do_not_end_a_pod_that_never_got_a_request(
     assert obey(server, "").body == b"hello"
 
 
+def check_that_none_outlives_its_supervisor(server: Runtime, workers: Collection[int]) -> None:
+    """Kill the supervisor while a worker is at work: all of them must end, and the port be free."""
+    with server.connect() as connection:
+        connection.sendall(b"PUT /b/o?etl_args=sleep%2020 HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.1)
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(is_alive, workers)), 2, "the workers are gone")
+    assert is_refused(server.port)
+
+
 @ON_LINUX
 def test_workers_do_not_outlive_their_supervisor(obedient: Runtime) -> None:
     workers = children_of(obedient.pid)
     assert len(workers) == 2
-    with obedient.connect() as connection:
-        connection.sendall(b"PUT /b/o?etl_args=sleep%2020 HTTP/1.1\r\nHost: x\r\n\r\n")
-        time.sleep(0.1)
-        os.kill(obedient.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_alive, workers)), 2, "the workers are gone")
-    assert is_refused(obedient.port)
+    check_that_none_outlives_its_supervisor(obedient, workers)
 
 
 # == Objects that kill ==
@@ -630,13 +635,7 @@ def test_a_worker_that_is_being_started_afresh_is_stopped_at_once(delay: float) 
 
 @ON_LINUX
 def test_workers_that_were_started_afresh_do_not_outlive_their_supervisor(pulsing: Runtime) -> None:
-    workers = wait_for_workers(pulsing, 2)
-    with pulsing.connect() as connection:
-        connection.sendall(b"PUT /b/o?etl_args=sleep%2020 HTTP/1.1\r\nHost: x\r\n\r\n")
-        time.sleep(0.1)
-        os.kill(pulsing.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_alive, workers)), 2, "the workers are gone")
-    assert is_refused(pulsing.port)
+    check_that_none_outlives_its_supervisor(pulsing, wait_for_workers(pulsing, 2))
 
 
 @pytest.mark.parametrize("kind", ["pod", "serve"])
