@@ -2896,12 +2896,12 @@ class Service:
     def answer(self, request: ETLRequest, body: MessageBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         if not self._has_begun:
+            report(REPORT_BEGUN)  # before the flag: another thread that sees it may kill the worker at once
             self._has_begun = True
-            report(REPORT_BEGUN)
         answer, error = attempt(self._answer, request, body)
         if not self._has_answered:
-            self._has_answered = True
             report(REPORT_ANSWERED)
+            self._has_answered = True
         if error is None:
             return cast(Answer, answer)
         answer, second_error = attempt(self.answer_for, request, error)
