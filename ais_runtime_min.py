@@ -46,6 +46,7 @@ import gc
 if __name__ == "__main__":  # what is loaded now stays, so that collecting takes a sixth of the start and finds nothing
     gc.disable()
 
+import collections
 import contextlib
 import enum
 import errno
@@ -78,7 +79,7 @@ import time
 import types
 from abc import ABC, abstractmethod
 from http import HTTPStatus
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
@@ -140,6 +141,10 @@ BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
 RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
 TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
+QUICK_SECONDS = 0.0005  # a request that takes less on average is served by the leader: other threads are not worth it
+LEAD_SECONDS = 0.01  # until a leader that is held up by one request has lost its lead to another thread
+SLOW_SECONDS = 1.0  # after which it is seen anew whether requests are quick
+WATCH_LIMIT = 100  # looks at a leader that has nothing to serve, before one waits to be told that it has
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
 CROWD_LIMIT = 64  # idle connections that are closed at once when no more can be opened
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
@@ -701,9 +706,9 @@ class ConnectionInput:
         """The number of bytes that are here already."""
         return len(self._ahead) - self._start
 
-    def fill(self) -> bool:
+    def fill(self, flags: int = 0) -> bool:
         """Receive once more; False at the end of the connection."""
-        data = self._receive()
+        data = self._receive(flags)
         self._ahead = self._ahead[self._start:] + data if self.ahead else data
         self._start = 0
         return bool(data)
@@ -717,11 +722,19 @@ class ConnectionInput:
         """Tell whether a line of what is here ends in a line feed alone."""
         return BARE_LINE_FEED.search(self._ahead, self._start) is not None
 
+    def peek(self, count: int) -> bytes:
+        """Look at up to `count` of the bytes that are here."""
+        return self._ahead[self._start:self._start + count]
+
     def take(self, count: int) -> bytes:
         """Cut off up to `count` of the bytes that are here."""
-        data = self._ahead[self._start:self._start + count]
+        data = self.peek(count)
         self._start += len(data)
         return data
+
+    def forget(self) -> None:
+        """Free the memory of what was taken; nothing must be left."""
+        self._ahead, self._start = b"", 0
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
@@ -749,8 +762,8 @@ class ConnectionInput:
             invite, self.invite = self.invite, None
             invite()
 
-    def _receive(self) -> bytes:
-        return self._connection.recv(READ_BYTES)
+    def _receive(self, flags: int = 0) -> bytes:
+        return self._connection.recv(READ_BYTES, flags)
 
 
 class Whose(NamedTuple):
@@ -787,6 +800,11 @@ class BodyStream(io.RawIOBase):
 
     size: Optional[int] = None
     failure: Optional[RequestError] = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether all of it comes at once, most likely."""
+        return self.size is not None and self.size <= READ_BYTES
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end; RequestError where the body is cut short."""
@@ -2023,11 +2041,23 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
     return target[:mark], target[mark + 1:]
 
 
+def decode_escapes(text: str) -> str:
+    """Decode a text of a query."""
+    return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
+
+
+FOLDER_LIMIT = 1024  # characters of what is kept decoded
+decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)  # objects of a bucket have their path in common
+
+
 def decode_query(text: str) -> str:
     """Decode a name or a value of a query; what is no UTF-8 is replaced."""
     if "%" not in text and "+" not in text and text.isascii():
         return text
-    return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
+    folder, slash, name = text.rpartition("%2F")
+    if slash and len(folder) < FOLDER_LIMIT:
+        return decode_folder(folder) + "/" + decode_escapes(name)
+    return decode_escapes(text)
 
 
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
@@ -2201,13 +2231,14 @@ def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         is_ours = getattr(error, "errno", None) in (*OUT_OF_RESOURCES, errno.EIO)
         raise (RequestError if is_ours else Forbidden)(f"the object's file cannot be read: {error}") from None
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(os.close, descriptor)
-        opened = resolved_path(descriptor, path)
+    opened = resolved_path(descriptor, path)
+    try:
         if not looks_right or opened != path:
             require_object_path(opened, roots)
-        on_failure.pop_all()
-    return descriptor
+        return descriptor
+    except Forbidden:
+        os.close(descriptor)
+        raise
 
 
 OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
@@ -2394,7 +2425,6 @@ class ThreadSlots:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # a semaphore in C: threading's costs as much as a parse
         for slot in range(limit):
             self._free.put(slot)
-        self._ended = threading.Event()
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function once a slot is free; its exception is the caller's."""
@@ -2403,14 +2433,6 @@ class ThreadSlots:
             return function(*args)
         finally:
             self._free.put(slot)
-
-    def work(self) -> None:
-        """Wait for `end`: this thread has nothing else to do but to take signals."""
-        self._ended.wait()
-
-    def end(self) -> None:
-        """Let `work` return."""
-        self._ended.set()
 
 
 class MainThreadSlots:
@@ -2439,14 +2461,17 @@ class MainThreadSlots:
         finally:
             del outcome  # its error's traceback has this frame: a cycle, which would keep the object in memory
 
-    def work(self) -> None:
-        """Make the calls that `run` hands over, until `end`."""
-        for call in iter(self._calls.get, None):
-            call()
+    def work_beside(self, function: Callable[[], None]) -> None:
+        """Have another thread call a function, and make the calls that `run` hands over until it returns."""
+        def call() -> None:
+            try:
+                function()
+            finally:
+                self._calls.put(None)
 
-    def end(self) -> None:
-        """Let `work` return once it has made the calls before this one."""
-        self._calls.put(None)
+        threading.Thread(target=call, name="acceptor", daemon=True).start()
+        for each in iter(self._calls.get, None):
+            each()
 
 
 Slots = Union[ThreadSlots, MainThreadSlots]
@@ -2579,6 +2604,11 @@ class Transforms:
     def is_streaming(self) -> bool:
         """Whether the class transforms in pieces."""
         return self._server.use_streaming
+
+    @property
+    def uses_callers_thread(self) -> bool:
+        """Whether an object is transformed whole, and on the thread that asks."""
+        return not self.is_streaming and isinstance(self._slots, ThreadSlots)
 
     @property
     def mime_type(self) -> str:
@@ -2889,6 +2919,11 @@ class Service:
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
 
+    @property
+    def uses_callers_thread(self) -> bool:
+        """Whether an object is transformed whole, and on the thread that asks."""
+        return self._transforms.uses_callers_thread
+
     def close_idle(self) -> None:
         """Close connections to other nodes that have been idle for too long."""
         self._sources.close_idle()
@@ -3040,6 +3075,7 @@ class ETLHTTPServer(http.server.HTTPServer):
 
     service: Service
     is_draining = False
+    has_quick_lead = False  # whether its leader serves small requests, so that no thread needs to wait for them
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
@@ -3077,25 +3113,38 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     return "".join([status_line(status), "Date: ", http_date(int(time.time())), "\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
-class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
-    """Serve one connection while it has work, on one thread.
+def is_prompt(head: Head) -> bool:
+    """Tell whether a request, once its body is here, can be answered without waiting for other nodes."""
+    if "ais-node-url" in head.fields:
+        return False
+    return head.method == "PUT" or QPARAM_FQN in head.target or head.target == "/health"
 
-    Methods for callers:  the constructor, which returns when this thread is done with the connection
+
+class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
+    """Serve one connection, on one thread at a time.
+
+    Methods for callers:  the constructor, which only prepares; handle, serve_at_once, peek
     Tunables:             HEAD_TIMEOUT_SECONDS, BODY_PAUSE_SECONDS, RESULT_UNREAD_SECONDS, LINGER_SECONDS
 
     The base class's own parser is not used: it is lenient where two readers of a request could differ on where it ends.
-    When `handle` returns, `is_idle` tells whether the connection is to be parked, and served again once readable, and
-    `is_broken` whether it is to be reset.
+    When `handle` or `serve_at_once` returns, `is_idle` tells whether the connection is to be served again once readable,
+    `needs_thread` whether `handle` is to go on with it, and `is_broken` whether it is to be reset; else it is to be closed.
     """
 
     server: ETLHTTPServer
     is_single = False  # whether the connection is closed after one request
     is_idle = False
+    needs_thread = False
     is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
+    since = 0.0  # when it became idle, in time of time.monotonic()
     serving = ""  # the path of the request that is being answered
 
+    def __init__(self, request: socket.socket, client_address: Any, server: ETLHTTPServer) -> None:
+        self.request, self.client_address, self.server = request, client_address, server
+        self.setup()
+
     def setup(self) -> None:
-        """Prepare a connection that was accepted, or parked and readable again."""
+        """Prepare a connection that was accepted; OSError if it is gone already."""
         self.connection: socket.socket = self.request
         self.connection.setblocking(True)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -3103,21 +3152,42 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         self._receive_timeout = 0.0
         set_timeout(self.connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
 
-    def finish(self) -> None:
-        """Nothing to flush: answers are written at once."""
-
     def handle(self) -> None:
-        """Serve requests until the connection is to be closed or parked."""
-        while True:
-            goes_on, error = attempt(self._serve_one)
-            if isinstance(error, OSError):
-                logger.debug("connection of %s: %s", self.client_address[0], error)
-            elif error is not None:
-                self._log_cut(getattr(error, "error", error))
-            if error is not None:
-                forget_traceback(error)
-            if not goes_on:
-                return
+        """Serve requests, and wait for them, until the connection is to be closed or parked."""
+        self.is_idle = self.needs_thread = False
+        while self._guard(self._serve_one):
+            pass
+
+    def serve_at_once(self) -> None:
+        """Serve what a readable connection brings as far as that can be done without waiting."""
+        self.is_idle = self.needs_thread = False
+        goes_on = self._guard(self._receive_at_once)
+        while goes_on and self.input.ahead:
+            goes_on = self._guard(self._serve_prompt)
+        self._rest(goes_on)
+
+    def peek(self) -> bytes:
+        """Look at what has come, without waiting; b"" where that fails."""
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        return self.input.peek(READ_BYTES) + (attempt(self.connection.recv, READ_BYTES, flags).value or b"")
+
+    def _guard(self, serve: Callable[[], bool]) -> bool:
+        """Serve once, and log what goes wrong; False when this thread is done with the connection."""
+        goes_on, error = attempt(serve)
+        if error is None:
+            return cast(bool, goes_on)
+        if isinstance(error, OSError):
+            logger.debug("connection of %s: %s", self.client_address[0], error)
+        else:
+            self._log_cut(getattr(error, "error", error))
+        forget_traceback(error)
+        return False
+
+    def _rest(self, is_idle: bool) -> None:
+        """Be idle, with nothing in memory, or not."""
+        self.is_idle = is_idle
+        if is_idle:
+            self.input.forget()
 
     def _log_cut(self, error: BaseException) -> None:
         if isinstance(error, RequestError):
@@ -3125,21 +3195,61 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         else:
             log_user_error(f"{self.serving}: the answer was cut", error)
 
+    def _receive_at_once(self) -> bool:
+        try:
+            return self.input.fill(socket.MSG_DONTWAIT)
+        except BlockingIOError:  # readable no more, or never was
+            return True
+
+    def _serve_prompt(self) -> bool:
+        """Answer one request if it is here as a whole and needs nothing else; otherwise leave it to `handle`."""
+        end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
+        try:
+            head = parse_head(self.input.peek(end + 2))
+            body = body_of(head, self.input)
+        except UnframedRequest:
+            head = UNKNOWN_HEAD
+        if head is UNKNOWN_HEAD or not is_prompt(head) or body.size is None or end + 4 + body.size > self.input.ahead:
+            self.needs_thread = True
+            return False
+        self.input.take(end + 4)
+        return self._respond(head, body)
+
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when this thread is done with the connection."""
         try:
-            data = self._read_head()
-            if data is None:
-                return False
-            head = parse_head(data)
-            body = body_of(head, self.input)
+            framed = self._read_request()
         except UnframedRequest as error:
-            logger.warning("request of %s: %s", self.client_address[0], error)
-            self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
-            return self._linger()
+            return self._refuse(error)
+        if framed is None:
+            return False
+        head, body = framed
+        keeps = self._respond(head, body)
+        if not keeps or self.input.ahead or not (self.server.has_quick_lead and body.is_small and is_prompt(head)):
+            return keeps
+        self._rest(True)  # the leader serves the next one, which will be like this
+        return False
+
+    def _read_request(self) -> Optional[Tuple[Head, MessageBody]]:
+        """Read a head, and prepare for its body; None when the connection is idle or at its end."""
+        data = self._read_head()
+        if data is None:
+            return None
+        head = parse_head(data)
+        body = body_of(head, self.input)
         if body.size is None or body.size > self.input.ahead:
             self._set_receive_timeout(BODY_PAUSE_SECONDS)
         self.input.invite = self._send_continue if head.expects_continue and not self.input.ahead else None
+        return head, body
+
+    def _refuse(self, error: UnframedRequest) -> bool:
+        """Answer what cannot be framed; nothing behind it can be read."""
+        logger.warning("request of %s: %s", self.client_address[0], error)
+        self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
+        return self._linger()
+
+    def _respond(self, head: Head, body: MessageBody) -> bool:
+        """Answer one request; False when this thread is done with the connection."""
         with self._answer(head, body) as answer:
             if isinstance(answer.body, bytes) and not body.is_at_end:
                 self._drain(body)
@@ -3165,7 +3275,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                     return None
             except BlockingIOError:
                 if not self.input.ahead:
-                    self.is_idle = True
+                    self._rest(True)
                     return None
             deadline = deadline or time.monotonic() + HEAD_TIMEOUT_SECONDS
 
@@ -3268,12 +3378,6 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             self._receive_timeout = seconds
 
 
-class SingleRequestHandler(ETLRequestHandler):
-    """Serve one request of a connection and close it."""
-
-    is_single = True
-
-
 def needs_no_transform(data: bytes) -> bool:
     """Tell whether these bytes are a whole request that is answered without the class: a health probe, or an error."""
     data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
@@ -3291,20 +3395,20 @@ def needs_no_transform(data: bytes) -> bool:
 
 
 # == 15. Server ==
-# A listening socket and a pool of threads. `serve_forever` accepts and watches parked connections in one thread of
-# its own; connections with work are served by the pool. It knows nothing of HTTP but its handler.
+# A listening socket and a pool of threads. One thread at a time leads: it accepts, waits for idle connections to have
+# work, and serves itself what takes no time; all else is served by the pool. It knows nothing of HTTP but its handler.
 
 
 class ThreadPool:
     """Threads that are made as needed, up to a limit, and kept until the process ends.
 
-    A job is a connection and its address, which `work` serves to the end; it must not raise.
+    A job is what `work` is called with; it must not raise.
     """
 
-    def __init__(self, limit: int, work: Callable[[Any, Any], None]) -> None:
+    def __init__(self, limit: int, work: Callable[..., None]) -> None:
         self._limit = limit
         self._work = work
-        self._jobs: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Tuple[Any, ...]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._threads = 0
@@ -3316,13 +3420,13 @@ class ThreadPool:
         """Whether another job would have to wait for one of those before it."""
         return self.busy >= (self._threads if self._is_short else self._limit)
 
-    def submit(self, request: Any, client_address: Any) -> None:
+    def submit(self, *job: Any) -> None:
         """Take a job; RuntimeError where there is no thread at all and none can be started."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
                 self._start_thread()
             self.busy += 1
-            self._jobs.put((request, client_address))
+            self._jobs.put(job)
 
     def _start_thread(self) -> None:
         """Start another thread; where the system has none left, those that are there take its work over in time."""
@@ -3354,30 +3458,32 @@ class ThreadPool:
 
 
 class ThreadPoolMixIn(socketserver.ThreadingMixIn):
-    """Serve requests by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
+    """Serve connections by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
 
     def start_pool(self) -> None:
         """Prepare the pool; call once, before the first request."""
-        self.threads = ThreadPool(THREAD_LIMIT, self.process_request_thread)
+        self.threads = ThreadPool(THREAD_LIMIT, self.process_connection)
         self.reserve = ThreadPool(RESERVE_THREAD_LIMIT, self.process_single_request)
 
-    def process_single_request(self, request: Any, client_address: Any) -> None:
+    def process_connection(self, handler: ETLRequestHandler) -> None:
+        """Serve a connection on a thread of the pool."""
+        raise NotImplementedError
+
+    def process_single_request(self, handler: ETLRequestHandler) -> None:
         """Serve one request of a connection on a thread of the reserve."""
         raise NotImplementedError
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def dispatch(self, handler: ETLRequestHandler) -> None:
         """Hand a connection that has something to say to a thread."""
         pool = self.threads
-        if pool.is_exhausted and not self.reserve.is_exhausted:
-            data, error = attempt(request.recv, READ_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            if error is None and needs_no_transform(data):
-                pool = self.reserve
+        if pool.is_exhausted and not self.reserve.is_exhausted and needs_no_transform(handler.peek()):
+            pool = self.reserve
         try:
-            pool.submit(request, client_address)
+            pool.submit(handler)
         except RuntimeError:
             if pool is self.reserve:
-                return self.process_single_request(request, client_address)  # it is all here, and takes no time
-            request.close()  # its client sees the connection end, and tries again
+                return self.process_single_request(handler)  # it is all here, and takes no time
+            handler.connection.close()  # its client sees the connection end, and tries again
 
     def wait_until_quiet(self, deadline: float) -> None:
         """Wait until no connection is being served, or until a time of time.monotonic()."""
@@ -3385,11 +3491,39 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
         self.reserve.wait_until_quiet(deadline)
 
 
+class Pace:
+    """Whether requests are quick enough to be served one after the other, by one thread."""
+
+    def __init__(self) -> None:
+        self._average = 0.0
+        self._slow_until = 0.0
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether to try."""
+        return time.monotonic() >= self._slow_until
+
+    def note(self, seconds: float) -> None:
+        """Take note of how long one has taken. A few slow ones are nothing: the system may have been busy."""
+        self._average += (min(seconds, 4 * QUICK_SECONDS) - self._average) / 16
+        if self._average > QUICK_SECONDS:
+            self.slow_down()
+
+    def slow_down(self) -> None:
+        """Try no more for a while."""
+        self._average = 0.0
+        self._slow_until = time.monotonic() + SLOW_SECONDS
+
+
 class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     """An HTTP server on a listening socket that other processes may share; idle connections hold no thread.
 
-    A connection is in one of three places: with the selector (parked), in the queue of the pool, or with a pool thread.
-    The thread of `serve_forever` alone touches the selector; the pool hands connections back by a queue and a wake-up.
+    A connection is in one of three places: with the selector, in the queue of the pool, or with a thread of the pool.
+    The leader alone touches the selector; other threads hand connections back by a queue and a wake-up.
+
+    The leader serves requests that are quick, since each thread more costs a switch between threads at every system
+    call. It cannot know which are: so the thread of `serve_forever` watches it, and where one request takes too long gives
+    the lead to another thread. The one that lost it finishes its request and goes.
     """
 
     def __init__(self, listener: socket.socket, service: Service) -> None:
@@ -3399,37 +3533,132 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
+        self._newly_idle: queue.SimpleQueue[ETLRequestHandler] = queue.SimpleQueue()
         self._next_sweep = 0.0
         self._share = Current.share or Share()
         self._drain_signals: FrozenSet[int] = frozenset()
+        self._pace = Pace()
+        self._ready: Deque[ETLRequestHandler] = collections.deque()  # what the leader is about to serve
+        self._term = 0  # who leads: it goes up with each change
+        self._serving: Optional[ETLRequestHandler] = None  # what the leader serves itself just now
+        self._turns = 0  # how many it has begun to
+        self._change = threading.Lock()  # of the lead: for the three above, where the watching thread looks at them
+        self._is_watched = True
+        self._alarm = threading.Event()
+        self._ended = threading.Event()
+        self._failure: Optional[BaseException] = None
+        self.leaders = ThreadPool(THREAD_LIMIT, self._lead_to_the_end)
         self.start_pool()
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Accept connections and dispatch parked ones that are readable; after `drain`, see to it that all end."""
+        """Serve until `drain`, and see to it that all that was begun ends."""
         self.socket.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
-        while not self.is_draining:
-            self._share.publish(self._connections)
-            ready = {key.fileobj: key.data for key, _ in self._selector.select(poll_interval)}
-            for connection, parked in ready.items():
-                if parked is not None:
-                    self._selector.unregister(connection)
-                    self.process_request(connection, parked[0])
-            if self._wakeup in ready:
-                self._wake_up()
-            if self.socket in ready:  # after the others, since it may close connections that are parked
-                self._accept()
-            self._close_expired()
+        if self.service.uses_callers_thread:
+            self.leaders.submit()
+            self._watch()
+        else:
+            self._lead_to_the_end()
+        if self._failure is not None:
+            raise self._failure
         self._share.leave()
         self._dismiss_idle()
         self.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
 
     @property
+    def has_quick_lead(self) -> bool:  # type: ignore[override]
+        """Whether the leader serves requests itself."""
+        return self.service.uses_callers_thread and self._pace.is_quick
+
+    @property
     def _connections(self) -> int:
         """The number of open connections, about: those that are on their way from a thread to the selector lack."""
         return self.threads.busy + self.reserve.busy + len(self._selector.get_map())
+
+    def _watch(self) -> None:
+        """Give the lead away whenever one request holds it up; return when the server has drained."""
+        idle = 0
+        while not self._ended.is_set():
+            turns = self._turns
+            self._ended.wait(LEAD_SECONDS)
+            if self._serving is not None and self._turns == turns:
+                self._change_leader(turns)
+            idle = idle + 1 if self._turns == turns else 0
+            if idle > WATCH_LIMIT:
+                self._wait_for_turns(turns)
+
+    def _wait_for_turns(self, turns: int) -> None:
+        """Wait until the leader serves again: a process without work should not wake up."""
+        self._is_watched = False
+        self._alarm.clear()
+        if self._turns == turns and not self._ended.is_set():  # else it has begun, and perhaps seen that it was watched
+            self._alarm.wait()
+        self._is_watched = True
+
+    def _change_leader(self, turns: int) -> None:
+        """Start another leader, unless the one that is has just gone on."""
+        with self._change:
+            handler = self._serving
+            if handler is None or self._turns != turns:
+                return
+            self._selector.unregister(handler.connection)
+            self._serving = None
+            self._term += 1
+            self._pace.slow_down()
+        self.leaders.submit()
+
+    def _lead_to_the_end(self) -> None:
+        """Lead until the lead is lost, or the server drains or fails."""
+        has_lead, error = attempt(self._lead)
+        if has_lead or error is not None:
+            self._failure = error
+            self._ended.set()
+            self._alarm.set()
+
+    def _lead(self) -> bool:
+        """Accept, and serve or dispatch what is readable, until the server drains; False if the lead is lost."""
+        term = self._term
+        while not self.is_draining:
+            self._share.publish(self._connections)
+            ready = [] if self._ready else self._selector.select(SWEEP_SECONDS)
+            self._ready.extend(key.data for key, _ in ready if key.data is not None)
+            while self._ready:
+                if not self._take_turn(self._ready.popleft(), term):
+                    return False
+            others = [key.fileobj for key, _ in ready if key.data is None]
+            if self._wakeup in others:
+                self._wake_up()
+            if self.socket in others:  # after the others, since it may close connections that are parked
+                self._accept()
+            self._close_expired()
+        return True
+
+    def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
+        """Serve a readable connection or dispatch it; False if the lead was lost meanwhile."""
+        if not self.has_quick_lead:
+            self._selector.unregister(handler.connection)
+            self.dispatch(handler)
+            return True
+        self._serving = handler
+        self._turns += 1
+        if not self._is_watched:
+            self._alarm.set()
+        began = time.monotonic()
+        handler.serve_at_once()
+        handler.since = time.monotonic()
+        with self._change:
+            has_lead = self._term == term
+            if has_lead:
+                self._serving = None
+        if not has_lead:
+            self._settle(handler)
+            return False
+        self._pace.note(handler.since - began)
+        if not handler.is_idle:
+            self._selector.unregister(handler.connection)
+            self._settle(handler)
+        return True
 
     def _accept(self) -> None:
         if self._share.is_large:
@@ -3443,55 +3672,67 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
                 self._make_room()
             return
-        if self.threads.is_exhausted:  # whether it can be answered at once is told by what it says
-            return self._park(connection, address)
-        self.process_request(connection, address)
+        handler, problem = attempt(ETLRequestHandler, connection, address, self)
+        if problem is not None:
+            logger.debug("connection of %s: %s", address, problem)
+            return connection.close()
+        if self.has_quick_lead or self.threads.is_exhausted:  # then what it says tells whether it can be answered at once
+            return self._park(handler)
+        self.dispatch(handler)
         self._share.publish(self._connections)
 
     def _make_room(self) -> None:
         """Close connections that have been idle for the longest time; where there are none, give the others time."""
-        parked = sorted(self._parked(), key=lambda entry: entry[2])[:CROWD_LIMIT]
-        for connection, _, _ in parked:
-            self._selector.unregister(connection)
-            self.shutdown_request(connection)
+        parked = sorted(self._parked(), key=lambda handler: handler.since)[:CROWD_LIMIT]
+        for handler in parked:
+            self._close_parked(handler)
         if not parked:
             time.sleep(0.05)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_connection(self, handler: ETLRequestHandler) -> None:
         """Serve a connection on a thread of the pool, then park or close it."""
-        _, error = attempt(self._serve_connection, ETLRequestHandler, request, client_address)
+        _, error = attempt(self._serve_connection, handler)
         if error is not None:
-            logger.error("connection of %s: %s", client_address, error, exc_info=error)
-            request.close()
+            logger.error("connection of %s: %s", handler.client_address, error, exc_info=error)
+            handler.connection.close()
 
-    def process_single_request(self, request: Any, client_address: Any) -> None:
+    def process_single_request(self, handler: ETLRequestHandler) -> None:
         """Serve one request of a connection on a thread of the reserve, then close it."""
-        attempt(self._serve_connection, SingleRequestHandler, request, client_address)
-        request.close()
+        handler.is_single = True
+        attempt(self._serve_connection, handler)
+        handler.connection.close()
 
-    def _serve_connection(self, handler_class: Type[ETLRequestHandler], request: Any, client_address: Any) -> None:
-        try:
-            handler = handler_class(request, client_address, self)
-        except OSError as error:
-            logger.debug("connection of %s: %s", client_address, error)
-            return self.close_request(request)
-        if handler.is_broken:
-            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
-            return self.close_request(request)
-        if handler.is_single or not handler.is_idle or self.is_draining:
-            return self.shutdown_request(request)
-        self._newly_idle.put((request, client_address))
-        self._wake()
+    def _serve_connection(self, handler: ETLRequestHandler) -> None:
+        handler.handle()
+        self._settle(handler)
+
+    def _settle(self, handler: ETLRequestHandler) -> None:
+        """Close a connection that is no longer with the selector, or pass it on, as its handler says."""
+        if handler.needs_thread:
+            self.dispatch(handler)
+        elif handler.is_broken:
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
+            self.close_request(handler.connection)
+        elif handler.is_idle and not self.is_draining:
+            self._newly_idle.put(handler)
+            self._wake()
+        else:
+            self.shutdown_request(handler.connection)
 
     def _park_newly_idle(self) -> None:
         while not self._newly_idle.empty():
-            self._park(*self._newly_idle.get())
+            self._park(self._newly_idle.get())
 
-    def _park(self, connection: socket.socket, address: Any) -> None:
-        self._selector.register(connection, selectors.EVENT_READ, (address, time.monotonic()))
+    def _park(self, handler: ETLRequestHandler) -> None:
+        handler.since = time.monotonic()
+        self._selector.register(handler.connection, selectors.EVENT_READ, handler)
 
-    def _parked(self) -> List[Tuple[socket.socket, Any, float]]:
-        return [(cast(socket.socket, key.fileobj), *key.data) for key in self._selector.get_map().values() if key.data]
+    def _parked(self) -> List[ETLRequestHandler]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
+
+    def _close_parked(self, handler: ETLRequestHandler) -> None:
+        self._selector.unregister(handler.connection)
+        self.shutdown_request(handler.connection)
 
     def _close_expired(self) -> None:
         """Close what has been idle for too long; looking at all connections is worth it only now and then."""
@@ -3499,10 +3740,9 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         if now < self._next_sweep:
             return
         self._next_sweep, oldest = now + SWEEP_SECONDS, now - IDLE_SECONDS
-        for connection, _, since in self._parked():
-            if since < oldest:
-                self._selector.unregister(connection)
-                self.shutdown_request(connection)
+        for handler in self._parked():
+            if handler.since < oldest:
+                self._close_parked(handler)
         self.service.close_idle()
 
     def _wake_up(self) -> None:
@@ -3537,11 +3777,16 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         """Close what is idle; a parked connection whose request has just come is served a last time."""
         self.socket.close()
         self._park_newly_idle()
-        for connection, address, _ in self._parked():
-            if is_ready(connection, select.POLLIN):
-                self.process_request(connection, address)
+        for handler in self._parked():
+            if is_ready(handler.connection, select.POLLIN):
+                self.dispatch(handler)
             else:
-                self.shutdown_request(connection)
+                self.shutdown_request(handler.connection)
+
+    def wait_until_quiet(self, deadline: float) -> None:
+        """Wait until no connection is being served, or until a time of time.monotonic()."""
+        self.leaders.wait_until_quiet(deadline)
+        super().wait_until_quiet(deadline)
 
 
 # == 16. Workers ==
@@ -3571,6 +3816,22 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
+def serve_until_drained(http_server: PooledHTTPServer, slots: Slots) -> None:
+    """Serve, and make the class's calls on this thread where they belong here; StartupError if the server fails."""
+    failures: List[BaseException] = []
+
+    def serve() -> None:
+        failures.extend(filter(None, [attempt(http_server.serve_forever).error]))
+
+    if isinstance(slots, MainThreadSlots):
+        slots.work_beside(serve)
+    else:
+        serve()
+    if failures:
+        logger.error("the server failed", exc_info=failures[0])
+        raise StartupError(f"the server failed: {describe(failures[0])}")
+
+
 def serve_instance(server: ListeningServer) -> None:
     """Serve an instance until SIGTERM; buffered transforms of framework classes run on the calling thread.
 
@@ -3584,21 +3845,11 @@ def serve_instance(server: ListeningServer) -> None:
         slots = MainThreadSlots()
     http_server = PooledHTTPServer(listener, Service(settings, server, Current.pool, slots))
 
-    failures: List[BaseException] = []
-
-    def serve() -> None:
-        failures.extend(filter(None, [attempt(http_server.serve_forever).error]))
-        slots.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
-
     if threading.current_thread() is threading.main_thread():
         http_server.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
     start_listening(listener)
-    threading.Thread(target=serve, name="acceptor", daemon=True).start()
     report(REPORT_READY)
-    slots.work()
-    if failures:
-        logger.error("the server failed", exc_info=failures[0])
-        raise StartupError(f"the server failed: {describe(failures[0])}")
+    serve_until_drained(http_server, slots)
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
