@@ -3934,12 +3934,6 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         forget_traceback(error)
         return False
 
-    def _rest(self, is_idle: bool) -> None:
-        """Be idle, with nothing in memory, or not."""
-        self.is_idle = is_idle
-        if is_idle:
-            self.input.forget()
-
     def _log_cut(self, error: BaseException) -> None:
         if isinstance(error, RequestError):
             logger.error("%s: the answer was cut: %s", self.serving, error)
@@ -4041,6 +4035,12 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             raise UnframedRequest("a line of the head does not end in CRLF")
         if deadline and time.monotonic() > deadline:
             raise UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
+
+    def _rest(self, is_idle: bool) -> None:
+        """Be idle, with nothing in memory, or not."""
+        self.is_idle = is_idle
+        if is_idle:
+            self.input.forget()
 
     def _answer(self, head: Head, body: MessageBody) -> Answer:
         """Understand a request and have it answered."""
