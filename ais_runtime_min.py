@@ -605,8 +605,8 @@ def last_words(lines: Sequence[str]) -> str:
     """Pick from a tool's output what went wrong: its last error, all of those of apt-get, or its last line."""
     said = [line.strip() for line in lines]
     words = "; ".join(line[3:] for line in said if line.startswith("E: ")) or last_error(said)
-    if any("connection broken by" in line for line in said):  # pip takes it for an index without the package
-        words += "; the package index cannot be reached"
+    if "No matching distribution" in words and any("connection broken by" in line for line in said):
+        words += "; the package index cannot be reached"  # which pip takes for an index without the package
     return words or (said or ["it printed nothing"])[-1]
 
 
