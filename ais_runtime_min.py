@@ -81,8 +81,8 @@ import time
 import types
 from abc import ABC, abstractmethod
 from http import HTTPStatus
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -144,8 +144,13 @@ FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its 
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
-TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
-TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
+TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, half an hour means it hangs
+TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
+TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer still runs
+TOOL_LOOK_SECONDS = 0.1  # between two looks whether an installer has ended, where its output stays open
+TOOL_QUERY_SECONDS = 60.0  # for an installer to say whether a package is there: it reads a file
+TOOL_LINES_LIMIT = 40  # of an installer's output that are kept; its errors are among the last
+TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
@@ -561,102 +566,421 @@ def configure_logging(settings: Settings) -> None:
 
 
 # == 4. Packages ==
-# What the class needs, by the tools of the image: apk, then pip. Runs in the supervisor, before anything is loaded.
+# What the class needs, by the tools of the image: apk or apt-get, then pip. Runs in the supervisor, before the class
+# is loaded; pip runs once more for a class that then needs a framework.
+
+CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@")  # also where a password has a bare slash
+
+
+def hide_credentials(text: str) -> str:
+    """Hide what stands for user and password in the URLs of a text."""
+    return CREDENTIALS.sub("://***@", text)
+
+
+def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a child and all of its process group are gone.
+
+    PID 1 has adopted the orphans among them, and reaps them here.
+    """
+    if process.poll() is None:
+        return False
+    try:
+        while os.waitpid(-process.pid, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):  # macOS refuses where only zombies are left
+        return True
+    return False
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and all it started, first by SIGTERM; it was started in a session of its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
+    """End a child and all of its process group, first by SIGTERM; it was started in a session of its own."""
+
+    def send(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
         deadline = time.monotonic() + TOOL_STOP_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
+        while not group_has_ended(process) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    if group_has_ended(process):
+        return
+    try:
+        send(signal.SIGTERM)
+    finally:  # also when a second signal to us ends the wait
+        if not group_has_ended(process):
+            send(signal.SIGKILL)
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """Return the last line of an error, with those that a colon at its end announces; "" where there is none."""
+    errors = [index for index, line in enumerate(lines) if re.match(r"error\b(?!.*subprocess-exited)", line, re.IGNORECASE)]
+    end = errors[-1] + 1 if errors else 0
+    while 0 < end < len(lines) and lines[end - 1].endswith(":"):
+        end += 1
+    return " ".join(lines[errors[-1]:end] if errors else [])
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Pick the line of a tool's output that says what went wrong: its last error, else its last line."""
-    errors = [line.strip() for line in lines if re.match(r"\s*error\b(?!.*subprocess-exited)", line, re.IGNORECASE)]
-    return (errors or [line.strip() for line in lines] or ["it printed nothing"])[-1]
+    """Pick from a tool's output what went wrong: its last error, all of those of apt-get, or its last line."""
+    said = [line.strip() for line in lines]
+    words = "; ".join(line[3:] for line in said if line.startswith("E: ")) or last_error(said)
+    if "No matching distribution" in words and any("connection broken by" in line for line in said):
+        words += "; the package index cannot be reached"  # which pip takes for an index without the package
+    return words or (said or ["it printed nothing"])[-1]
 
 
-def run_tool(variable: str, command: Sequence[str]) -> None:
-    """Run an installer to its end, for `TOOL_SECONDS` at most; PackageError has its last words.
+class Tool:
+    """An installer: it is run to its end, its last lines are kept, and while it runs the log says so.
 
-    It runs in a session of its own, so that it and all that it starts can be ended together: when the time is over, and
-    when a signal ends us, whose exception passes through here.
+    It has a session of its own, so that it and all that it starts can be ended together: when its time is over, and when a
+    signal ends us, whose exception passes through `run`.
     """
+
+    limit_seconds = TOOL_SECONDS
+    progress_seconds = TOOL_PROGRESS_SECONDS
+
+    def __init__(self, why: str, packages: Sequence[str], command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.lines: List[str] = []  # the last ones, without credentials
+        self._name = command[2] if "-m" in command[1:2] else command[0]
+        self._why = f"{why}: {self._name}"
+        listed = hide_credentials(" ".join(packages))
+        self._packages = listed if len(listed) <= 200 else listed[:200].rpartition(" ")[0] + " …"
+        self._command = command
+        self._environ = environ
+        self._rest = b""  # of the output, a line without its end
+        self._has_more = True
+
+    def run(self) -> List[str]:
+        """Return its last lines; PackageError if it cannot be run, does not end in time, or fails."""
+        import subprocess
+
+        try:
+            process = subprocess.Popen(self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise PackageError(f"{self._why} cannot be run: {error.strerror}") from None
+        try:
+            self._follow(process)
+        finally:
+            stop_group(process)
+            cast(BinaryIO, process.stdout).close()
+        if process.returncode:
+            raise self._failure(process.returncode)
+        return self.lines
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        """Read until the process ends; what it leaves behind may keep its output open."""
+        began = time.monotonic()
+        told = began
+        while process.poll() is None:
+            self._read(process, TOOL_LOOK_SECONDS)
+            now = time.monotonic()
+            if now - began >= self.limit_seconds:
+                self._log_lines("did not end in time")
+                raise PackageError(f"{self._why} did not end within {self.limit_seconds:.0f} s for {self._packages}; "
+                                   f"it last said: {(self.lines or ['nothing'])[-1].strip()}")
+            if now - told >= self.progress_seconds:
+                told = now
+                logger.info("%s has been running for %.0f s%s", self._name, now - began,
+                            f": {self.lines[-1].strip()}" if self.lines else "")
+        self._read(process, 0)  # a pipe holds no more than one read takes
+        self._take(b"\n")
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        """Read what comes within some time, which is over when the process ends."""
+        import subprocess
+
+        output = cast(BinaryIO, process.stdout).fileno()
+        if not self._has_more:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        elif select.select([output], [], [], seconds)[0]:
+            piece = os.read(output, READ_BYTES)
+            self._has_more = bool(piece)
+            self._take(piece)
+
+    def _take(self, piece: bytes) -> None:
+        """Keep the last lines of the output, and of each its beginning."""
+        *lines, rest = re.split(b"[\r\n]+", self._rest + piece)
+        self._rest = rest[:TOOL_LINE_LIMIT_BYTES + 1]
+        self.lines += [self._shown(line) for line in lines if line.strip()]
+        del self.lines[:-TOOL_LINES_LIMIT]
+
+    def _shown(self, line: bytes) -> str:
+        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
+        if len(line) > TOOL_LINE_LIMIT_BYTES:  # it may end in half a URL, whose password could not be told from the rest
+            text = text.rpartition(" ")[0] + " …"
+        return hide_credentials(text)
+
+    def _failure(self, code: int) -> PackageError:
+        self._log_lines("failed")
+        how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+        return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines)}")
+
+    def _log_lines(self, what: str) -> None:
+        logger.error("%s %s:\n%s", self._name, what, "\n".join(self.lines) or "(it printed nothing)")
+
+
+def ask_tool(command: Sequence[str], environ: Mapping[str, str]) -> Optional[str]:
+    """Return what a quick command prints; None where it fails or is not there."""
     import subprocess
 
-    tool = " ".join(command[:1] if command[0] != sys.executable else command[2:3])
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
-    except OSError as error:
-        raise PackageError(f"{variable}: {tool} cannot be run: {error.strerror}") from None
-    try:
-        output = process.communicate(timeout=TOOL_SECONDS)[0]
-    except subprocess.TimeoutExpired:
-        raise PackageError(f"{variable}: {tool} did not end within {TOOL_SECONDS:.0f} s") from None
-    finally:
-        stop_group(process)
-    if process.returncode:
-        lines = output.decode("utf-8", "replace").strip().splitlines()
-        logger.error("%s failed:\n%s", tool, "\n".join(lines[-20:]))
-        raise PackageError(f"{variable}: {tool} failed with exit code {process.returncode}: {last_words(lines)}")
+        done = subprocess.run(command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=TOOL_QUERY_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout.decode("utf-8", "replace")
 
 
-def install_os_packages(text: str) -> None:
-    """Install comma-separated Alpine packages; PackageError if apk is not there or fails."""
+class Alpine:
+    """Packages by apk."""
+
+    tool = "apk"
+
+    def has(self, name: str, environ: Mapping[str, str]) -> bool:
+        """Tell whether a package is installed, in the version that is asked for."""
+        return ask_tool(["apk", "info", "--installed", name], environ) is not None
+
+    def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Install packages; PackageError if that fails."""
+        Tool("OS_PACKAGES", names, ["apk", "add", "--no-cache", *names], environ).run()
+
+
+class Debian:
+    """Packages by apt-get."""
+
+    tool = "apt-get"
+    OPTIONS = (
+        "-q", "-y", "--no-install-recommends",
+        "-o", "APT::Cmd::Pattern-Only=true",  # else an unknown name with a dot is a regular expression that finds hundreds
+        "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",  # else it asks, and ends
+        "-o", "Dpkg::Use-Pty=0",
+    )
+
+    def has(self, name: str, environ: Mapping[str, str]) -> bool:
+        """Tell whether a package is installed, in the version that is asked for."""
+        package, _, version = name.partition("=")
+        listed = ask_tool(["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package], environ) or ""
+        return any(re.fullmatch("installed " + (re.escape(version) or ".*"), line) for line in listed.splitlines())
+
+    def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Refresh the lists, which images come without, and install; PackageError if that fails."""
+        variables = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for line in Tool("OS_PACKAGES", names, ["apt-get", "update", "-q"], variables).run():
+            if re.match("[EW]: ", line):  # some list is missing, which need not matter: apt-get takes it for a success
+                logger.warning("apt-get update: %s", line)
+        Tool("OS_PACKAGES", names, ["apt-get", "install", *self.OPTIONS, *names], variables).run()
+
+
+def split_names(text: str) -> List[str]:
+    """Split comma-separated names of OS packages, with versions perhaps; PackageError for what is none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):  # apt-get would remove "name-"
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
-    if names:
-        logger.info("installing OS packages: %s", " ".join(names))
-        run_tool("OS_PACKAGES", ["apk", "add", "--no-cache", "--quiet", *names])
+    return names
+
+
+def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Install what is missing of comma-separated packages, by apk where there is one, else by apt-get.
+
+    PackageError if neither is there, or it fails. An image that has all the packages needs no root.
+    """
+    import shutil
+
+    names = split_names(text)
+    found = [system for system in (Alpine(), Debian()) if shutil.which(system.tool, path=environ.get("PATH"))]
+    if names and not found:
+        raise PackageError(f"OS_PACKAGES: cannot install {' '.join(names)}: this image has neither apk nor apt-get")
+    missing = [name for name in names if not found[0].has(name, environ)]
+    if not missing:
+        return
+    tool = found[0].tool
+    logger.info("installing OS packages with %s: %s", tool, " ".join(missing))
+    try:
+        found[0].install(missing, environ)
+    except PackageError as error:
+        if not os.geteuid():
+            raise
+        raise PackageError(f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
+
+
+# A comma parts two requirements unless it stands in brackets or quotes, or a version follows. In a URL it may be anything:
+# there it parts them if what follows begins as a requirement does.
+PARTING_COMMA = re.compile(r"""(\[[^]]*\]|"[^"]*"|'[^']*')|,(?!\s*[<>=!~])""")
+REQUIREMENT_START = re.compile(
+    r"-|[\w.+-]+://|[./~]|(?!\S+\.(?:whl|zip|gz|bz2|xz|tgz)\b)[A-Za-z0-9][\w.-]*\s*(?:$|[\[(<>=!~;]|@\s*[\w+]+:)")
+PLAIN_VERSIONS = re.compile(r"\s*(~=|==|!=|<=|>=|<|>)\s*([0-9]{1,18}(?:\.[0-9]{1,18})*)(\.\*)?\s*(?:,|$)")
+PLAIN_REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)\s*((?:%s)*)" % PLAIN_VERSIONS.pattern, re.ASCII)
 
 
 def split_requirements(text: str) -> List[str]:
-    """Split PEP 508 requirements at commas, but not inside brackets, quotes, markers or a list of versions."""
-    parts, depth, quoted = [""], 0, ""
-    for index, char in enumerate(text):
-        if quoted:
-            quoted = "" if char == quoted else quoted
-        elif char in "\"'":
-            quoted = char
-        elif char in "[](){}":
-            depth += 1 if char in "[({" else -1
-        elif char == "," and not depth and not re.match(r"\s*[<>=!~]", text[index + 1:]):
-            parts.append("")
-            continue
-        parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
+    """Split comma-separated PEP 508 requirements."""
+    requirements: List[str] = []
+    for part in PARTING_COMMA.sub(lambda match: match[1] or "\0", text).split("\0"):
+        part = part.strip()
+        if part and requirements and "://" in requirements[-1] and not REQUIREMENT_START.match(part):
+            requirements[-1] += "," + part
+        elif part:
+            requirements.append(part)
+    return requirements
+
+
+def check_requirement(why: str, requirement: str) -> None:
+    """Refuse what pip would not take for one requirement; PackageError says why."""
+    shown = f"{why} has {hide_credentials(requirement)!r}"
+    if re.search(r"(^|\s)-", requirement):
+        raise PackageError(f"{shown}: options are not allowed, only requirements")
+    if re.search(r"[\r\n]", requirement):
+        raise PackageError(f"{shown}: requirements are separated by commas, not by line breaks")
+
+
+def release_of(version: str) -> Tuple[int, ...]:
+    """Turn a version of numbers into what compares as it does: 1.0 is 1."""
+    return tuple(map(int, re.sub(r"(\.0+)+$", "", version).split(".")))
+
+
+def satisfies(installed: str, operator: str, wanted: str, is_prefix: bool) -> bool:
+    """Compare two versions of numbers as PEP 440 says; what it does not allow is never satisfied."""
+    have, want = release_of(installed), release_of(wanted)
+    written = wanted.split(".")
+    if operator == "~=":
+        return len(written) > 1 and not is_prefix and have >= want and (
+            satisfies(installed, "==", ".".join(written[:-1]), True))
+    if is_prefix:
+        want = tuple(map(int, written))
+        have = (*have, *[0] * len(want))[:len(want)]
+    comparisons = {"==": have == want, "!=": have != want}
+    if not is_prefix:
+        comparisons.update({"<": have < want, "<=": have <= want, ">": have > want, ">=": have >= want})
+    return comparisons.get(operator, False)
+
+
+def installed_version(name: str) -> Optional[str]:
+    """Return a distribution's version, however its name is spelled (PEP 503); None if it is not there, or in part."""
+    import importlib.metadata
+
+    spellings = (name, re.sub(r"[-_.]+", "-", name))  # Python 3.9 knows no more than that "_" is "-"
+    found = [attempt(importlib.metadata.version, spelling).value for spelling in spellings]  # a broken one may raise anything
+    return next((version for version in found if isinstance(version, str)), None)
 
 
 def is_installed(requirement: str) -> bool:
-    """Tell whether a bare package name is installed; anything more than a name is for pip to decide."""
-    import importlib.metadata
-
-    try:
-        importlib.metadata.version(requirement)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
+    """Tell whether a name, perhaps with plain versions, is there for sure; anything more is for pip to decide."""
+    match = PLAIN_REQUIREMENT.fullmatch(requirement)
+    installed = installed_version(match[1]) if match else None
+    if match is None or installed is None:
         return False
-    return re.fullmatch(r"[A-Za-z0-9._-]+", requirement) is not None
+    wanted = PLAIN_VERSIONS.findall(match[2])
+    is_plain = re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})*", installed) is not None
+    return not wanted or is_plain and all(satisfies(installed, operator, version, bool(star))
+                                          for operator, version, star in wanted)
 
 
-def install_python_packages(text: str) -> None:
-    """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together."""
+class TargetFolder:
+    """Where pip installs what site-packages cannot take: in front of it, for this process and those that it starts.
+
+    There is none before `make`; it is removed when the process that made it ends.
+    """
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.requirements: List[str] = []  # of all pip runs, since each resolves them anew
+
+    def make(self) -> None:
+        """Make the folder; OSError where nothing can be written."""
+        import atexit
+        import shutil
+        import tempfile
+
+        def remove(owner: int = os.getpid()) -> None:
+            if os.getpid() == owner:  # forked workers call what is registered too
+                shutil.rmtree(self.path, ignore_errors=True)
+
+        if not self.path:
+            self.path = tempfile.mkdtemp(prefix="ais-packages-")
+            atexit.register(remove)
+
+    def search_path(self, path: Sequence[str]) -> List[str]:
+        """Return a search path for modules with the folder in its place; the standard library comes first."""
+        if not self.path or self.path in path:
+            return list(path)
+        sites = [index for index, entry in enumerate(path) if os.path.basename(entry) in ("site-packages", "dist-packages")]
+        place = min(sites, default=len(path))
+        return [*path[:place], self.path, *path[place:]]
+
+    def variables(self, environ: Mapping[str, str]) -> Dict[str, str]:
+        """Return the environment variables by which programs that the class starts find packages and their commands."""
+        modules = list(filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)))
+        if not self.path or self.path in modules:
+            return {}
+        commands = [environ.get("PATH", os.defpath), os.path.join(self.path, "bin")]
+        return {"PYTHONPATH": os.pathsep.join([*modules, self.path]), "PATH": os.pathsep.join(commands)}
+
+
+target_folder = TargetFolder()
+
+
+def can_take_packages(folders: Iterable[str]) -> bool:
+    """Tell whether pip may install into folders: they can be written, and are not those of the system's own tools."""
+    import sysconfig
+
+    if sys.prefix == sys.base_prefix and os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")):
+        return False
+    return all(os.access(folder, os.W_OK) for folder in folders)
+
+
+def pip_target(why: str, requirements: Sequence[str]) -> Tuple[str, List[str]]:
+    """Return the folder that pip is to fill, and the arguments that make it do so."""
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    if can_take_packages(paths[name] for name in ("purelib", "platlib", "scripts")):
+        return paths["purelib"], list(requirements)
+    try:
+        target_folder.make()
+    except OSError:
+        raise PackageError(f"{why}: cannot install {hide_credentials(' '.join(requirements))}: neither {paths['purelib']} nor "
+                           f"any folder for temporary files can be written; install it into the image, or give the pod a "
+                           f"writable /tmp") from None
+    target_folder.requirements += [requirement for requirement in requirements
+                                   if requirement not in target_folder.requirements]
+    return target_folder.path, ["--upgrade", "--target", target_folder.path, *target_folder.requirements]
+
+
+def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMapping[str, str] = os.environ) -> None:
+    """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together.
+
+    `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can be imported at once.
+    """
+    import importlib.util
+    import site
+
     requirements = split_requirements(text)
     for requirement in requirements:
-        if requirement.startswith("-"):
-            raise PackageError(f"PACKAGES has {requirement!r}: options are not allowed, only requirements")
-    if any(not is_installed(requirement) for requirement in requirements):
-        logger.info("installing Python packages: %s", re.sub(r"://[^/@\s]+@", "://***@", " ".join(requirements)))
-        run_tool("PACKAGES", [sys.executable, "-m", "pip", "install", "--quiet", "--no-input",
-                              "--disable-pip-version-check", *requirements])
-        importlib.invalidate_caches()
+        check_requirement(why, requirement)
+    if all(map(is_installed, requirements)):
+        return
+    shown = hide_credentials(" ".join(requirements))
+    if importlib.util.find_spec("pip") is None:
+        raise PackageError(f"{why}: cannot install {shown}: this Python has no pip (No module named pip); take an image that "
+                           f"has it, or install the packages into the image")
+    folder, arguments = pip_target(why, requirements)
+    logger.info("installing Python packages: %s", shown)
+    variables = {"PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1"}
+    if target_folder.path:
+        variables["PIP_USER"] = "0"  # it excludes a target
+    Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
+                             "--progress-bar=off", *arguments], variables).run()
+    sys.path[:] = target_folder.search_path(sys.path)
+    environ.update(target_folder.variables(environ))
+    site.addsitedir(folder)  # reads its .pth files, as a start of Python does
+    importlib.invalidate_caches()
 
 
 # == 5. HTTP messages ==
@@ -4719,12 +5043,12 @@ class Launch(NamedTuple):
 
     def start_worker(self, place: Place) -> int:
         """Start a process that does the same and takes a place; return its id. OSError where that is not possible."""
-        what = json.dumps([*place, [self.folder, *self.path]])
+        what = json.dumps([*place, [self.folder, *target_folder.search_path(self.path)]])
         command = [sys.executable, os.path.abspath(__file__), WORKER_OPTION, what, *self.arguments]
         for end in place.descriptors:
             os.set_inheritable(end, True)
         try:
-            return os.posix_spawn(command[0], command, dict(self.environ))
+            return os.posix_spawn(command[0], command, {**self.environ, **target_folder.variables(self.environ)})
         finally:
             for end in place.descriptors:
                 os.set_inheritable(end, False)
