@@ -2483,7 +2483,7 @@ class ETLRequest(NamedTuple):
         names = ("path", "fqn", "etl_args", "pipeline")
         texts: List[Any] = [message.get(name, "") for name in names] if isinstance(message, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
-            raise BadRequest("a control message must be a JSON object whose values are texts")
+            raise BadRequest("it must be a JSON object whose values are texts")
         path, fqn, etl_args, pipeline = texts
         return cls("PUT", "/ws", fqn=fqn, etl_args=etl_args.strip(), pipeline=pipeline.strip(), object_to=path)
 
@@ -3572,12 +3572,19 @@ def next_frame(source: ConnectionInput) -> Optional[Frame]:
 
 
 class MessageStream(BodyStream):
-    """The payload of one message, of all its fragments; control frames between these are taken care of."""
+    """The payload of one message, of all its fragments.
 
-    def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None]) -> None:
+    Control frames between these go to `control`; `admit` is called with the bytes that are known to come, and may object.
+    """
+
+    def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None],
+                 admit: Callable[[int], None]) -> None:
         super().__init__()
         self._source = source
         self._control = control
+        self._admit = admit
+        self._announced = frame.size
+        admit(frame.size)
         self._is_text = frame.opcode == OP_TEXT
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
@@ -3614,6 +3621,8 @@ class MessageStream(BodyStream):
         if frame.opcode != OP_CONTINUATION:
             raise MessageError("a message begins within another")
         self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
+        self._announced += frame.size
+        self._admit(self._announced)
         self._check_text(b"")
 
     def _check_text(self, data: Any) -> None:
@@ -3682,8 +3691,7 @@ class MessageReader:
 
     def _read_large(self, frame: Frame) -> ReceivedObject:
         """Read a message as there is memory for it."""
-        self._room.check(frame.size)
-        waiting = WaitingBody(self._room, MessageStream(self._source, frame, self._control))
+        waiting = WaitingBody(self._room, MessageStream(self._source, frame, self._control, self._room.check))
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(waiting.close)
             received = ReceivedObject(waiting.readall(), waiting.close)
@@ -3792,6 +3800,11 @@ class ObjectExchange:
     def is_full(self) -> bool:
         """Whether so much is pending that `take` waits; one object is always taken."""
         return len(self._pending) >= AHEAD_LIMIT_MESSAGES or (bool(self._pending) and self._bytes >= AHEAD_LIMIT_BYTES)
+
+    @property
+    def next_name(self) -> str:
+        """What log lines call that of which the next message is a part."""
+        return "a control message" if self._awaited is None else self._awaited.name
 
     def take(self, message: ReceivedObject) -> None:
         """Take a message; BadRequest where no control message was understood, after which none can be."""
@@ -3967,7 +3980,7 @@ class WebSocket:
             return [close_frame(error.code, str(error))]
         reason = self._owner.service.settings.redact(describe(error))
         trace = None if isinstance(error, RequestError) else error
-        logger.error("%s; the WebSocket connection is closed", reason, exc_info=trace)
+        logger.error("%s: %s; its WebSocket connection is closed", self._exchange.next_name, reason, exc_info=trace)
         return self._breaking_frames(CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED, reason)
 
     def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
