@@ -25,11 +25,12 @@ uses a name of a later one, but for `main` and a class's own `start()`.
     11. Stage 3, transforming
     12. Stage 4, delivering
     13. One request
-    14. HTTP
-    15. Server
-    16. Frameworks
-    17. Workers
-    18. Entry
+    14. WebSocket
+    15. HTTP
+    16. Server
+    17. Frameworks
+    18. Workers
+    19. Entry
 
 The life of the process: read the settings, install packages, unpickle the class, bind the port, fork the workers.
 Each worker constructs the class and answers requests; the supervisor watches them, and ends them on SIGTERM once they
@@ -47,6 +48,8 @@ import gc
 if __name__ == "__main__":  # what is loaded now stays, so that collecting takes a sixth of the start and finds nothing
     gc.disable()
 
+import codecs
+import collections
 import contextlib
 import enum
 import errno
@@ -79,8 +82,8 @@ import time
 import types
 from abc import ABC, abstractmethod
 from http import HTTPStatus
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Tuple, Type, TypeVar, Union, cast)
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
+                    NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -117,6 +120,10 @@ CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nob
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
 WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
 WORKER_OPTION = "--worker"  # what a worker's own command line begins with, where it is not forked
+UNMASK_BYTES = 16 << 10  # of a WebSocket message that are unmasked at once: larger and smaller numbers take longer
+AHEAD_LIMIT_MESSAGES = 64  # objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
+AHEAD_LIMIT_BYTES = 16 << 20  # of such objects and their results, past which no more are read; one is always read
+BATCH_LIMIT_PARTS = 512  # of results that leave in one system call: it takes 1024
 SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole before ours begins, so that it can fail well
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
@@ -132,6 +139,10 @@ RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 
 RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, together: with the default of three retries
 # waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
+QUICK_SECONDS = 0.002  # for one object; slower ones of a connection are transformed by several threads
+BATCH_SECONDS = 0.001  # that a result waits for others to leave with it
+FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its WebSocket connections ends
+WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
 TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
@@ -139,6 +150,8 @@ TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
+WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker: each has a thread, and half of them are left to requests
+HELPER_THREAD_LIMIT = 64  # of a worker, for slow objects that come over WebSocket: 16 transform, others read and deliver
 RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
 TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
@@ -310,6 +323,12 @@ class FrameworkNeeded(PackageError):
 
 class ClassError(StartupError):
     """The user's class failed at construction, or asks for what this runtime does not have."""
+
+    exit = Exit.SOFTWARE
+
+
+class Forsaken(StartupError):
+    """Failed objects have closed all WebSocket connections, which AIStore does not open again."""
 
     exit = Exit.SOFTWARE
 
@@ -724,6 +743,13 @@ class ConnectionInput:
         self._start = 0
         return bool(data)
 
+    def need(self, count: int) -> bool:
+        """Receive until `count` bytes are here; False where the connection ends before."""
+        while self.ahead < count:
+            if not self.fill():
+                return False
+        return True
+
     def find(self, mark: bytes, limit: int) -> int:
         """Find `mark` within the first `limit` bytes that are here: how many bytes come before it, or -1."""
         found = self._ahead.find(mark, self._start, self._start + limit)
@@ -767,6 +793,26 @@ class ConnectionInput:
 
     def _receive(self) -> bytes:
         return self._connection.recv(READ_BYTES)
+
+
+def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
+    """Set a time-out in the kernel, for one receive or one send; Python's own costs a system call each time."""
+    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
+
+
+def send_parts(connection: socket.socket, parts: Sequence[bytes]) -> None:
+    """Send parts in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
+    sent = connection.sendmsg(parts)
+    if sent == sum(map(len, parts)):
+        return
+    views = [memoryview(part) for part in parts]
+    while True:
+        while views and sent >= len(views[0]):
+            sent -= len(views.pop(0))
+        if not views:
+            return
+        views[0] = views[0][sent:]
+        sent = connection.sendmsg(views)
 
 
 class Whose(NamedTuple):
@@ -1472,6 +1518,9 @@ class ConnectionPool:
 REPORT_READY = b"R"
 REPORT_BEGUN = b"B"  # to serve a request, for the first time
 REPORT_ANSWERED = b"A"  # for the first time
+REPORT_OPENED = b"O"  # a WebSocket connection
+REPORT_CLOSED = b"C"  # a WebSocket connection
+REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason follows
 REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
 REPORT_NEEDS = b"N"  # a framework's name, a space, and 1 where it is to serve the class or 0 where it is imported
 
@@ -2227,7 +2276,7 @@ class ETLRequest(NamedTuple):
     latest: bool = False
     pipeline: str = ""  # the Ais-Node-Url header: where the result goes
     original_url: str = ""  # decoded; what a download fetches
-    object_to: str = ""  # decoded; the object a download becomes
+    object_to: str = ""  # decoded; the object a download becomes, or what a WebSocket message calls it
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
@@ -2248,6 +2297,21 @@ class ETLRequest(NamedTuple):
             raise BadRequest(f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
         return request._replace(fqn="", original_url=known[QPARAM_ORIGINAL_URL], object_to=known[QPARAM_OBJECT_TO])
 
+    @classmethod
+    def from_message(cls, message: Any) -> ETLRequest:
+        """Understand the control message of an object that comes over WebSocket, decoded from JSON; BadRequest."""
+        names = ("path", "fqn", "etl_args", "pipeline")
+        texts: List[Any] = [message.get(name, "") for name in names] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise BadRequest("a control message must be a JSON object whose values are texts")
+        path, fqn, etl_args, pipeline = texts
+        return cls("PUT", "/ws", fqn=fqn, etl_args=etl_args.strip(), pipeline=pipeline.strip(), object_to=path)
+
+    @property
+    def is_message(self) -> bool:
+        """Whether the object comes over WebSocket, and is answered whole."""
+        return self.raw_path == "/ws"
+
     @property
     def is_download(self) -> bool:
         """Whether the object is to be fetched from a URL of the outside world."""
@@ -2256,12 +2320,14 @@ class ETLRequest(NamedTuple):
     @property
     def path(self) -> str:
         """The decoded path, without the first slash."""
-        return self.object_to or unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "replace")[1:]
+        if self.object_to or self.is_message:
+            return self.object_to
+        return unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "replace")[1:]
 
     @property
     def decoded_path(self) -> str:
         """The decoded path with its first slash, from which every byte of the raw one can be made again."""
-        if self.object_to:
+        if self.object_to or self.is_message:
             return "/" + self.object_to.lstrip("/")
         return unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "surrogateescape")
 
@@ -2288,8 +2354,8 @@ class ObjectFile(io.FileIO):
         self.size = size
 
 
-class SmallObject(io.BytesIO):
-    """An object that was read as soon as its file was opened."""
+class LoadedObject(io.BytesIO):
+    """An object that is in memory already, as that of a small file, which is read as soon as it is opened."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -2317,7 +2383,28 @@ class SpoolFile(ObjectFile):
                 os.unlink(self.path)
 
 
-ObjectStream = Union[BodyStream, ObjectFile, SmallObject]
+class ReceivedObject(LoadedObject):
+    """An object that came whole over WebSocket, and the room that it takes in memory until its transform begins."""
+
+    def __init__(self, data: bytes = b"", leave: Callable[[], None] = lambda: None) -> None:
+        super().__init__(data)
+        self._leave = leave
+
+    def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a function that gives the room back and then calls another."""
+        def call(*args: Any) -> Any:
+            self._leave()
+            return function(*args)
+
+        return call
+
+    def close(self) -> None:
+        """Give the room back, if it still has any."""
+        super().close()
+        self._leave()
+
+
+ObjectStream = Union[BodyStream, ObjectFile, LoadedObject]
 
 
 class Source(NamedTuple):
@@ -2401,7 +2488,7 @@ def is_whole(descriptor: int, size: int) -> bool:
     return match is None or int.from_bytes(match[1], "big") == size
 
 
-def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[ObjectFile, SmallObject, None]:
+def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[ObjectFile, LoadedObject, None]:
     """Open an object by path, and read it if it is small; None where the file is not all of the object."""
     descriptor = open_object_path(path, roots)
     is_kept = False
@@ -2412,7 +2499,7 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[Objec
         if not is_whole(descriptor, status.st_size):
             return None
         if status.st_size <= READ_BYTES:
-            return SmallObject(os.read(descriptor, status.st_size + 1))
+            return LoadedObject(os.read(descriptor, status.st_size + 1))
         is_kept = True
         return ObjectFile(descriptor, status.st_size)
     finally:
@@ -2480,7 +2567,7 @@ class Sources:
         self._locate = locate
         self._turns = Turns()
 
-    def open(self, request: ETLRequest, body: MessageBody) -> Source:
+    def open(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Source:
         """Open the object; the caller closes it. 404, 403 or the target's status where it cannot be had."""
         if request.is_download:
             return Source(self._download(request.original_url))
@@ -2655,6 +2742,11 @@ class Room:
         with self._change:
             self._taken[body] = 0
 
+    def check(self, size: int) -> None:
+        """Raise 413 for a size that no machine has."""
+        if size > self._most:
+            raise ObjectTooLarge(f"the object has {size} bytes, more than the {self._most} of the container's memory")
+
     def take(self, body: object, count: int) -> None:
         """Wait until there is room for some more bytes, and take it; 413 where no machine has so much."""
         if self._taken[body] + count > self._most + WRITE_BYTES:  # a step of reading may be larger than what is left
@@ -2750,6 +2842,7 @@ class Transforms:
         self._decodes = isinstance(server, FrameworkServer)
         self._memory = memory_limit()
         self._room = Room(WAITING_LIMIT_BYTES, self._memory)
+        self.message_room = Room(WAITING_LIMIT_BYTES, self._memory)  # its own: a message may wait for an object that is read
 
     @property
     def is_streaming(self) -> bool:
@@ -2776,6 +2869,8 @@ class Transforms:
 
     def _run_large(self, stream: ObjectStream, *args: str) -> Any:
         """Read an object as there is memory for it; 413 where there never will be."""
+        if isinstance(stream, ReceivedObject):
+            return self._slots.run(stream.before(self._server.transform), stream.getvalue(), *args)
         if stream.size is not None and stream.size > self._memory:
             raise ObjectTooLarge(f"the object has {stream.size} bytes, more than the {self._memory} of the container's memory")
         with WaitingBody(self._room, stream) as body:
@@ -2796,7 +2891,7 @@ class Transforms:
 
     def _path(self, request: ETLRequest) -> str:
         """The object's path as the base class of the SDK gives it."""
-        return request.path if self._decodes or request.is_download else request.raw_path
+        return request.path if self._decodes or request.is_download or request.is_message else request.raw_path
 
 
 # == 12. Stage 4, delivering ==
@@ -2822,7 +2917,7 @@ class Answer(NamedTuple):
         """Return the header field that tells the end of the body; none where that of the connection does."""
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
-        if not isinstance(self.body, bytes) or self.status == HTTPStatus.NO_CONTENT:
+        if not isinstance(self.body, bytes) or self.status in (HTTPStatus.NO_CONTENT, HTTPStatus.SWITCHING_PROTOCOLS):
             return []
         return [("Content-Length", str(len(self.body)))]
 
@@ -3058,7 +3153,7 @@ class Service:
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool, slots: Slots) -> None:
-        self._settings = settings
+        self.settings = settings
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self._transforms = Transforms(server, slots)
         self._deliveries = Deliveries(settings, server, pool)
@@ -3069,7 +3164,23 @@ class Service:
         """Close connections to other nodes that have been idle for too long."""
         self._sources.close_idle()
 
-    def answer(self, request: ETLRequest, body: MessageBody) -> Answer:
+    @property
+    def message_room(self) -> Room:
+        """The memory for messages that wait for their transforms."""
+        return self._transforms.message_room
+
+    def answer_message(self, request: ETLRequest, body: ReceivedObject) -> Tuple[Answer, bytes]:
+        """Answer one object that came over WebSocket, whatever happens: the answer, and its body whole."""
+        with self.answer(request, body) as answer:
+            if isinstance(answer.body, bytes):
+                return answer, answer.body
+            content, error = attempt(b"".join, answer.body)
+        if error is None:
+            return answer, content
+        answer = self._answer_failure(request, error)
+        return answer, cast(bytes, answer.body)
+
+    def answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         if not self._has_begun:
             report(REPORT_BEGUN)  # before the flag: another thread that sees it may kill the worker at once
@@ -3078,43 +3189,48 @@ class Service:
         if not self._has_answered:
             report(REPORT_ANSWERED)
             self._has_answered = True
-        if error is None:
-            return cast(Answer, answer)
+        return cast(Answer, answer) if error is None else self._answer_failure(request, error)
+
+    def _answer_failure(self, request: ETLRequest, error: BaseException) -> Answer:
         answer, second_error = attempt(self.answer_for, request, error)
         forget_traceback(error)
         if second_error is not None:  # an exception of the user's that cannot even be looked at
             return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"Processing error: {type(error).__name__}", {})
         return cast(Answer, answer)
 
-    def _answer(self, request: ETLRequest, body: MessageBody) -> Answer:
+    def _answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
         """Understood, it is read, transformed and delivered."""
-        if request.raw_path == "/ws":
-            raise RequestError("this version serves no WebSocket", HTTPStatus.NOT_IMPLEMENTED)
         if request.pipeline:
             return self._deliver(request, body)
         fields = (("Content-Type", self._transforms.mime_type),)
-        if not self._transforms.is_streaming:
+        if not self._streams(request):
             return Answer(HTTPStatus.OK, self._output(request, body), fields)
         pieces = guarded(self._pieces(request, body))
         first = next(pieces, b"")  # until the first piece is there, a failure can still be told by a status
         return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
 
-    def _output(self, request: ETLRequest, body: MessageBody) -> bytes:
+    def _streams(self, request: ETLRequest) -> bool:
+        """Whether the output leaves in pieces: a message must be whole."""
+        return self._transforms.is_streaming and not request.is_message
+
+    def _output(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> bytes:
         """Read and transform a whole object."""
+        if self._transforms.is_streaming:
+            return b"".join(self._pieces(request, body))
         source = self._sources.open(request, body)
         with source.stream:
             return self._transforms.run(request, source)
 
-    def _pieces(self, request: ETLRequest, body: MessageBody) -> Iterator[bytes]:
+    def _pieces(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Iterator[bytes]:
         """Read and transform an object in pieces; the source is open for as long as they are taken."""
         source = self._sources.open(request, body)
         with source.stream:
             yield from self._transforms.stream(request, source)
 
-    def _deliver(self, request: ETLRequest, body: MessageBody) -> Answer:
+    def _deliver(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
         """Deliver the output; again while the hop is lost, if the output or the object can be had again."""
         destination = self._deliveries.destination(request)
-        output = None if self._transforms.is_streaming else self._output(request, body)
+        output = None if self._streams(request) else self._output(request, body)
         retries = Retries(self._delays if output is not None or request.is_replayable else [])
         while True:
             try:
@@ -3134,16 +3250,656 @@ class Service:
             error = error.error
         if isinstance(error, RequestError):
             logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.name, error)
-            return error_answer(error.status, self._settings.redact(str(error)), error.headers)
+            return error_answer(error.status, self.settings.redact(str(error)), error.headers)
         log_user_error(request.name, error)
         status, headers = user_status(error), {}
         if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
         reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or describe(error))
-        return error_answer(status, self._settings.redact(f"Processing error: {reason}"), headers)
+        return error_answer(status, self.settings.redact(f"Processing error: {reason}"), headers)
 
 
-# == 14. HTTP ==
+# == 14. WebSocket ==
+# Frames of a connection to messages (RFC 6455, the server's side, no extensions); messages to objects and their results,
+# which is AIStore's own protocol (ext/etl/websocket_comm.go) and knows no frames; and connections, which join the two.
+
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
+DATA_OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY)
+CONTROL_OPCODES = (OP_CLOSE, OP_PING, OP_PONG)
+CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
+CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1000, 1001, 1002, 1005
+CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
+CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))  # that may be sent, of IANA's; 3000 to 4999 too
+
+
+def upgrade_answer(fields: Mapping[str, str]) -> Answer:
+    """Answer a handshake (RFC 6455, 4.2) by its header fields; RequestError where it is none, or not for us."""
+    import binascii
+    import hashlib
+
+    words = {word.strip().lower() for word in fields.get("connection", "").split(",")}
+    protocols = {protocol.strip().lower() for protocol in fields.get("upgrade", "").split(",")}
+    if "websocket" not in protocols or "upgrade" not in words:
+        raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED,
+                           {"Upgrade": "websocket", "Connection": "Upgrade"})
+    if fields.get("sec-websocket-version") != "13":
+        raise RequestError("only version 13 of WebSocket is spoken here", HTTPStatus.UPGRADE_REQUIRED,
+                           {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade"})
+    key = fields.get("sec-websocket-key", "")
+    if not WEBSOCKET_KEY.fullmatch(key):
+        raise BadRequest("the Sec-WebSocket-Key is malformed")
+    digest = hashlib.sha1(key.encode() + WEBSOCKET_GUID, usedforsecurity=False).digest()
+    accept = binascii.b2a_base64(digest, newline=False).decode()
+    return Answer(HTTPStatus.SWITCHING_PROTOCOLS, b"", (
+        ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)))
+
+
+class MessageError(RequestError):
+    """What comes is not WebSocket as RFC 6455 wants it: the connection is closed with `code`."""
+
+    def __init__(self, detail: str, code: int = CLOSE_PROTOCOL) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
+    """Write the head of a frame that we send, which has no mask (RFC 6455, 5.2)."""
+    first = opcode | (0x80 if is_last else 0)
+    if size < 126:
+        return bytes((first, size))
+    return struct.pack("!BBH", first, 126, size) if size < 1 << 16 else struct.pack("!BBQ", first, 127, size)
+
+
+def close_frame(code: int, reason: str = "") -> bytes:
+    """Write a frame that closes: its reason is cut to what fits, of whole characters."""
+    payload = b"" if code == CLOSE_NO_CODE else struct.pack("!H", code)
+    payload += reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
+    return frame_head(OP_CLOSE, len(payload)) + payload
+
+
+def parse_close(payload: bytes) -> int:
+    """Take the code from a frame that closes (RFC 6455, 5.5.1 and 7.4); MessageError where it must not come."""
+    if not payload:
+        return CLOSE_NO_CODE
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) < 2 or not (code in CLOSE_CODES or 3000 <= code <= 4999):
+        raise MessageError("the code of a close frame is malformed")
+    if attempt(payload[2:].decode, "utf-8").error is not None:
+        raise MessageError("the reason of a close frame is no UTF-8", CLOSE_BAD_TEXT)
+    return code
+
+
+def unmasked(data: Any, mask: bytes) -> bytes:
+    """Undo the mask of up to `UNMASK_BYTES` (RFC 6455, 5.3), as one whole number: a loop over bytes takes ages."""
+    size = len(data)
+    pad = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
+
+
+def unmask(data: memoryview, mask: bytes) -> bytes:
+    """Undo the mask of data where it lies; return the mask for what follows it."""
+    whole = len(data) - len(data) % UNMASK_BYTES
+    pad = int.from_bytes(mask * (UNMASK_BYTES // 4), "little") if whole else 0
+    for start in range(0, whole, UNMASK_BYTES):
+        piece = data[start:start + UNMASK_BYTES]
+        piece[:] = (int.from_bytes(piece, "little") ^ pad).to_bytes(UNMASK_BYTES, "little")
+    data[whole:] = unmasked(data[whole:], mask)
+    turn = len(data) % 4
+    return mask[turn:] + mask[:turn]
+
+
+class Frame(NamedTuple):
+    """The head of a frame that a client has sent."""
+
+    is_last: bool
+    opcode: int
+    size: int
+    mask: bytes
+
+
+def check_frame(first: int, second: int) -> None:
+    """Raise MessageError for the first two bytes of a frame that no client of ours may send (RFC 6455, 5.2 and 5.5)."""
+    opcode = first & 0x0F
+    if first & 0x70:
+        raise MessageError("a reserved bit is set, and no extension was agreed on")
+    if opcode not in DATA_OPCODES and opcode not in CONTROL_OPCODES:
+        raise MessageError(f"the opcode {opcode} is reserved")
+    if not second & 0x80:
+        raise MessageError("a client's frame has no mask")
+    if opcode in CONTROL_OPCODES and not (first & 0x80 and second & 0x7F <= CONTROL_LIMIT_BYTES):
+        raise MessageError("a control frame is too long or fragmented")
+
+
+def next_frame(source: ConnectionInput) -> Optional[Frame]:
+    """Read the head of a frame, strictly; None where the connection ends before it."""
+    if not source.need(2):
+        return None
+    first, second = source.take(2)
+    check_frame(first, second)
+    size = second & 0x7F
+    more = {126: 2, 127: 8}.get(size, 0)
+    if not source.need(more + 4):
+        return None
+    if more:
+        size = int.from_bytes(source.take(more), "big")
+        if not (126 if more == 2 else 1 << 16) <= size < 1 << 63:
+            raise MessageError("the length of a frame is malformed")
+    return Frame(first >= 0x80, first & 0x0F, size, source.take(4))
+
+
+class MessageStream(BodyStream):
+    """The payload of one message, of all its fragments; control frames between these are taken care of."""
+
+    def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None]) -> None:
+        super().__init__()
+        self._source = source
+        self._control = control
+        self._is_text = frame.opcode == OP_TEXT
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
+        self.size = frame.size if frame.is_last else None
+
+    def receive(self, buffer: Any) -> int:
+        """Read some bytes; ShortBody where the connection ends, MessageError where it must be closed."""
+        while not self._left and not self._is_last:
+            self._begin_fragment()
+        if not self._left:
+            return 0
+        view = memoryview(buffer)[:self._left]
+        try:
+            count = self._source.readinto(view, 0 if self._is_text else socket.MSG_WAITALL)
+        except OSError as error:
+            raise ShortBody(f"a message broke off: {describe(error)}") from None
+        if not count:
+            raise ShortBody("a message ended early")
+        self._mask = unmask(view[:count], self._mask)
+        self._left -= count
+        self._check_text(view[:count])
+        return count
+
+    def _begin_fragment(self) -> None:
+        """Go on with the message's next frame."""
+        try:
+            frame = next_frame(self._source)
+        except OSError as error:
+            raise ShortBody(f"a message broke off: {describe(error)}") from None
+        if frame is None:
+            raise ShortBody("a message ended early")
+        if frame.opcode in CONTROL_OPCODES:
+            return self._control(frame)
+        if frame.opcode != OP_CONTINUATION:
+            raise MessageError("a message begins within another")
+        self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
+        self._check_text(b"")
+
+    def _check_text(self, data: Any) -> None:
+        """See to it that text is UTF-8, as soon as it is not: the end may be far."""
+        if self._is_text:
+            try:
+                self._decode(bytes(data), self._is_last and not self._left)
+            except UnicodeDecodeError:
+                raise MessageError("a text is no UTF-8", CLOSE_BAD_TEXT) from None
+
+
+class Closed(Exception):
+    """The client has sent a close frame."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class MessageReader:
+    """Read messages, one at a time, each whole. Control frames are answered by `send`, wherever they come.
+
+    A message that is not small takes room in memory that the worker's connections share, until its transform begins.
+    Text is taken for its bytes: AIStore sends none, and there is nothing else that it could mean.
+    """
+
+    def __init__(self, source: ConnectionInput, room: Room, send: Callable[..., None]) -> None:
+        self._source = source
+        self._room = room
+        self._send = send
+        self.is_within = False  # whether a frame, or a message of several, has begun to come and not yet ended
+
+    def read(self) -> Optional[ReceivedObject]:
+        """Read a message; None at the end of the connection.
+
+        Closed at a close frame, ShortBody in the middle of a message, MessageError or ObjectTooLarge where the connection
+        must be closed.
+        """
+        message = None
+        while message is None:
+            self.is_within = False
+            frame = next_frame(self._source)
+            if frame is None:
+                return None
+            self.is_within = True
+            message = self._read_from(frame)
+        self.is_within = False
+        return message
+
+    def _read_from(self, frame: Frame) -> Optional[ReceivedObject]:
+        """Read the message that a frame begins; None for a control frame."""
+        if frame.opcode in CONTROL_OPCODES:
+            self._control(frame)
+            return None
+        if frame.opcode == OP_CONTINUATION:
+            raise MessageError("there is no message to be continued")
+        if frame.opcode == OP_BINARY and frame.is_last and frame.size <= UNMASK_BYTES:
+            return ReceivedObject(self._payload(frame))
+        return self._read_large(frame)
+
+    def _payload(self, frame: Frame) -> bytes:
+        """Read the payload of a small frame."""
+        if not self._source.need(frame.size):
+            raise ShortBody("a frame ended early")
+        return unmasked(self._source.take(frame.size), frame.mask)
+
+    def _read_large(self, frame: Frame) -> ReceivedObject:
+        """Read a message as there is memory for it."""
+        self._room.check(frame.size)
+        waiting = WaitingBody(self._room, MessageStream(self._source, frame, self._control))
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(waiting.close)
+            received = ReceivedObject(waiting.readall(), waiting.close)
+            on_failure.pop_all()
+        return received
+
+    def _control(self, frame: Frame) -> None:
+        """Take care of a control frame: a ping is answered, a close frame ends all, a pong says nothing to us."""
+        payload = self._payload(frame)
+        if frame.opcode == OP_PING:
+            self._send(frame_head(OP_PONG, len(payload)), payload)
+        elif frame.opcode == OP_CLOSE:
+            raise Closed(parse_close(payload))
+
+
+class Reply(NamedTuple):
+    """What goes back for one object: its result, the length that was delivered, or why it failed for good."""
+
+    opcode: int  # OP_BINARY, OP_TEXT, or OP_CLOSE
+    data: bytes  # of a failure, the reason
+
+
+def reason_of(body: bytes) -> str:
+    """Take the reason from the body of an answer that tells a failure: ours, or what another node said."""
+    value = attempt(json.loads, body).value
+    detail = value.get("detail") if isinstance(value, dict) else None
+    return " ".join((detail if isinstance(detail, str) else body.decode("utf-8", "replace")).split())
+
+
+def is_bound_elsewhere(pipeline: str) -> bool:
+    """Tell whether the last hop of a pipeline is an object at its target; no, where the pipeline cannot be read."""
+    return bool(attempt(is_final, pipeline.rpartition(",")[2].strip()).value)
+
+
+class Pace:
+    """Tell from the last objects of a worker whether a connection's are better transformed on its own thread.
+
+    Handing an object to another thread and taking its result back costs as much as small objects take altogether. An
+    object that takes longer than `QUICK_SECONDS` for each connection, which then all compete for the interpreter, is
+    slow; three slow ones in a row, or a very slow one, make the worker hand objects over. After a hundred times as long
+    as that object took another one is tried.
+    """
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self._slow_in_a_row = 0
+        self._hands_over_until = 0.0
+
+    def is_quick(self, now: float) -> bool:
+        """Whether the next object is to be transformed on the thread that has read it; times are time.monotonic()'s."""
+        return now >= self._hands_over_until
+
+    def note(self, seconds: float, now: float) -> None:
+        """Take note of how long an object took on the thread that had read it."""
+        if seconds < QUICK_SECONDS * min(max(self.connections, 1), DEFAULT_THREADS):
+            self._slow_in_a_row = 0
+            return
+        self._slow_in_a_row += 1
+        if self._slow_in_a_row >= 3 or seconds >= 1.0:
+            self._hands_over_until = now + 100 * seconds
+
+
+class Exchanged:
+    """One object of an exchange: understood, and answered in its time."""
+
+    def __init__(self, request: ETLRequest, body: ReceivedObject) -> None:
+        self.request = request
+        self.body = body
+        self.size = body.size  # in memory: the object's, then its result's
+        self.reply: Optional[Reply] = None
+
+
+class ObjectExchange:
+    """AIStore's protocol on one connection, whatever carries the messages: pairs them, and has their objects answered.
+
+    An object is one message of JSON, and if that has no `fqn`, a second one with the bytes. Messages go in by `take`, on
+    one thread; replies come out by `send`, one for each object and in their order, on any thread but never two at once. It
+    must not raise. `hand_over` has a function called with an argument on another thread; objects are handed over unless
+    there is a `pace` that wants them on the thread of `take`. The protocol has no word for failure; what a failed object is
+    answered follows from what a target (AIStore 5.0) makes of each answer:
+
+    * an object bound for another target: a binary message, which the target takes for that object's failure
+    * any other: the connection must be closed, which fails the object; all behind it is lost
+    * with ETL_WS_FAILURE=empty: the text that tells a delivery; the object is empty or missing, and the job goes on
+    """
+
+    def __init__(self, service: Service, send: Callable[[Reply], None],
+                 hand_over: Callable[[Callable[[Any], None], Any], None], pace: Optional[Pace] = None) -> None:
+        self._service = service
+        self._send = send
+        self._hand_over = hand_over
+        self._pace = pace
+        self._awaited: Optional[ETLRequest] = None  # an object whose bytes are the next message
+        self._pending: Deque[Exchanged] = collections.deque()
+        self._bytes = 0  # of those
+        self._is_sending = False
+        self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
+        self._change = threading.Condition()
+
+    @property
+    def is_between_objects(self) -> bool:
+        """Whether the next message begins an object."""
+        return self._awaited is None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is pending that `take` waits; one object is always taken."""
+        return len(self._pending) >= AHEAD_LIMIT_MESSAGES or (bool(self._pending) and self._bytes >= AHEAD_LIMIT_BYTES)
+
+    def take(self, message: ReceivedObject) -> None:
+        """Take a message; BadRequest where no control message was understood, after which none can be."""
+        request, self._awaited = self._awaited, None
+        if request is not None:
+            return self._take_object(Exchanged(request, message))
+        text = message.getvalue()
+        message.close()
+        request = ETLRequest.from_message(attempt(json.loads, text).value)
+        if request.fqn:
+            return self._take_object(Exchanged(request, ReceivedObject()))
+        self._awaited = request
+
+    def wait(self) -> None:
+        """Wait until all that was taken is answered."""
+        with self._change:
+            self._change.wait_for(lambda: not self._pending)
+
+    def _take_object(self, exchanged: Exchanged) -> None:
+        """Have an object answered, here or on another thread."""
+        begin = time.monotonic()
+        if self._pace is not None and self._pace.is_quick(begin):
+            if self._pending:  # whose replies come before
+                self.wait()
+                begin = time.monotonic()
+            reply = self._answer(exchanged)
+            end = time.monotonic()
+            self._pace.note(end - begin, end)
+            return self._send_in_turn(reply)
+        with self._change:
+            self._change.wait_for(lambda: not self.is_full)
+            self._pending.append(exchanged)
+            self._bytes += exchanged.size
+        if attempt(self._hand_over, self._run, exchanged).error is not None:  # there is no other thread
+            self._run(exchanged)
+
+    def _run(self, exchanged: Exchanged) -> None:
+        """Answer an object on another thread, and send what is ready."""
+        reply = self._answer(exchanged)
+        with self._change:
+            self._bytes += len(reply.data) - exchanged.size
+            exchanged.size, exchanged.reply = len(reply.data), reply
+        while self._send_first():
+            pass
+
+    def _send_first(self) -> bool:
+        """Send the reply of the first pending object, if it is there and nobody else is sending."""
+        with self._change:
+            if self._is_sending or not self._pending or self._pending[0].reply is None:
+                return False
+            self._is_sending = True
+            first = self._pending[0]
+        self._send_in_turn(cast(Reply, first.reply))
+        with self._change:
+            self._is_sending = False
+            self._pending.popleft()
+            self._bytes -= first.size
+            self._change.notify_all()
+        return True
+
+    def _send_in_turn(self, reply: Reply) -> None:
+        """Send a reply, unless a failure before it has ended all."""
+        if not self._is_broken:
+            self._is_broken = reply.opcode == OP_CLOSE
+            self._send(reply)
+
+    def _answer(self, exchanged: Exchanged) -> Reply:
+        """Have an object answered, whatever happens."""
+        request = exchanged.request
+        if self._is_broken:
+            return Reply(OP_CLOSE, b"")
+        with exchanged.body as body:
+            answer, content = self._service.answer_message(request, body)
+        if answer.status == HTTPStatus.NO_CONTENT:
+            return Reply(OP_TEXT, dict(answer.headers).get(HEADER_DIRECT_PUT_LENGTH, "0").encode())
+        if answer.status < 300:
+            return Reply(OP_BINARY, content)
+        return self._failure(request, self._service.settings.redact(reason_of(content)))
+
+    def _failure(self, request: ETLRequest, reason: str) -> Reply:
+        """Tell a failure in the one way that reaches the user."""
+        if self._service.settings.ws_failure == "empty":
+            logger.error("%s: %s; answered as if it were delivered", request.name, reason)
+            return Reply(OP_TEXT, b"0")
+        if is_bound_elsewhere(request.pipeline):
+            logger.error("%s: %s; reported to the target", request.name, reason)
+            return Reply(OP_BINARY, cast(bytes, error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, {}).body))
+        logger.error("%s: %s; its WebSocket connection is closed", request.name, reason)
+        return Reply(OP_CLOSE, reason.encode("utf-8", "replace"))
+
+
+class MessageInput(ConnectionInput):
+    """What a WebSocket client sends. Before each wait for it `prepare` is called, or `flush` within a frame."""
+
+    def __init__(self, connection: socket.socket, ahead: bytes, prepare: Callable[[], bool], flush: Callable[[], None]) -> None:
+        super().__init__(connection)
+        self._ahead = ahead
+        self._prepare = prepare
+        self._flush = flush
+
+    def readinto(self, buffer: Any, flags: int = 0) -> int:
+        """Read some bytes of a frame, from what is here or from the socket; 0 at the end of the connection."""
+        if not self.ahead:
+            self._flush()
+        return super().readinto(buffer, flags)
+
+    def _receive(self) -> bytes:
+        return super()._receive() if self._prepare() else b""
+
+
+class WebSocket:
+    """Serve one connection, on one thread, to its end; helpers may send replies meanwhile.
+
+    Replies wait for others, to leave with them in one system call, until there is nothing more to be read, or for
+    `BATCH_SECONDS`. A connection ends where the client closes it, or just goes away, as AIStore does; by a failed object;
+    or in a drain, once all that has come is answered.
+    """
+
+    def __init__(self, connection: socket.socket, ahead: bytes, owner: WebSockets) -> None:
+        self._connection = connection
+        self._owner = owner
+        self._source = MessageInput(connection, ahead, self._prepare, self._flush)
+        self._reader = MessageReader(self._source, owner.service.message_room, self._put)
+        self._exchange = ObjectExchange(owner.service, self._reply, owner.hand_over, owner.pace)
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()  # of what follows
+        self._parts: List[bytes] = []  # what is to be sent
+        self._size = 0  # of that, in bytes
+        self._flush_at = 0.0
+        self._is_over = False  # whether nothing is to be read or sent any more
+        self._bell, self._ringer = socket.socketpair()  # wakes the thread while it waits for the client
+
+    def serve(self) -> bool:
+        """Serve to the end; return whether the client may still be sending, so that closing at once would be rude."""
+        set_timeout(self._connection, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
+        try:
+            ending, error = attempt(self._converse)
+            self._exchange.wait()
+            if error is not None:
+                ending = self._ending_for(error)
+                forget_traceback(error)
+            self._put(*ending)
+            self._flush()
+        finally:
+            with self._lock:
+                self._bell.close()
+                self._ringer.close()
+        return not self._owner.is_draining
+
+    def ring(self) -> None:
+        """Wake the thread of the connection, on any other."""
+        attempt(self._ringer.send, b"\0")  # it may have ended just now
+
+    def _converse(self) -> Sequence[bytes]:
+        """Take messages until no more come; return the frames that end the connection."""
+        while not self._is_over:
+            message = self._reader.read()
+            if message is None:
+                break
+            self._exchange.take(message)
+        return [close_frame(CLOSE_GOING_AWAY)] if self._owner.is_draining else []
+
+    def _ending_for(self, error: BaseException) -> Sequence[bytes]:
+        """Return the frames that end the connection for an error of reading; an object's failure is told as such."""
+        if isinstance(error, Closed):
+            return [close_frame(error.code)]
+        if isinstance(error, (ShortBody, OSError)):
+            logger.debug("a WebSocket connection broke off: %s", error)
+            return []
+        if isinstance(error, MessageError):
+            logger.warning("a WebSocket connection is closed: %s", error)
+            return [close_frame(error.code, str(error))]
+        reason = self._owner.service.settings.redact(describe(error))
+        trace = None if isinstance(error, RequestError) else error
+        logger.error("%s; the WebSocket connection is closed", reason, exc_info=trace)
+        return self._breaking_frames(CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED, reason)
+
+    def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
+        """Return the frames that fail the object whose turn it is, and its connection: a message that is cut short."""
+        report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
+        return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
+
+    def _prepare(self) -> bool:
+        """Get ready to wait for the client; False where nothing more is to be read."""
+        self._flush()
+        if self._is_over:
+            return False
+        if self._source.ahead or self._reader.is_within or not self._exchange.is_between_objects:
+            return True
+        if not self._owner.is_draining:
+            return self._is_readable(None) or (self._owner.is_draining and self._prepare())
+        if time.monotonic() > self._owner.drain_deadline:
+            raise RequestError("the pod is stopping")
+        self._exchange.wait()
+        return self._is_readable(0)
+
+    def _is_readable(self, timeout_seconds: Optional[float]) -> bool:
+        """Wait until the client has sent something, until the bell rings, or for a time."""
+        poller = select.poll()
+        poller.register(self._connection, select.POLLIN)
+        if timeout_seconds is None:
+            poller.register(self._bell, select.POLLIN)
+        ready = poller.poll(timeout_seconds)
+        return not self._is_over and any(number == self._connection.fileno() for number, _ in ready)
+
+    def _reply(self, reply: Reply) -> None:
+        """Send a reply, or keep it for a moment; called in the order of the objects, by one thread at a time."""
+        if self._is_over:
+            return
+        if reply.opcode == OP_CLOSE:
+            self._put(*self._breaking_frames(CLOSE_FAILED, reply.data.decode("utf-8")))
+            self._flush()
+            self._is_over = True
+            return self.ring()
+        self._put(frame_head(reply.opcode, len(reply.data)), reply.data)
+        now = time.monotonic()
+        if now >= self._flush_at or threading.get_ident() != self._thread:
+            self._flush_at = now + BATCH_SECONDS
+            self._flush()
+
+    def _put(self, *parts: bytes) -> None:
+        """Keep parts to be sent; send them where they are many or large."""
+        with self._lock:
+            self._parts += parts
+            self._size += sum(map(len, parts))
+            is_much = len(self._parts) >= BATCH_LIMIT_PARTS or self._size >= READ_BYTES
+        if is_much:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what there is. A client that does not read is lost; so is what it would have been sent."""
+        with self._lock:
+            parts, self._parts, self._size = self._parts, [], 0
+            error = attempt(send_parts, self._connection, parts).error if parts and not self._is_over else None
+            if error is not None:
+                logger.debug("a WebSocket connection broke off: %s", error)
+                self._is_over = True
+                attempt(self._connection.shutdown, socket.SHUT_RDWR)  # wakes whoever reads
+
+
+class WebSockets:
+    """The open WebSocket connections of a worker.
+
+    Each holds a thread: AIStore opens two for each ETL and eight for each job, and keeps them busy. They are limited to
+    half of the pool's threads, so that other requests find one.
+    """
+
+    def __init__(self, service: Service, hand_over: Callable[[Callable[[Any], None], Any], None]) -> None:
+        self.service = service
+        self.hand_over = hand_over
+        self.pace = Pace()
+        self.is_draining = False
+        self.drain_deadline = 0.0
+        self._open: Set[WebSocket] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more connections are to be opened."""
+        return self.is_draining or len(self._open) >= WEBSOCKET_LIMIT
+
+    def serve(self, connection: socket.socket, ahead: bytes) -> bool:
+        """Serve a connection whose client has sent `ahead` behind its handshake; return what `WebSocket.serve` does."""
+        websocket = WebSocket(connection, ahead, self)
+        self._count(self._open.add, websocket, REPORT_OPENED)
+        try:
+            if self.is_draining:
+                websocket.ring()
+            return websocket.serve()
+        finally:
+            self._count(self._open.discard, websocket, REPORT_CLOSED)
+
+    def drain(self) -> None:
+        """Let each connection end as soon as all that its client has sent is answered."""
+        self.drain_deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
+        self.is_draining = True
+        with self._lock:
+            for websocket in self._open:
+                websocket.ring()
+
+    def _count(self, change: Callable[[WebSocket], None], websocket: WebSocket, message: bytes) -> None:
+        """Open or close a connection for the books, ours and the supervisor's."""
+        with self._lock:
+            change(websocket)
+            self.pace.connections = len(self._open)
+        report(message)
+
+
+# == 15. HTTP ==
 # Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread serves a connection while it has
 # work; what cannot be framed beyond doubt gets one answer, and the connection closes.
 
@@ -3215,12 +3971,8 @@ class ETLHTTPServer(http.server.HTTPServer):
     """What a handler may ask of its server."""
 
     service: Service
+    websockets: WebSockets
     is_draining = False
-
-
-def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
-    """Set a time-out in the kernel, for one receive or one send; Python's own costs a system call each time."""
-    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -3316,6 +4068,10 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             logger.warning("request of %s: %s", self.client_address[0], error)
             self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
             return self._linger()
+        return self._serve_request(head, body)
+
+    def _serve_request(self, head: Head, body: MessageBody) -> bool:
+        """Answer a request whose end is beyond doubt; False when this thread is done with the connection."""
         if body.size is None or body.size > self.input.ahead:
             self._set_receive_timeout(BODY_PAUSE_SECONDS)
         self.input.invite = self._send_continue if head.expects_continue and not self.input.ahead else None
@@ -3324,6 +4080,8 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                 self._drain(body)
             keeps = self._keeps(answer, head, body)
             self._write(answer, head, keeps)
+        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            return self.server.websockets.serve(self.connection, self.input.take(self.input.ahead)) and self._linger()
         return keeps if body.is_at_end else self._linger()
 
     def _read_head(self) -> Optional[bytes]:
@@ -3365,10 +4123,21 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             if request.raw_path == "/health":
                 body.finish()
                 return Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
+            if request.is_message:
+                return self._upgrade(head, body)
         except RequestError as error:
             return error_answer(error.status, str(error), error.headers)
         self.serving = request.name
         return self.server.service.answer(request, body)
+
+    def _upgrade(self, head: Head, body: MessageBody) -> Answer:
+        """Answer the handshake of a WebSocket connection; RequestError where it is to stay one of HTTP."""
+        if head.is_http_1_0 or body.size != 0 or head.wants_close:
+            raise BadRequest("a handshake is of HTTP/1.1, has no body, and keeps its connection")
+        answer = upgrade_answer(head.fields)
+        if self.server.websockets.is_full or self.is_single:
+            raise RequestError("there are too many WebSocket connections", HTTPStatus.SERVICE_UNAVAILABLE)
+        return answer
 
     def _drain(self, body: MessageBody) -> None:
         """Read what an error has left of a small body, unless the client waits to be told to send it."""
@@ -3396,6 +4165,8 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         Where a body was not read to its end, an error was found before: rather than reading on, a whole object perhaps,
         or guessing whether a client that waits for "100 Continue" will still send it (RFC 9110, 10.1.1), we close.
         """
+        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            return True
         if head.wants_close or self.server.is_draining or self.is_single:
             return False
         if isinstance(answer.body, bytes):
@@ -3415,18 +4186,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         self.is_broken = False
 
     def _send(self, *parts: bytes) -> None:
-        """Send parts in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
-        sent = self.connection.sendmsg(parts)
-        if sent == sum(map(len, parts)):
-            return
-        views = [memoryview(part) for part in parts]
-        while True:
-            while views and sent >= len(views[0]):
-                sent -= len(views.pop(0))
-            if not views:
-                return
-            views[0] = views[0][sent:]
-            sent = self.connection.sendmsg(views)
+        send_parts(self.connection, parts)
 
     def _send_continue(self) -> None:
         self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -3469,7 +4229,7 @@ def needs_no_transform(data: bytes) -> bool:
         return True
 
 
-# == 15. Server ==
+# == 16. Server ==
 # A listening socket and a pool of threads. `serve_forever` accepts and watches parked connections in one thread of
 # its own; connections with work are served by the pool. It knows nothing of HTTP but its handler.
 
@@ -3575,6 +4335,8 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
         self.socket = listener
         self.service = service
+        helpers = ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument))
+        self.websockets = WebSockets(service, helpers.submit)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -3602,6 +4364,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                 self._accept()
             self._close_expired()
         self._share.leave()
+        self.websockets.drain()
         self._dismiss_idle()
         self.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
 
@@ -3723,7 +4486,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                 self.shutdown_request(connection)
 
 
-# == 16. Frameworks ==
+# == 17. Frameworks ==
 # Classes with an application of FastAPI or Flask: two more front ends of `Service.answer`, which uvicorn and gunicorn
 # serve. Nothing in here runs, nor is anything imported, for other classes.
 
@@ -4328,7 +5091,7 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
     return error.code if isinstance(error.code, int) else 0
 
 
-# == 17. Workers ==
+# == 18. Workers ==
 # Processes: one supervisor that forks, watches, replaces and stops; workers that construct the class and serve.
 
 
@@ -4516,6 +5279,10 @@ def has_threads() -> bool:
         return threading.active_count() > 1
 
 
+FLAG_OF_REPORT = {
+    REPORT_READY: "is_ready", REPORT_BEGUN: "has_begun", REPORT_ANSWERED: "has_answered", REPORT_OPENED: "has_opened"}
+
+
 class Worker:
     """The supervisor's record of one worker process."""
 
@@ -4526,6 +5293,9 @@ class Worker:
         self.is_ready = False
         self.has_begun = False
         self.has_answered = False
+        self.websockets = 0  # connections that are open
+        self.has_opened = False  # whether any was opened since the supervisor has looked
+        self.breakage = ""  # why a failed object has closed one, the last of them
         self.failure: Optional[StartupError] = None
 
     def read_reports(self) -> bool:
@@ -4535,20 +5305,24 @@ class Worker:
         except BlockingIOError:
             return True
         for line in text.splitlines():
-            if line == REPORT_READY:
-                self.is_ready = True
-            elif line == REPORT_BEGUN:
-                self.has_begun = True
-            elif line == REPORT_ANSWERED:
-                self.has_answered = True
-            elif line.startswith(REPORT_NEEDS):
-                name, serves = line[1:].decode().split(" ")
-                self.failure = FrameworkNeeded(name, serves == "1")
-            elif line.startswith(REPORT_FAILED):
-                code, _, reason = line[1:].decode("utf-8", "replace").partition(" ")
-                self.failure = StartupError(reason)
-                self.failure.exit = Exit(int(code))
+            self._take_report(line[:1], line[1:].decode("utf-8", "replace"))
         return bool(text)
+
+    def _take_report(self, kind: bytes, text: str) -> None:
+        """Take note of one report."""
+        if kind in FLAG_OF_REPORT:
+            setattr(self, FLAG_OF_REPORT[kind], True)
+        if kind in (REPORT_OPENED, REPORT_CLOSED):
+            self.websockets += 1 if kind == REPORT_OPENED else -1
+        elif kind == REPORT_BROKEN:
+            self.breakage = text
+        elif kind == REPORT_NEEDS:
+            name, _, serves = text.partition(" ")
+            self.failure = FrameworkNeeded(name, serves == "1")
+        elif kind == REPORT_FAILED:
+            code, _, reason = text.partition(" ")
+            self.failure = StartupError(reason)
+            self.failure.exit = Exit(int(code))
 
 
 def how_it_died(status: int) -> str:
@@ -4588,6 +5362,8 @@ class Supervisor:
         self._first_death = 0.0
         self._deadline = 0.0  # for the workers' end, once they are told to
         self._failure: Optional[StartupError] = None
+        self._breakage = ""  # why a WebSocket connection was lost, the last that was
+        self._forsaken_at = 0.0  # when to end for that reason, where no connection is left
         self._stops = 0  # signals to stop, so far
         self._is_announced = False
         self._selector = selectors.DefaultSelector()
@@ -4609,6 +5385,7 @@ class Supervisor:
                     self._selector.unregister(key.fd)
             self._announce(announce)
             self._reap()
+            self._look_at_websockets()
             self._obey()
         self._close()
         is_stopped = self._stops > 0 and isinstance(self._failure, FrameworkNeeded)
@@ -4712,7 +5489,7 @@ class Supervisor:
             leave(Exit.SOFTWARE)
 
     def _seconds_to_wait(self) -> Optional[float]:
-        moments = self._due + ([self._deadline] if self._deadline else [])
+        moments = self._due + [moment for moment in (self._deadline, self._forsaken_at) if moment]
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _announce(self, announce: Callable[[str], None]) -> None:
@@ -4735,12 +5512,32 @@ class Supervisor:
             worker = self._workers.pop(pid, None)
             if worker is not None:
                 worker.read_reports()
+                if worker.websockets:
+                    self._breakage = f"worker {pid} {how_it_died(status)}"
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(worker.reports)
                 os.close(worker.reports)
                 if self._shares >= 0:
                     Share(self._count, worker.slot, self._shares).leave()
                 self._bury(worker, status)
+
+    def _look_at_websockets(self) -> None:
+        """End the pod where failures have closed WebSocket connections and none has been open for a while.
+
+        A target never dials again: what it sends there waits forever, and it hears of the failure only by the pod's end.
+        """
+        workers = self._workers.values()
+        is_any_open = any(worker.websockets for worker in workers)
+        has_opened = any(worker.has_opened for worker in workers)
+        for worker in workers:
+            self._breakage, worker.breakage, worker.has_opened = worker.breakage or self._breakage, "", False
+        if is_any_open or not self._breakage or self._deadline:
+            self._forsaken_at = 0.0
+        elif not self._forsaken_at or has_opened:
+            self._forsaken_at = time.monotonic() + FORSAKEN_SECONDS
+        elif time.monotonic() >= self._forsaken_at:
+            self._forsaken_at = 0.0
+            self._fail(Forsaken(f"{self._breakage} (no WebSocket connection is left, and AIStore opens none again)"))
 
     def _bury(self, worker: Worker, status: int) -> None:
         """Decide what a worker's end means: the end of all, or a replacement."""
@@ -4800,7 +5597,7 @@ class Supervisor:
             os.kill(pid, signal.SIGTERM)
 
 
-# == 18. Entry ==
+# == 19. Entry ==
 # The command line. No arguments: a pod. `serve`: a class from a file, on a laptop.
 
 

@@ -459,9 +459,9 @@ class Echo(HTTPMultiThreadedServer):
         return json.dumps([self.calls, path, len(data), hashlib.sha256(data).hexdigest()]).encode()
 '''
 SECRET = b"/v1/etl/_object/test-etl/s3cr3t"
-ERRORS_THAT_GO_ON = (400, 404, 405, 501)  # of requests that are framed, but mean nothing here
+ERRORS_THAT_GO_ON = (400, 404, 405, 426, 501)  # of requests that are framed, but mean nothing here
 KEPT_LINES = 20  # of the runtime's log: it has one for each refusal
-REFUSALS = (400, 404, 405, 411, 413, 414, 431, 501, 505)
+REFUSALS = (400, 404, 405, 411, 413, 414, 426, 431, 501, 505)
 
 
 class Objects(socketserver.StreamRequestHandler):
