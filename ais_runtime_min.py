@@ -4731,6 +4731,8 @@ class StarletteAnswers:
         target = (path + b"?" + scope["query_string"] if scope["query_string"] else path).decode("latin-1")
         try:
             parsed = ETLRequest.parse(request.method, target, ", ".join(request.headers.getlist(HEADER_NODE_URL)))
+            if parsed.is_message:  # a handshake goes another way
+                upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
         pieces = RequestPieces(request, loop)
@@ -4832,6 +4834,96 @@ async def transmit(messages: Sequence[Any], send: Any) -> None:
                 raise BrokenPipeError("the client is gone")
 
 
+class TakenInput(ConnectionInput):
+    """What a client sends on a connection of which another server has read the beginning."""
+
+    def __init__(self, connection: socket.socket, ahead: bytes) -> None:
+        super().__init__(connection)
+        self._ahead = ahead
+
+
+class TakenHandler(ETLRequestHandler):
+    """Serve a connection that was taken over; its address is followed by what has been read from it."""
+
+    def setup(self) -> None:
+        """Prepare the connection, with the beginning of its first request."""
+        super().setup()
+        self.input = TakenInput(self.connection, cast(bytes, self.client_address[-1]))
+
+
+class TakenConnections(ETLHTTPServer):
+    """WebSocket connections that uvicorn has accepted: served as the built-in server does it, on threads.
+
+    A failure is told by half a message, which ASGI cannot send; and frames, batches, bounds and drain are those of all
+    other classes.
+    """
+
+    def __init__(self, listener: socket.socket, service: Service) -> None:
+        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], TakenHandler)
+        self.service = service
+        self.websockets = WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit)
+        self._threads = ThreadPool(THREAD_LIMIT, self._serve)
+
+    def take(self, connection: socket.socket, head: bytes) -> None:
+        """Serve a connection of which a request's head has been read."""
+        if attempt(self._threads.submit, connection, head).error is not None:  # there is no thread
+            connection.close()
+
+    def drain(self) -> None:
+        """Let connections end as soon as all is answered that has come."""
+        self.is_draining = True
+        self.websockets.drain()
+
+    def wait_until_quiet(self) -> None:
+        """Wait for the end of all connections."""
+        self._threads.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
+
+    def _serve(self, connection: socket.socket, head: bytes) -> None:
+        with connection:
+            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self))
+
+
+class HandOver:
+    """A protocol of uvicorn's for connections that want to be WebSockets: those for `/ws` are taken over by threads.
+
+    All others go to uvicorn's own protocol, for the class's own routes. This has the methods of asyncio's Protocol.
+    """
+
+    def __init__(self, taken: TakenConnections, make_own: Callable[..., Any], **arguments: Any) -> None:
+        self._taken = taken
+        self._own: Any = None
+        self._make_own = functools.partial(make_own, **arguments)
+        self._connection: Optional[socket.socket] = None
+        self._head = b""
+
+    def connection_made(self, transport: Any) -> None:
+        """Get a connection, whose handshake is passed to `data_received` next."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Look at the handshake; the transport lets go of the connection before anything is sent on it."""
+        if self._own is None and re.match(rb"GET /ws[? ]", data):
+            self._connection = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+            self._head = data
+            self._transport.abort()
+            return
+        if self._own is None:
+            self._own = self._make_own()
+            self._own.connection_made(self._transport)
+        self._own.data_received(data)
+
+    def connection_lost(self, error: Optional[Exception]) -> None:
+        """Take the connection over, or pass its end on."""
+        if self._connection is not None:
+            self._taken.take(self._connection, self._head)
+        elif self._own is not None:
+            self._own.connection_lost(error)
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass all else on: eof_received, pause_writing, resume_writing, shutdown."""
+        return getattr(self._own, name) if self._own is not None else lambda: None
+
+
 def new_loop() -> Any:
     """Make an event loop for connections, uvloop's where that is installed."""
     import asyncio
@@ -4861,10 +4953,11 @@ class UvicornServer:
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._wakeup.setblocking(False)
-        front = AppFront(server.app, self._lifespan.state, main.loop)
+        self._taken = TakenConnections(listener, service)
         self._config = uvicorn.Config(
-            front, log_config=None, access_log=False, lifespan="off", proxy_headers=False, server_header=False,
-            backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS), timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
+            AppFront(server.app, self._lifespan.state, main.loop), log_config=None, access_log=False, lifespan="off",
+            proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
+            timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
             h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False, ws_max_size=16 << 30,
             ws_ping_interval=None, ws_ping_timeout=None)
         self._uvicorn = uvicorn.Server(self._config)
@@ -4875,6 +4968,7 @@ class UvicornServer:
         call_user(f"{name}'s start-up", lambda: self._main.run_until(self._lifespan.start()))
         add_fastapi_routes(self._server, self._service)
         self._config.load()
+        self._config.ws_protocol_class = functools.partial(HandOver, self._taken, self._config.ws_protocol_class)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4886,6 +4980,7 @@ class UvicornServer:
         loop = new_loop()
         loop.add_reader(self._wakeup, self._wake_up)
         loop.run_until_complete(self._uvicorn.serve(sockets=[self._listener]))
+        self._taken.wait_until_quiet()
 
     def drain_on(self, signals: Iterable[int]) -> None:
         """Have signals drain the server, also while the main thread transforms. Call it on the main thread."""
@@ -4897,10 +4992,15 @@ class UvicornServer:
     def drain(self) -> None:
         """Stop accepting; what has begun is answered, and idle connections close."""
         self._uvicorn.should_exit = True
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+            self._waker.send(b"\0")
 
     def _wake_up(self) -> None:
+        """Do what connections' thread was woken for: a signal has come, if its handler has not run yet, or has."""
         if self._drain_signals.intersection(self._wakeup.recv(READ_BYTES)):
-            self.drain()
+            self._uvicorn.should_exit = True
+        if self._uvicorn.should_exit and not self._taken.is_draining:
+            self._taken.drain()
 
 
 def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Slots]:

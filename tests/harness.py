@@ -274,12 +274,12 @@ class Runtime(Server):
 
     def __init__(
         self, args: Sequence[str] = (), env: Optional[Environ] = None,
-        python: Optional[str] = None, expect_traceback: bool = False,
+        python: Optional[str] = None, expect_traceback: bool = False, start_seconds: float = START_SECONDS,
     ) -> None:
         python = python or interpreter("slim")
         super().__init__([python, str(RUNTIME), *args], exact_environment(python, env or {}), expect_traceback)
         try:
-            self.port = int(self.wait_for_line(SERVING)[1])
+            self.port = int(self.wait_for_line(SERVING, start_seconds)[1])
         except BaseException:
             self.kill()
             raise
