@@ -28,8 +28,9 @@ uses a name of a later one, but for `main` and a class's own `start()`.
     14. WebSocket
     15. HTTP
     16. Server
-    17. Workers
-    18. Entry
+    17. Frameworks
+    18. Workers
+    19. Entry
 
 The life of the process: read the settings, install packages, unpickle the class, bind the port, fork the workers.
 Each worker constructs the class and answers requests; the supervisor watches them, and ends them on SIGTERM once they
@@ -316,6 +317,19 @@ class PackageError(StartupError):
     exit = Exit.UNAVAILABLE
 
 
+class FrameworkNeeded(PackageError):
+    """The class needs a framework, which shows only now: it is to be installed, and the start made once more.
+
+    `serves` tells whether the framework is to serve the class, or is merely imported by it.
+    """
+
+    def __init__(self, framework: str, serves: bool) -> None:
+        super().__init__(f"the class needs {framework} to serve it: where its construction does not show that, "
+                         f"ETL_SERVER={framework} tells it" if serves else f"the class imports {framework}")
+        self.framework = framework
+        self.serves = serves
+
+
 class ClassError(StartupError):
     """The user's class failed at construction, or asks for what this runtime does not have."""
 
@@ -455,6 +469,7 @@ VARIABLES = (
     Variable("PORT", "port", whole_number(0, 65535)),
     Variable("LOG_LEVEL", "log_level", word_of(LOG_LEVELS)),
     Variable("ETL_FQN_ROOTS", "fqn_roots", folders),
+    Variable("ETL_SERVER", "server", word_of(("native", "fastapi", "flask"))),
     Variable("ETL_WS_FAILURE", "ws_failure", word_of(("break", "empty"))),
 )
 
@@ -508,6 +523,7 @@ class Settings(NamedTuple):
     port: int = 8000
     log_level: str = "INFO"
     fqn_roots: Optional[Tuple[str, ...]] = None  # None: AIStore's layout is the rule
+    server: str = ""  # "": the class tells
     ws_failure: str = "break"
     host: str = ""  # every interface; the command line's
 
@@ -1847,6 +1863,24 @@ REPORT_OPENED = b"O"  # a WebSocket connection
 REPORT_CLOSED = b"C"  # a WebSocket connection
 REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason follows
 REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
+REPORT_NEEDS = b"N"  # a framework's name, a space, and 1 where it is to serve the class or 0 where it is imported
+
+
+class Framework(NamedTuple):
+    """A framework that a class may need: modules that must be there, and the requirements that bring them.
+
+    The first module is imported by classes, the others serve them. The bounds are those of setup.cfg's extras.
+    """
+
+    server: str
+    modules: Mapping[str, str]
+
+
+FRAMEWORKS: Mapping[str, Framework] = {
+    "fastapi": Framework("uvicorn", {"fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
+                                     "websockets": "uvicorn[standard]>=0.29"}),
+    "flask": Framework("gunicorn", {"flask": "flask>=3.0", "gunicorn": "gunicorn>=22.0"}),
+}
 
 
 class Share:
@@ -2043,22 +2077,109 @@ class HTTPMultiThreadedServer(ListeningServer):
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer: one transform at a time, on the thread that made the instance."""
+    """The base of FastAPIServer and FlaskServer: one transform at a time, on the thread that made the instance.
+
+    Their classes are served without any framework, unless they use `self.app` or override a hook. Then the start is made
+    once more with the framework installed, and the app is there from the construction on, as the SDK has it.
+    """
 
     one_at_a_time = True
+    etl_framework = ""  # its name, a key of FRAMEWORKS
+    etl_app: Any = None  # the application, once there is one
+    etl_answer: Any = None  # what answers the app's requests for objects, while it is served
+
+    def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
+        super().__init__(host, port)
+        if Current.settings and Current.settings.server == self.etl_framework:
+            self._make_app()
 
     @property
     def app(self) -> Any:
-        """The framework's application."""
-        raise ClassError(f"{type(self).__name__} uses self.app, but this version serves no FastAPI or Flask application")
+        """The framework's application. FrameworkNeeded or ClassError where the class is served by another server."""
+        if self.etl_app is None:
+            self._require_framework()
+            self._make_app()
+        return self.etl_app
+
+    @app.setter
+    def app(self, app: Any) -> None:
+        """Take an application of the class's own making."""
+        self._require_framework()
+        self.etl_app = app
+
+    def _require_framework(self) -> None:
+        """See to it that the framework serves this class; outside the runtime, nothing but the class itself does."""
+        chosen = (Current.settings or Settings()).server
+        if chosen == "native":
+            raise ClassError(f"{type(self).__name__} uses self.app, which ETL_SERVER=native does not serve: "
+                             f"leave it unset, or set it to {self.etl_framework}")
+        if not chosen and Current.reports is not None:
+            raise FrameworkNeeded(self.etl_framework, serves=True)
+
+    def _make_app(self) -> None:
+        """Make the application, and call the hook that prepares it."""
+        raise NotImplementedError
 
 
 class FastAPIServer(FrameworkServer):
-    """The SDK's FastAPI base; `path` is decoded and without its first slash."""
+    """The SDK's FastAPI base; `path` is decoded and without its first slash.
+
+    Hooks: _setup_app(), called when the app is made; startup_event() and shutdown_event(); _handle_request(), which
+    answers requests for objects. A class that overrides one is served by uvicorn.
+    """
+
+    etl_framework = "fastapi"
+
+    def _make_app(self) -> None:
+        import fastapi
+
+        self.etl_app = fastapi.FastAPI()
+        self._setup_app()
+
+    def _setup_app(self) -> None:
+        """Prepare the app. The routes of objects come later, so that the class's own are found first."""
+        self.app.state.etl_server = self
+        self.app.router.on_startup.append(self.startup_event)
+        self.app.router.on_shutdown.append(self.shutdown_event)
+
+    async def startup_event(self) -> None:
+        """Do nothing: a hook, called before the first request."""
+
+    async def shutdown_event(self) -> None:
+        """Do nothing: a hook, called after the last request."""
+
+    async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
+        """Answer a request for an object by a response of Starlette's."""
+        return await self.etl_answer(request)
 
 
 class FlaskServer(FrameworkServer):
-    """The SDK's Flask base; `path` is decoded and without its first slash."""
+    """The SDK's Flask base; `path` is decoded and without its first slash.
+
+    Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which answers requests for
+    objects. A class that overrides one is served by gunicorn.
+    """
+
+    etl_framework = "flask"
+
+    def _make_app(self) -> None:
+        import flask
+
+        self.etl_app = flask.Flask(__name__)
+        self._register_routes()
+
+    def _register_routes(self) -> None:
+        """Do nothing: the routes of objects come later, when the app is served."""
+
+    def _health(self) -> Any:
+        """Answer a health probe."""
+        import flask
+
+        return flask.Response(b"Running", content_type="text/plain")
+
+    def _handle_request(self, path: str) -> Any:
+        """Answer the current request, for an object, by a response of Flask's."""
+        return self.etl_answer()
 
 
 class CountingIterator:
@@ -2115,13 +2236,17 @@ PYPI_NAMES = {**DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless",
               "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore"}
 # Base: names of the SDK's own servers that this runtime does not call, so that overriding one would do nothing.
 DELIVERY_INTERNALS = ("_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
-                      "_get_fqn_content", "_get_stream_reader", "_handle_request", "_handle_request_buffered",
-                      "_handle_request_streaming")
+                      "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered", "_handle_request_streaming")
 INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     HTTPMultiThreadedServer: ("RequestHandler",),
     FastAPIServer: DELIVERY_INTERNALS + ("_build_response", "_get_network_content", "_handle_ws_message", "_iter_chunks",
-                                         "_open_sync_get_stream", "_setup_app", "startup_event", "shutdown_event"),
-    FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put", "_health", "_register_routes"),
+                                         "_open_sync_get_stream"),
+    FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
+}
+# Base: names that are called where the framework serves the class, so that overriding one says that it shall.
+HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
+    FastAPIServer: ("_setup_app", "startup_event", "shutdown_event", "_handle_request"),
+    FlaskServer: ("_register_routes", "_health", "_handle_request"),
 }
 
 
@@ -2279,6 +2404,19 @@ def checked_code(*args: Any) -> types.CodeType:
     return code
 
 
+def is_here(module: str) -> bool:
+    """Tell whether a module of another package can be imported."""
+    return importlib.machinery.PathFinder.find_spec(module) is not None
+
+
+def imports(code: types.CodeType, package: str) -> bool:
+    """Tell whether code imports a package or what is in it."""
+    import dis
+
+    return any(step.opname == "IMPORT_NAME" and str(step.argval).partition(".")[0] == package
+               for step in dis.get_instructions(code))
+
+
 class PayloadUnpickler(pickle.Unpickler):
     """Unpickle a class, refusing another Python's bytecode before any of it runs.
 
@@ -2299,8 +2437,22 @@ class PayloadUnpickler(pickle.Unpickler):
             raise ModuleNotFoundError(f"this image has no {module}.{name}: the default image has it; "
                                       f"add aistore to PACKAGES", name="aistore") from None
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
-            return lambda kind: checked_code if kind == "CodeType" else found(kind)
+            return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
+
+    def _make_code(self, *args: Any) -> types.CodeType:
+        """Make a code object; FrameworkNeeded where it imports a framework that is not here, be it when it runs."""
+        code = checked_code(*args)
+        for name in {name.partition(".")[0] for name in code.co_names}.intersection(DEFAULT_IMAGE):
+            if DEFAULT_IMAGE[name] in FRAMEWORKS and not is_here(name) and imports(code, name):
+                raise FrameworkNeeded(DEFAULT_IMAGE[name], serves=False)
+        return code
+
+
+def raise_framework_needed(error: Optional[BaseException]) -> None:
+    """Raise FrameworkNeeded where an import failed because a framework is not here."""
+    if isinstance(error, ModuleNotFoundError) and DEFAULT_IMAGE.get(error.name or "") in FRAMEWORKS:
+        raise FrameworkNeeded(DEFAULT_IMAGE[str(error.name)], serves=False) from None
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
@@ -2328,6 +2480,27 @@ def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
                         f"cloudpickle.register_pickle_by_value(module) before pickling")
 
 
+def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
+    """List the names of a table that a class has in the place of its base's."""
+    return [name for base, names in table.items() if issubclass(cls, base) for name in names
+            if getattr(cls, name, None) is not getattr(base, name, None)]
+
+
+def server_for(cls: Type[ETLServer], chosen: str) -> str:
+    """Tell what is to serve a class, by a word of ETL_SERVER; "" where its construction will tell.
+
+    `chosen` is what the user wants; ClassError where that cannot be.
+    """
+    own, hooks = getattr(cls, "etl_framework", ""), overridden(cls, HOOKS)
+    if chosen in FRAMEWORKS and chosen != own:
+        base = next(base for base in cls.__mro__ if base in (*INTERNALS, ETLServer))
+        raise ClassError(f"ETL_SERVER={chosen} cannot serve {cls.__name__}, whose base is {base.__name__}")
+    if chosen == "native" and hooks:
+        raise ClassError(f"{cls.__name__} overrides {', '.join(hooks)}, which ETL_SERVER=native does not call: "
+                         f"leave it unset, or set it to {own}")
+    return chosen or (own if hooks else "")
+
+
 def checked_class(cls: Any) -> Type[ETLServer]:
     """Refuse what cannot be served: no class, no ETLServer, nothing to call, or an override that would do nothing.
 
@@ -2341,8 +2514,7 @@ def checked_class(cls: Any) -> Type[ETLServer]:
         cls._streams()
     except TypeError as error:
         raise PayloadError(f"{FAILED}: {error}") from None
-    ignored = [name for base, names in INTERNALS.items() if issubclass(cls, base) for name in names
-               if getattr(cls, name, None) is not getattr(base, name, None)]
+    ignored = overridden(cls, INTERNALS)
     if ignored:
         raise ClassError(f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and this "
                          f"runtime does not: override transform or transform_stream only")
@@ -2382,6 +2554,7 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
                            f"{sys.version_info[1]}, whose bytecode differs: use the image of the Python that pickled it")
     if isinstance(error, StartupError):
         raise error
+    raise_framework_needed(error)
     if isinstance(error, ModuleNotFoundError):
         raise missing_module(error, pickled)
     if error is not None:
@@ -2835,6 +3008,7 @@ class ThreadSlots:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # a semaphore in C: threading's costs as much as a parse
         for slot in range(limit):
             self._free.put(slot)
+        self._ended = threading.Event()
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function once a slot is free; its exception is the caller's."""
@@ -2843,6 +3017,14 @@ class ThreadSlots:
             return function(*args)
         finally:
             self._free.put(slot)
+
+    def work(self) -> None:
+        """Wait for `end`: this thread has nothing else to do but to take signals."""
+        self._ended.wait()
+
+    def end(self) -> None:
+        """Let `work` return."""
+        self._ended.set()
 
 
 class MainThreadSlots:
@@ -2861,7 +3043,7 @@ class MainThreadSlots:
             outcomes.append(attempt(function, *args))
             done.release()
 
-        self._calls.put(call)
+        self._put(call)
         done.acquire()
         outcome = outcomes.pop()
         try:
@@ -2871,17 +3053,17 @@ class MainThreadSlots:
         finally:
             del outcome  # its error's traceback has this frame: a cycle, which would keep the object in memory
 
-    def work_beside(self, function: Callable[[], None]) -> None:
-        """Have another thread call a function, and make the calls that `run` hands over until it returns."""
-        def call() -> None:
-            try:
-                function()
-            finally:
-                self._calls.put(None)
+    def work(self) -> None:
+        """Make the calls that `run` hands over, until `end`."""
+        for call in iter(self._calls.get, None):
+            call()
 
-        threading.Thread(target=call, name="acceptor", daemon=True).start()
-        for each in iter(self._calls.get, None):
-            each()
+    def end(self) -> None:
+        """Let `work` return once it has made the calls before this one."""
+        self._put(None)
+
+    def _put(self, call: Optional[Callable[[], None]]) -> None:
+        self._calls.put(call)
 
 
 Slots = Union[ThreadSlots, MainThreadSlots]
@@ -4208,6 +4390,15 @@ def is_prompt(head: Head) -> bool:
     return head.method == "PUT" or QPARAM_FQN in head.target or head.target == "/health"
 
 
+def log_cut(name: str, error: BaseException) -> None:
+    """Log why an answer ended half-way."""
+    error = getattr(error, "error", error)
+    if isinstance(error, RequestError):
+        logger.error("%s: the answer was cut: %s", name, error)
+    else:
+        log_user_error(f"{name}: the answer was cut", error)
+
+
 class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
     """Serve one connection, on one thread at a time.
 
@@ -4267,15 +4458,9 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(error, OSError):
             logger.debug("connection of %s: %s", self.client_address[0], error)
         else:
-            self._log_cut(getattr(error, "error", error))
+            log_cut(self.serving, error)
         forget_traceback(error)
         return False
-
-    def _log_cut(self, error: BaseException) -> None:
-        if isinstance(error, RequestError):
-            logger.error("%s: the answer was cut: %s", self.serving, error)
-        else:
-            log_user_error(f"{self.serving}: the answer was cut", error)
 
     def _receive_at_once(self) -> bool:
         try:
@@ -4884,7 +5069,712 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         super().wait_until_quiet(deadline)
 
 
-# == 17. Workers ==
+# == 17. Frameworks ==
+# Classes with an application of FastAPI or Flask: two more front ends of `Service.answer`, which uvicorn and gunicorn
+# serve. Nothing in here runs, nor is anything imported, for other classes.
+
+
+class PieceInput(ConnectionInput):
+    """A request's body as another server has received it, in pieces; `receive` returns b"" at its end."""
+
+    def __init__(self, receive: Callable[[], bytes]) -> None:
+        super().__init__(cast(socket.socket, None))
+        self._next_piece = receive
+
+    def readinto(self, buffer: Any, flags: int = 0) -> int:
+        """Read some bytes of what is here, or of the next piece."""
+        if not self.ahead and not self.fill():
+            return 0
+        return super().readinto(buffer, flags)
+
+    def _receive(self, flags: int = 0) -> bytes:
+        """Wait for the next piece; the server's own exceptions come as OSError, which readers expect."""
+        piece, error = attempt(self._next_piece)
+        if error is not None:
+            raise error if isinstance(error, OSError) else OSError(describe(error)) from None
+        return cast(bytes, piece)
+
+
+def quiet_level() -> int:
+    """Return the log level of other servers, whose ordinary life is worth a line at DEBUG alone."""
+    return logger.level if logger.level in (logging.NOTSET, logging.DEBUG) else max(logging.WARNING, logger.level)
+
+
+def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
+    """Make the body of a request that another server has parsed; without a length, `receive` tells its end."""
+    source = PieceInput(receive)
+    return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
+
+
+def install_framework(name: str, serves: bool) -> None:
+    """Install what is missing of a framework, and import it here, so that forked workers share its memory."""
+    framework = FRAMEWORKS[name]
+    wanted = list(framework.modules.items())[:None if serves else 1]
+    missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
+    if missing:
+        try:
+            install_python_packages(",".join(missing))
+        except PackageError as error:
+            raise PackageError(
+                f"the class needs {' and '.join(missing)}, which this image does not have and pip cannot install: bake it "
+                f"in with docker build --build-arg EXTRAS={name}, or let PACKAGES or pip's own variables name a source "
+                f"that can be reached; {error}") from None
+    for module, _ in wanted:
+        importlib.import_module(module)
+
+
+def call_user(what: str, function: Callable[[], T]) -> T:
+    """Call the user's code at start-up; ClassError, and its traceback in the log, where it fails."""
+    value, error = attempt(function)
+    if isinstance(error, StartupError):
+        raise error
+    if error is not None:
+        log_user_error(what, error)
+        raise ClassError(f"{what} failed: {type(error).__name__}: {describe(error)}")
+    return cast(T, value)
+
+
+def report_failure(error: StartupError) -> None:
+    """Tell the supervisor why this worker ends."""
+    if isinstance(error, FrameworkNeeded):
+        return report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
+    report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode("utf-8", "replace")))
+
+
+# -- FastAPI, by uvicorn --
+
+
+class MainLoop(MainThreadSlots):
+    """An application's event loop and its class's transforms, by turns, on the thread that made the instance.
+
+    Upstream both run there, and classes rely on it. No loop runs during a transform, so it may run one of its own.
+    """
+
+    def __init__(self) -> None:
+        import asyncio
+
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self._adopt = asyncio.set_event_loop
+        self._adopt(self.loop)
+
+    def run_until(self, awaitable: Any) -> Any:
+        """Run the loop until something is done. Call it while `work` does not run."""
+        self._adopt(self.loop)
+        return self.loop.run_until_complete(awaitable)
+
+    def work(self) -> None:
+        """Run the loop, and make the calls that `run` hands over, until `end`."""
+        while True:
+            self._adopt(self.loop)  # asyncio.run() in a transform leaves none
+            self.loop.run_forever()
+            if self._calls.empty():
+                continue
+            call = self._calls.get()
+            if call is None:
+                return
+            call()
+            if not self._calls.empty():  # one turn of the loop first: nobody else waits for many transforms
+                self.loop.call_soon(self.loop.stop)
+
+    def _put(self, call: Optional[Callable[[], None]]) -> None:
+        super()._put(call)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+class Lifespan:
+    """An application's start-up and shutdown by the lifespan protocol of ASGI, on the loop of the application."""
+
+    def __init__(self, app: Any) -> None:
+        self.state: Dict[str, Any] = {}
+        self._app = app
+
+    async def start(self) -> None:
+        """Start the application up; the exception of a hook that fails is raised."""
+        import asyncio
+
+        self._events: Any = asyncio.Queue()
+        self._replies: Any = asyncio.Queue()
+        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
+        self._task = asyncio.ensure_future(self._app(scope, self._events.get, self._replies.put))
+        await self._tell("startup")
+
+    async def stop(self) -> None:
+        """Shut the application down; the exception of a hook that fails is raised."""
+        await self._tell("shutdown")
+
+    async def _tell(self, event: str) -> None:
+        """Send an event and wait for its reply, or for the end of an application that knows no such event."""
+        import asyncio
+
+        self._events.put_nowait({"type": f"lifespan.{event}"})
+        reply = asyncio.ensure_future(self._replies.get())
+        await asyncio.wait((reply, self._task), return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done():
+            reply.cancel()
+            await self._task
+        elif reply.result()["type"] == f"lifespan.{event}.failed":
+            await self._task
+            raise StartupError(str(reply.result().get("message", "")))
+
+
+class RequestPieces:
+    """The pieces of a request's body: a loop receives them, and another thread waits for them."""
+
+    def __init__(self, request: Any, loop: Any) -> None:
+        self._pieces = request.stream()
+        self._loop = loop
+        self._first: Optional[bytes] = None
+        self._is_lost = False
+
+    async def begin(self) -> None:
+        """Receive the first piece, which is all of a small body; on the loop."""
+        from starlette.requests import ClientDisconnect
+
+        try:
+            self._first = await self._receive()
+        except ClientDisconnect:  # for the reader
+            self._is_lost = True
+
+    def take(self) -> bytes:
+        """Wait for the next piece, b"" at the end; on another thread. OSError where the client is gone."""
+        import asyncio
+        import concurrent.futures
+
+        if self._is_lost:
+            raise ConnectionError("the client is gone")
+        piece, self._first = self._first, None
+        if piece is not None:
+            return piece
+        try:
+            return asyncio.run_coroutine_threadsafe(self._receive(), self._loop).result(BODY_PAUSE_SECONDS)
+        except concurrent.futures.TimeoutError:
+            raise socket.timeout() from None
+
+    async def _receive(self) -> bytes:
+        async for piece in self._pieces:
+            if piece:
+                return cast(bytes, piece)
+        return b""
+
+
+@functools.lru_cache(maxsize=1)
+def piece_response_class() -> Any:
+    """Make the class of Starlette's responses whose bodies come in pieces; its own read the request meanwhile."""
+    import asyncio
+
+    from starlette.responses import Response
+
+    class PieceResponse(Response):  # type: ignore[misc]
+        """An answer in pieces; where it fails, no end is sent, and AppFront cuts the connection."""
+
+        def __init__(self, answer: Answer, name: str, threads: Any) -> None:
+            super().__init__(None, answer.status)
+            del self.headers["content-length"]
+            self._answer = answer
+            self._name = name
+            self._call = functools.partial(asyncio.get_running_loop().run_in_executor, threads)
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            """Send the answer; the body of the request may still be read meanwhile."""
+            pieces = iter(()) if isinstance(self._answer.body, bytes) else self._answer.body
+            try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                piece = None
+                while piece != b"":
+                    piece, error = await self._call(attempt, next, pieces, b"")
+                    if error is not None:
+                        log_cut(self._name, error)
+                        scope.get("etl.cut", []).append(self._name)
+                        raise BrokenPipeError("the answer was cut")
+                    await send({"type": "http.response.body", "body": piece, "more_body": piece != b""})
+            finally:
+                await self._call(attempt, self._answer.__exit__)
+            if self.background is not None:
+                await self.background()
+
+    return PieceResponse
+
+
+class StarletteAnswers:
+    """Answer an application's requests for objects by Starlette's responses; on the loop of the application."""
+
+    def __init__(self, service: Service) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._service = service
+        self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
+
+    async def __call__(self, request: Any) -> Any:
+        """Answer one request."""
+        import asyncio
+
+        loop, scope = asyncio.get_running_loop(), request.scope
+        path = scope.get("raw_path") or quote(scope["path"]).encode()
+        target = (path + b"?" + scope["query_string"] if scope["query_string"] else path).decode("latin-1")
+        try:
+            parsed = ETLRequest.parse(request.method, target, ", ".join(request.headers.getlist(HEADER_NODE_URL)))
+            if parsed.is_message:  # a handshake goes another way
+                upgrade_answer({})
+        except RequestError as error:
+            return self._response(error_answer(error.status, str(error), error.headers), target)
+        pieces = RequestPieces(request, loop)
+        await pieces.begin()
+        body = body_of_app(request.headers.get("content-length"), pieces.take)
+        return self._response(await loop.run_in_executor(self._threads, self._service.answer, parsed, body), parsed.name)
+
+    def _response(self, answer: Answer, name: str) -> Any:
+        """Make the response of an answer."""
+        from starlette.responses import Response
+
+        is_whole = isinstance(answer.body, bytes) and not answer.is_open
+        response = Response(answer.body, answer.status) if is_whole else piece_response_class()(answer, name, self._threads)
+        for field, value in answer.headers:
+            response.headers[field] = UNPRINTABLE.sub("?", value)
+        return response
+
+
+def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
+    """Let a class's application answer requests for objects, where none of its own routes does."""
+    server.etl_answer = StarletteAnswers(service)
+
+    async def answer(request: Any) -> Any:
+        return await server._handle_request(request.path_params.get("path", ""), request, request.method == "GET")
+
+    server.app.router.add_route("/download", answer, methods=["POST"], include_in_schema=False)
+    server.app.router.add_route("/{path:path}", answer, methods=["GET", "PUT"], include_in_schema=False)
+
+
+class AppFront:
+    """The outermost application, on uvicorn's loop: it answers health probes, and hands all else to that of a class.
+
+    The class's application runs on a loop of its own, the main thread's, where a transform may keep it waiting.
+    """
+
+    def __init__(self, app: Any, state: Dict[str, Any], loop: Any) -> None:
+        self._app = app
+        self._state = state
+        self._loop = loop
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request, or serve a WebSocket."""
+        if scope["path"] == "/health" and scope.get("method") == "GET":
+            await send({"type": "http.response.start", "status": 200,
+                        "headers": [(b"content-type", b"text/plain"), (b"content-length", b"7")]})
+            await send({"type": "http.response.body", "body": b"Running"})
+            return
+        cut: List[str] = []
+        try:
+            await self._forward({**scope, "state": dict(self._state), "etl.cut": cut}, receive, send)
+        except OSError:
+            if not cut and not is_gone(send):
+                raise
+
+    async def _forward(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the class's application for one request, and make its calls here."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        held: List[Any] = []
+
+        async def receive_there() -> Any:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(receive(), loop))
+
+        async def send_there(message: Any) -> None:
+            if scope["etl.cut"]:  # Starlette's BaseHTTPMiddleware would end the body of an answer that failed
+                raise BrokenPipeError("the answer was cut")
+            held.append(message)
+            if message["type"] != "http.response.start":  # it goes with what follows, so that both cost one way
+                messages, held[:] = held[:], []
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(transmit(messages, send), loop))
+
+        call = self._app(scope, receive_there, send_there)
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
+
+
+def is_gone(send: Any) -> bool:
+    """Tell whether a client has left, as far as uvicorn's `send` is bound to what knows."""
+    return bool(getattr(getattr(send, "__self__", None), "disconnected", False))
+
+
+async def transmit(messages: Sequence[Any], send: Any) -> None:
+    """Send messages by uvicorn, large bodies in parts; OSError where the client is gone or does not read."""
+    import asyncio
+
+    for message in messages:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, max(len(body), 1), WRITE_BYTES):
+            part = message
+            if len(body) > WRITE_BYTES:
+                is_last = start + WRITE_BYTES >= len(body)
+                part = {**message, "body": body[start:start + WRITE_BYTES], "more_body": more or not is_last}
+            try:
+                await asyncio.wait_for(send(part), RESULT_UNREAD_SECONDS)
+            except asyncio.TimeoutError:
+                send.__self__.transport.abort()
+                raise BrokenPipeError("the result was not read") from None
+            if is_gone(send):
+                raise BrokenPipeError("the client is gone")
+
+
+class TakenInput(ConnectionInput):
+    """What a client sends on a connection of which another server has read the beginning."""
+
+    def __init__(self, connection: socket.socket, ahead: bytes) -> None:
+        super().__init__(connection)
+        self._ahead = ahead
+
+
+class TakenHandler(ETLRequestHandler):
+    """Serve a connection that was taken over; its address is followed by what has been read from it."""
+
+    def setup(self) -> None:
+        """Prepare the connection, with the beginning of its first request."""
+        super().setup()
+        self.input = TakenInput(self.connection, cast(bytes, self.client_address[-1]))
+
+
+class TakenConnections(ETLHTTPServer):
+    """WebSocket connections that uvicorn has accepted: served as the built-in server does it, on threads.
+
+    A failure is told by half a message, which ASGI cannot send; and frames, batches, bounds and drain are those of all
+    other classes.
+    """
+
+    def __init__(self, listener: socket.socket, service: Service) -> None:
+        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], TakenHandler)
+        self.service = service
+        self.websockets = WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit)
+        self._threads = ThreadPool(THREAD_LIMIT, self._serve)
+
+    def take(self, connection: socket.socket, head: bytes) -> None:
+        """Serve a connection of which a request's head has been read."""
+        if attempt(self._threads.submit, connection, head).error is not None:  # there is no thread
+            connection.close()
+
+    def drain(self) -> None:
+        """Let connections end as soon as all is answered that has come."""
+        self.is_draining = True
+        self.websockets.drain()
+
+    def wait_until_quiet(self) -> None:
+        """Wait for the end of all connections."""
+        self._threads.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
+
+    def _serve(self, connection: socket.socket, head: bytes) -> None:
+        with connection:
+            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self))
+
+
+class HandOver:
+    """A protocol of uvicorn's for connections that want to be WebSockets: those for `/ws` are taken over by threads.
+
+    All others go to uvicorn's own protocol, for the class's own routes. This has the methods of asyncio's Protocol.
+    """
+
+    def __init__(self, taken: TakenConnections, make_own: Callable[..., Any], **arguments: Any) -> None:
+        self._taken = taken
+        self._own: Any = None
+        self._make_own = functools.partial(make_own, **arguments)
+        self._connection: Optional[socket.socket] = None
+        self._head = b""
+
+    def connection_made(self, transport: Any) -> None:
+        """Get a connection, whose handshake is passed to `data_received` next."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Look at the handshake; the transport lets go of the connection before anything is sent on it."""
+        if self._own is None and re.match(rb"GET /ws[? ]", data):
+            self._connection = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+            self._head = data
+            self._transport.abort()
+            return
+        if self._own is None:
+            self._own = self._make_own()
+            self._own.connection_made(self._transport)
+        self._own.data_received(data)
+
+    def connection_lost(self, error: Optional[Exception]) -> None:
+        """Take the connection over, or pass its end on."""
+        if self._connection is not None:
+            self._taken.take(self._connection, self._head)
+        elif self._own is not None:
+            self._own.connection_lost(error)
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass all else on: eof_received, pause_writing, resume_writing, shutdown."""
+        return getattr(self._own, name) if self._own is not None else lambda: None
+
+
+def new_loop() -> Any:
+    """Make an event loop for connections, uvloop's where that is installed."""
+    import asyncio
+
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class UvicornServer:
+    """Serve a class's application by uvicorn; its connections in the thread of `serve_forever`.
+
+    The context starts the application up and shuts it down, on the thread that enters it. What uvicorn has no setting
+    for is not bounded: how long a client may take for the head of a request.
+    """
+
+    def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service, main: MainLoop) -> None:
+        import uvicorn
+
+        self._listener = listener
+        self._server = server
+        self._service = service
+        self._main = main
+        self._lifespan = Lifespan(server.app)
+        self._wakeup, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakeup.setblocking(False)
+        self._taken = TakenConnections(listener, service)
+        self._config = uvicorn.Config(
+            AppFront(server.app, self._lifespan.state, main.loop), log_config=None, access_log=False, lifespan="off",
+            proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
+            timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
+            h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False, ws_max_size=16 << 30,
+            ws_ping_interval=None, ws_ping_timeout=None)
+        self._uvicorn = uvicorn.Server(self._config)
+        logging.getLogger("uvicorn").setLevel(quiet_level())
+
+    def __enter__(self) -> UvicornServer:
+        name = type(self._server).__name__
+        call_user(f"{name}'s start-up", lambda: self._main.run_until(self._lifespan.start()))
+        add_fastapi_routes(self._server, self._service)
+        self._config.load()
+        self._config.ws_protocol_class = functools.partial(HandOver, self._taken, self._config.ws_protocol_class)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        name = type(self._server).__name__
+        call_user(f"{name}'s shutdown", lambda: self._main.run_until(self._lifespan.stop()))
+
+    def serve_forever(self) -> None:
+        """Serve until `drain`, and then what has begun."""
+        loop = new_loop()
+        loop.add_reader(self._wakeup, self._wake_up)
+        loop.run_until_complete(self._uvicorn.serve(sockets=[self._listener]))
+        self._taken.wait_until_quiet()
+
+    def drain_on(self, signals: Iterable[int]) -> None:
+        """Have signals drain the server, also while the main thread transforms. Call it on the main thread."""
+        self._drain_signals = frozenset(signals)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, lambda *_: self.drain())
+
+    def drain(self) -> None:
+        """Stop accepting; what has begun is answered, and idle connections close."""
+        self._uvicorn.should_exit = True
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+            self._waker.send(b"\0")
+
+    def _wake_up(self) -> None:
+        """Do what connections' thread was woken for: a signal has come, if its handler has not run yet, or has."""
+        if self._drain_signals.intersection(self._wakeup.recv(READ_BYTES)):
+            self._uvicorn.should_exit = True
+        if self._uvicorn.should_exit and not self._taken.is_draining:
+            self._taken.drain()
+
+
+def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Slots]:
+    """Make what answers requests, and what the thread that made the instance is to work on from then on."""
+    Current.pool = Current.pool or ConnectionPool(settings)
+    threads = ThreadSlots(settings.threads or DEFAULT_THREADS)
+    is_one = server.one_at_a_time and settings.threads in (None, 1)
+    has_loop = isinstance(server, FastAPIServer) and server.etl_app is not None
+    main: Slots = MainLoop() if has_loop else MainThreadSlots() if is_one else threads
+    return Service(settings, server, Current.pool, main if is_one else threads), main
+
+
+# -- Flask, by gunicorn --
+
+
+class FlaskAnswers:
+    """Answer an application's requests for objects by Flask's responses, on the thread that serves the request."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def __call__(self) -> Any:
+        """Answer the current request."""
+        import flask
+
+        environ, stream = flask.request.environ, flask.request.stream
+        query = environ.get("QUERY_STRING", "")
+        target = environ.get("RAW_URI") or quote(environ["PATH_INFO"].encode("latin-1")) + ("?" + query if query else "")
+        connection = environ.get("gunicorn.socket")
+        if connection is not None:
+            connection.settimeout(BODY_PAUSE_SECONDS)
+        cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
+        if cached is not None:
+            stream = io.BytesIO(cached)
+        body = body_of_app(environ.get("CONTENT_LENGTH"), lambda: cast(bytes, stream.read(READ_BYTES)))
+        try:
+            request = ETLRequest.parse(environ["REQUEST_METHOD"], target, environ.get("HTTP_AIS_NODE_URL", ""))
+        except RequestError as error:
+            return self._response(error_answer(error.status, str(error), error.headers), target)
+        return self._response(self._service.answer(request, body), request.name)
+
+    def _response(self, answer: Answer, name: str) -> Any:
+        """Make the response of an answer; without a length gunicorn sends it in chunks."""
+        import flask
+
+        body: Any = self._logged(answer, name) if answer.is_open else answer.body
+        return flask.Response(body, answer.status, [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers])
+
+    def _logged(self, answer: Answer, name: str) -> Iterator[bytes]:
+        """Yield the pieces of an answer; gunicorn cuts the connection where that raises."""
+        with answer:
+            while answer.body:
+                piece, error = attempt(next, answer.body, b"")
+                if error is not None:
+                    log_cut(name, error)
+                    raise BrokenPipeError("the answer was cut")
+                if not piece:
+                    return
+                yield piece
+
+
+def add_flask_routes(server: FlaskServer, service: Service) -> None:
+    """Let a class's application answer requests for objects; werkzeug prefers routes that are more specific."""
+    server.etl_answer = FlaskAnswers(service)
+    server.app.add_url_rule("/health", "etl_health", lambda: server._health(), methods=["GET"])
+    server.app.add_url_rule("/download", "etl_download", lambda: server._handle_request("download"), methods=["POST"])
+    server.app.add_url_rule("/<path:path>", "etl_object", lambda path: server._handle_request(path), methods=["GET", "PUT"])
+
+
+def front_of(server: FlaskServer) -> Callable[..., Any]:
+    """Make the outermost WSGI application: it answers health probes and refuses WebSockets before the class's own."""
+    answers_health = type(server)._health is FlaskServer._health
+
+    def front(environ: Dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if environ["PATH_INFO"] == "/health" and environ["REQUEST_METHOD"] == "GET" and answers_health:
+            start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "7")])
+            return [b"Running"]
+        if environ["PATH_INFO"] == "/ws":
+            answer = error_answer(501, "gunicorn, which serves this class, has no WebSocket", {})
+            start_response("501 Not Implemented", [*answer.headers, *answer.framing(is_chunked=False)])
+            return [answer.body]
+        return server.app(environ, start_response)
+
+    return front
+
+
+def add_routes(server: ETLServer, settings: Settings) -> None:
+    """Let the application of a class that starts a server of its own answer requests for objects, one at a time."""
+    if isinstance(server, FrameworkServer) and server.etl_app is not None:
+        Current.pool = Current.pool or ConnectionPool(settings)
+        service = Service(settings, server, Current.pool, ThreadSlots(settings.threads or 1))
+        if isinstance(server, FastAPIServer):
+            add_fastapi_routes(server, service)
+        elif isinstance(server, FlaskServer):
+            add_flask_routes(server, service)
+
+
+def gunicorn_options(settings: Settings, listener: socket.socket) -> Dict[str, Any]:
+    """Say how gunicorn is to serve; a setting that a version of it does not know is left out."""
+    return {
+        "bind": f"fd://{listener.detach()}", "workers": settings.workers, "threads": THREAD_LIMIT,
+        "worker_connections": 2 * THREAD_LIMIT, "keepalive": int(IDLE_SECONDS), "timeout": 0, "backlog": BACKLOG,
+        "graceful_timeout": int(WORKER_GRACE_SECONDS), "limit_request_line": 0, "limit_request_field_size": HEAD_LIMIT_BYTES,
+        "accesslog": None, "control_socket_disable": True,
+        "post_worker_init": lambda worker: report(REPORT_READY),
+    }
+
+
+def gunicorn_worker_class(slots: List[Slots]) -> Any:
+    """Make the class of gunicorn's workers: threads serve requests, and the main thread makes transforms."""
+    from gunicorn.workers import gthread
+
+    setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end
+
+    class ETLWorker(gthread.ThreadWorker):  # type: ignore[misc]
+        """A worker whose main thread does nothing else but transforms."""
+
+        def init_signals(self) -> None:
+            """Let SIGTERM interrupt the main thread, which waits for a lock and would not hear of it."""
+            super().init_signals()
+            signal.siginterrupt(signal.SIGTERM, True)
+
+        def run(self) -> None:
+            """Serve until SIGTERM."""
+            def serve() -> None:
+                attempt(super(ETLWorker, self).run)
+                slots[0].end()
+
+            thread = threading.Thread(target=serve, name="acceptor", daemon=True)
+            thread.start()
+            slots[0].work()
+            thread.join()
+
+    return ETLWorker
+
+
+def gunicorn_logger_class() -> Any:
+    """Make the class of gunicorn's logger: its lines go where all others go, those of a plain life at DEBUG alone."""
+    from gunicorn import glogging
+
+    class ETLLogger(glogging.Logger):  # type: ignore[misc]
+        """A logger without handlers of its own."""
+
+        def setup(self, cfg: Any) -> None:
+            """Leave the log as it is."""
+            self.error_log.propagate = True
+            self.error_log.setLevel(quiet_level())
+
+    return ETLLogger
+
+
+def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socket) -> int:
+    """Be gunicorn's arbiter until SIGTERM, or one of its workers, which it forks; return the exit code of either.
+
+    The class is constructed in the workers. What keeps one from it is reported, and ends the arbiter too.
+    """
+    from gunicorn.app.base import BaseApplication
+    from gunicorn.arbiter import Arbiter
+
+    settings, slots = Current.settings or Settings(), []  # type: Settings, List[Slots]
+
+    class Application(BaseApplication):  # type: ignore[misc]
+        """What gunicorn serves."""
+
+        def load_config(self) -> None:
+            """Take our settings."""
+            options = gunicorn_options(settings, listener)
+            options.update(worker_class=gunicorn_worker_class(slots), logger_class=gunicorn_logger_class())
+            for name, value in options.items():
+                if name in self.cfg.settings:
+                    self.cfg.set(name, value)
+
+        def load(self) -> Any:
+            """Construct the class, in a worker."""
+            try:
+                server = cast(FlaskServer, construct())
+            except StartupError as error:
+                report_failure(error)
+                raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
+            service, main = make_service(server, settings)
+            slots.append(main)
+            add_flask_routes(server, service)
+            return front_of(server)
+
+    error = attempt(Application().run).error
+    if not isinstance(error, SystemExit):
+        raise StartupError(f"gunicorn failed: {describe(error or StartupError())}")
+    return error.code if isinstance(error.code, int) else 0
+
+
+# == 18. Workers ==
 # Processes: one supervisor that forks, watches, replaces and stops; workers that construct the class and serve.
 
 
@@ -4911,20 +5801,17 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
-def serve_until_drained(http_server: PooledHTTPServer, slots: Slots) -> None:
-    """Serve, and make the class's calls on this thread where they belong here; StartupError if the server fails."""
+def serve_beside(front: Union[UvicornServer, PooledHTTPServer], main: MainThreadSlots) -> Optional[BaseException]:
+    """Serve by another thread, while this one makes the class's calls; return what the server failed of."""
     failures: List[BaseException] = []
 
     def serve() -> None:
-        failures.extend(filter(None, [attempt(http_server.serve_forever).error]))
+        failures.extend(filter(None, [attempt(front.serve_forever).error]))
+        main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
 
-    if isinstance(slots, MainThreadSlots):
-        slots.work_beside(serve)
-    else:
-        serve()
-    if failures:
-        logger.error("the server failed", exc_info=failures[0])
-        raise StartupError(f"the server failed: {describe(failures[0])}")
+    threading.Thread(target=serve, name="acceptor", daemon=True).start()
+    main.work()
+    return failures[0] if failures else None
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -4934,28 +5821,19 @@ def serve_instance(server: ListeningServer) -> None:
     """
     settings = Current.settings or Settings()
     listener = Current.listener or bind(server.host, server.port)
-    Current.pool = Current.pool or ConnectionPool(settings)
-    slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
-    if server.one_at_a_time and settings.threads in (None, 1):
-        slots = MainThreadSlots()
-    http_server = PooledHTTPServer(listener, Service(settings, server, Current.pool, slots))
-
-    if threading.current_thread() is threading.main_thread():
-        http_server.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
-    start_listening(listener)
-    report(REPORT_READY)
-    serve_until_drained(http_server, slots)
-
-
-def call_user(what: str, function: Callable[[], T]) -> T:
-    """Call the user's code at start-up; ClassError, and its traceback in the log, where it fails."""
-    value, error = attempt(function)
-    if isinstance(error, StartupError):
-        raise error
+    service, main = make_service(server, settings)
+    front: Union[UvicornServer, PooledHTTPServer] = PooledHTTPServer(listener, service)
+    if isinstance(main, MainLoop):
+        front = UvicornServer(listener, cast(FastAPIServer, server), service, main)
+    with front:
+        if threading.current_thread() is threading.main_thread():
+            front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
+        start_listening(listener)
+        report(REPORT_READY)
+        error = serve_beside(front, main) if isinstance(main, MainThreadSlots) else attempt(front.serve_forever).error
     if error is not None:
-        log_user_error(what, error)
-        raise ClassError(f"{what} failed: {type(error).__name__}: {describe(error)}")
-    return cast(T, value)
+        logger.error("the server failed", exc_info=error)
+        raise StartupError(f"the server failed: {describe(error)}")
 
 
 def construct(etl_class: Type[ETLServer]) -> ETLServer:
@@ -4964,6 +5842,22 @@ def construct(etl_class: Type[ETLServer]) -> ETLServer:
     if not hasattr(server, "use_streaming"):
         raise ClassError(f"{etl_class.__name__}.__init__() does not call super().__init__()")
     return server
+
+
+def serve_class(etl_class: Type[ETLServer]) -> int:
+    """Construct a class and serve it, by gunicorn in its workers; return the exit code."""
+    settings = Current.settings or Settings()
+    if settings.server == "flask" and Current.listener is not None:
+        return serve_by_gunicorn(functools.partial(construct, etl_class), Current.listener)
+    server = construct(etl_class)
+    if Current.listener is None and getattr(server, "port", None) == 8000:
+        cast(Any, server).port = settings.port
+    elif getattr(server, "port", settings.port) not in (8000, settings.port):
+        logger.warning("%s asks for port %d, but PORT decides: %d", etl_class.__name__, cast(Any, server).port, settings.port)
+    if Current.listener is None:
+        add_routes(server, settings)
+    call_user(f"{etl_class.__name__}.start()", server.start)
+    return Exit.OK
 
 
 def settle() -> None:
@@ -4977,17 +5871,9 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
     try:
         etl_class = load()
         settle()
-        server = construct(etl_class)
-        settings = Current.settings or Settings()
-        if Current.listener is None and getattr(server, "port", None) == 8000:
-            cast(Any, server).port = settings.port
-        elif getattr(server, "port", settings.port) not in (8000, settings.port):
-            logger.warning("%s asks for port %d, but PORT decides: %d", etl_class.__name__, cast(Any, server).port,
-                           settings.port)
-        call_user(f"{etl_class.__name__}.start()", server.start)
-        return Exit.OK
+        return serve_class(etl_class)
     except StartupError as error:
-        report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode("utf-8", "replace")))
+        report_failure(error)
         return error.exit
 
 
@@ -5119,6 +6005,9 @@ class Worker:
             self.websockets += 1 if kind == REPORT_OPENED else -1
         elif kind == REPORT_BROKEN:
             self.breakage = text
+        elif kind == REPORT_NEEDS:
+            name, _, serves = text.partition(" ")
+            self.failure = FrameworkNeeded(name, serves == "1")
         elif kind == REPORT_FAILED:
             code, _, reason = text.partition(" ")
             self.failure = StartupError(reason)
@@ -5187,9 +6076,21 @@ class Supervisor:
             self._reap()
             self._look_at_websockets()
             self._obey()
-        if self._failure is not None:
+        self._close()
+        is_stopped = self._stops > 0 and isinstance(self._failure, FrameworkNeeded)
+        if self._failure is not None and not is_stopped:
             raise self._failure
         return Exit.OK
+
+    def _close(self) -> None:
+        """Let go of all that is open, and of signals: another supervisor may follow."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handlers[number])
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        for end in (*self._wakeup, *self._life, self._shares):
+            if end >= 0:
+                os.close(end)
 
     @property
     def _has_own_start(self) -> bool:
@@ -5197,8 +6098,13 @@ class Supervisor:
         return getattr(self._class, "start") is not ListeningServer.start
 
     @property
+    def _is_single(self) -> bool:
+        """Whether there is one process, whose end is that of the pod: gunicorn has workers of its own."""
+        return self._has_own_start or self._settings.server == "flask"
+
+    @property
     def _count(self) -> int:
-        return 1 if self._has_own_start else self._settings.workers
+        return 1 if self._is_single else self._settings.workers
 
     def _bind(self) -> None:
         if not self._has_own_start:
@@ -5216,8 +6122,7 @@ class Supervisor:
             os.set_blocking(end, False)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, count)
-        signal.signal(signal.SIGINT, count)
+        self._handlers = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def _start_due(self) -> None:
@@ -5340,7 +6245,7 @@ class Supervisor:
         self._deaths += 1
         if self._deaths == 1:
             self._first_death = time.monotonic()
-        if self._has_own_start:
+        if self._is_single:
             return self._fail(StartupError(why))
         if self._is_hopeless():
             return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
@@ -5381,7 +6286,7 @@ class Supervisor:
             os.kill(pid, signal.SIGTERM)
 
 
-# == 18. Entry ==
+# == 19. Entry ==
 # The command line. No arguments: a pod. `serve`: a class from a file, on a laptop.
 
 
@@ -5399,14 +6304,34 @@ class Job(NamedTuple):
 
     settings: Settings
     load: Callable[[], Type[ETLServer]]
-    announce: Callable[[Type[ETLServer], str], None]
+    announce: Callable[[Type[ETLServer], str, str], None]  # gets the class, the framework's server or "", and the URL
 
     def run(self, launch: Launch) -> int:
-        """Serve until SIGTERM."""
+        """Serve until SIGTERM; once more from the start where a framework turns out to be needed."""
         prepare(self.settings)
+        job, needs = self, set()
+        while True:
+            try:
+                return job._serve(launch)
+            except FrameworkNeeded as need:
+                if (need.framework, need.serves) in needs:
+                    raise
+                needs.add((need.framework, need.serves))
+                install_framework(need.framework, need.serves)
+                if need.serves:
+                    job = job._replace(settings=job.settings._replace(server=need.framework))
+
+    def _serve(self, launch: Launch) -> int:
+        """Load the class and serve it, by its framework where it is known to need that."""
         etl_class = self.load()
+        server = server_for(etl_class, self.settings.server)
+        if server in FRAMEWORKS:
+            install_framework(server, serves=True)
         settle()
-        return Supervisor(self.settings, etl_class, launch).run(functools.partial(self.announce, etl_class))
+        settings = self.settings._replace(server=server)
+        by = FRAMEWORKS[server].server if server in FRAMEWORKS else ""
+        launch = launch._replace(environ={**launch.environ, "ETL_SERVER": server})
+        return Supervisor(settings, etl_class, launch).run(functools.partial(self.announce, etl_class, by))
 
 
 def pod_job(environ: Mapping[str, str]) -> Job:
@@ -5415,9 +6340,10 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
     settings = Settings.from_env(environ, required)
 
-    def announce(etl_class: Type[ETLServer], url: str) -> None:
+    def announce(etl_class: Type[ETLServer], by: str, url: str) -> None:
         base = next(cls.__name__ for cls in etl_class.__mro__ if cls in (*INTERNALS, ETLServer))
-        logger.info("serving %s (%s) on %s with %d workers", etl_class.__name__, base, url, settings.workers)
+        logger.info("serving %s (%s%s) on %s with %d workers", etl_class.__name__, base, by and f", by {by}", url,
+                    settings.workers)
 
     return Job(settings, functools.partial(load_etl_class, settings), announce)
 
@@ -5457,6 +6383,7 @@ def class_from_file(text: str) -> Type[ETLServer]:
         raise UsageError(f"{path} is no Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     _, error = attempt(spec.loader.exec_module, module)
+    raise_framework_needed(error)
     if error is not None:
         log_user_error(path, error)
         if isinstance(error, ModuleNotFoundError):
@@ -5489,7 +6416,7 @@ def serve_job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         host=arguments.host, port=arguments.port, workers=arguments.workers,
         threads=arguments.threads or settings.threads, fqn_roots=(os.path.realpath(folder),) if folder else ())
 
-    def announce(etl_class: Type[ETLServer], url: str) -> None:
+    def announce(etl_class: Type[ETLServer], by: str, url: str) -> None:
         print(f"serving {etl_class.__name__} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
 
     return Job(settings, functools.partial(class_from_file, arguments.file), announce)

@@ -75,9 +75,12 @@ def make_payload(source: str, name: str, python: Optional[str] = None) -> str:
 
 
 def exact_environment(python: str, given: Environ) -> Dict[str, str]:
-    """Return what the image and AIStore set, and the given variables: nothing of the developer's but PATH leaks in."""
+    """Return what the image and AIStore set, and the given variables: nothing of the developer's but PATH leaks in.
+
+    pip has no index, unless a test gives `PIP_NO_INDEX=None`: the environments are shared, and nothing may be installed there.
+    """
     path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
-    defaults: Environ = {"PATH": path, "PYTHONUNBUFFERED": "1", "PORT": "0", "AIS_TARGET_URL": UNUSED_TARGET}
+    defaults: Environ = {"PATH": path, "PYTHONUNBUFFERED": "1", "PORT": "0", "AIS_TARGET_URL": UNUSED_TARGET, "PIP_NO_INDEX": "1"}
     return {name: value for name, value in {**defaults, **given}.items() if value is not None}
 
 
@@ -271,12 +274,12 @@ class Runtime(Server):
 
     def __init__(
         self, args: Sequence[str] = (), env: Optional[Environ] = None,
-        python: Optional[str] = None, expect_traceback: bool = False,
+        python: Optional[str] = None, expect_traceback: bool = False, start_seconds: float = START_SECONDS,
     ) -> None:
         python = python or interpreter("slim")
         super().__init__([python, str(RUNTIME), *args], exact_environment(python, env or {}), expect_traceback)
         try:
-            self.port = int(self.wait_for_line(SERVING)[1])
+            self.port = int(self.wait_for_line(SERVING, start_seconds)[1])
         except BaseException:
             self.kill()
             raise

@@ -17,7 +17,7 @@ DEFAULTS: Dict[str, Any] = {
     "payload": "", "payload_file": "", "packages": "", "os_packages": "", "workers": 4, "threads": None, "target": "",
     "direct_put": False, "direct_fqn": False, "direct_put_retries": 3, "skip_verify": False, "client_ca": "",
     "client_cert": "", "client_key": "", "token": "", "port": 8000, "log_level": "INFO", "fqn_roots": None,
-    "ws_failure": "break", "host": "",
+    "server": "", "ws_failure": "break", "host": "",
 }
 
 GOOD: List[Tuple[str, str, str, Any]] = [
@@ -43,6 +43,8 @@ GOOD: List[Tuple[str, str, str, Any]] = [
     ("LOG_LEVEL", "Warning", "log_level", "WARNING"),
     ("ETL_FQN_ROOTS", "/usr", "fqn_roots", ("/usr",)),
     ("ETL_FQN_ROOTS", "/usr:/etc/", "fqn_roots", ("/usr", "/etc")),
+    ("ETL_SERVER", "fastapi", "server", "fastapi"),
+    ("ETL_SERVER", "Native", "server", "native"),
     ("ETL_WS_FAILURE", "empty", "ws_failure", "empty"),
     ("ETL_WS_FAILURE", "BREAK", "ws_failure", "break"),
 ]
@@ -56,6 +58,7 @@ BAD: List[Tuple[str, str, str]] = [  # the variable, its value, what the complai
     *[("AIS_DIRECT_PUT_RETRIES", text, "a whole number from 0 to 100") for text in ("-1", "101", "x")],
     *[("PORT", text, "a whole number from 0 to 65535") for text in ("-1", "65536", "http", "80,81")],
     ("LOG_LEVEL", "LOUD", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
+    ("ETL_SERVER", "uvicorn", "one of native, fastapi, flask"),
     ("ETL_WS_FAILURE", "text", "one of break, empty"),
     ("ETL_FQN_ROOTS", "relative/folder", "absolute folders, separated by colons"),
     ("ETL_FQN_ROOTS", "/usr:relative", "absolute folders, separated by colons"),

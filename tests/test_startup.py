@@ -17,7 +17,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 import pytest
 
-from ais_runtime_min import Exit
+from ais_runtime_min import HOOKS, Exit
 from harness import ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, run_to_end
 
 StartRuntime = Callable[..., Runtime]
@@ -176,7 +176,7 @@ class HandlesRequests(Threaded):
             self.send_error(500)
 
 class HandlesFastAPI(FastAPI):
-    async def _handle_request(self, path, request, is_get):
+    async def _handle_request_buffered(self, path, request, is_get):
         return None
 
 class StartsUp(FastAPI):
@@ -586,12 +586,8 @@ def test_a_constructor_that_exits_does_not_end_the_pod_as_if_all_were_well(paylo
     ("NoSuper", ["NoSuper.__init__() does not call super().__init__()"]),
     ("WantsArguments", ["WantsArguments", "missing 1 required positional argument: 'model'"]),
     ("WithoutStart", ["WithoutStart", "abstract", "start"]),
-    ("FastAPIRoutes", ["FastAPIRoutes", "self.app", "FastAPI"]),
-    ("FlaskRoutes", ["FlaskRoutes", "self.app", "Flask"]),
     ("HandlesRequests", ["HandlesRequests overrides RequestHandler"]),
-    ("HandlesFastAPI", ["HandlesFastAPI overrides _handle_request"]),
-    ("StartsUp", ["StartsUp overrides startup_event"]),
-    ("RegistersRoutes", ["RegistersRoutes overrides _register_routes"]),
+    ("HandlesFastAPI", ["HandlesFastAPI overrides _handle_request_buffered"]),
 ])
 def test_a_class_that_asks_for_what_is_not_there_is_told_without_a_traceback(
     payloads: Dict[str, str], name: str, words: Sequence[str]
@@ -608,7 +604,8 @@ def test_every_internal_of_the_sdks_servers_that_a_class_overrides_is_told(paylo
     done = start_in_vain(payloads["overrides of " + base])
     assert done.code == Exit.SOFTWARE
     told = re.search(r"Overrides overrides ([\w, ]+), which", done.last_line)
-    assert told and sorted(told[1].split(", ")) == payloads["names of " + base].split(" ")
+    hooks = {name for cls, names in HOOKS.items() if cls.__name__ == base for name in names}
+    assert told and sorted(told[1].split(", ")) == [name for name in payloads["names of " + base].split(" ") if name not in hooks]
     assert_no_traceback(done)
 
 

@@ -487,12 +487,11 @@ Slots = Union[ThreadSlots, MainThreadSlots]
 @contextlib.contextmanager
 def working(slots: MainThreadSlots) -> Iterator[int]:
     """Have a thread do the work of the main one; its id is told."""
-    done = threading.Event()
-    thread = threading.Thread(target=slots.work_beside, args=(done.wait,), daemon=True)
+    thread = threading.Thread(target=slots.work, daemon=True)
     thread.start()
     assert thread.ident
     yield thread.ident
-    done.set()
+    slots.end()
     thread.join(SOON_SECONDS)
     assert not thread.is_alive()
 
