@@ -5463,7 +5463,7 @@ class TakenConnections(ETLHTTPServer):
 
     def _serve(self, connection: socket.socket, head: bytes) -> None:
         with connection:
-            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self))
+            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self).handle())
 
 
 class HandOver:
