@@ -5026,21 +5026,29 @@ class FlaskAnswers:
         """Answer the current request."""
         import flask
 
-        environ, stream = flask.request.environ, flask.request.stream
+        environ = flask.request.environ
         query = environ.get("QUERY_STRING", "")
         target = environ.get("RAW_URI") or quote(environ["PATH_INFO"].encode("latin-1")) + ("?" + query if query else "")
-        connection = environ.get("gunicorn.socket")
-        if connection is not None:
-            connection.settimeout(BODY_PAUSE_SECONDS)
-        cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
-        if cached is not None:
-            stream = io.BytesIO(cached)
-        body = body_of_app(environ.get("CONTENT_LENGTH"), lambda: cast(bytes, stream.read(READ_BYTES)))
         try:
             request = ETLRequest.parse(environ["REQUEST_METHOD"], target, environ.get("HTTP_AIS_NODE_URL", ""))
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
-        return self._response(self._service.answer(request, body), request.name)
+        return self._response(self._answer(request, environ.get("gunicorn.socket")), request.name)
+
+    def _answer(self, request: ETLRequest, connection: Optional[socket.socket]) -> Answer:
+        """Have a request answered; what an error leaves of its body is read, so that the client sees the answer."""
+        import flask
+
+        cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
+        stream = flask.request.stream if cached is None else io.BytesIO(cached)
+        body = body_of_app(flask.request.environ.get("CONTENT_LENGTH"), lambda: cast(bytes, stream.read(READ_BYTES)))
+        if connection is not None:
+            connection.settimeout(BODY_PAUSE_SECONDS)
+        answer = self._service.answer(request, body)
+        if connection is not None and answer.status >= 400:
+            connection.settimeout(DRAIN_SECONDS)
+            attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
+        return answer
 
     def _response(self, answer: Answer, name: str) -> Any:
         """Make the response of an answer; without a length gunicorn sends it in chunks."""
@@ -5113,7 +5121,8 @@ def gunicorn_worker_class(slots: List[Slots]) -> Any:
     """Make the class of gunicorn's workers: threads serve requests, and the main thread makes transforms."""
     from gunicorn.workers import gthread
 
-    setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end
+    setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end,
+    setattr(gthread, "DEFAULT_WORKER_DATA_TIMEOUT", LINGER_SECONDS)  # nor hold a thread
 
     class ETLWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """A worker whose main thread does nothing else but transforms."""
@@ -5122,6 +5131,12 @@ def gunicorn_worker_class(slots: List[Slots]) -> Any:
             """Let SIGTERM interrupt the main thread, which waits for a lock and would not hear of it."""
             super().init_signals()
             signal.siginterrupt(signal.SIGTERM, True)
+
+        def murder_pending(self) -> None:
+            """Close connections that have said nothing yet, when their time is over or the worker's."""
+            for connection in () if self.alive else self.pending_conns:
+                connection.timeout = 0.0
+            super().murder_pending()
 
         def run(self) -> None:
             """Serve until SIGTERM."""
