@@ -5345,13 +5345,44 @@ class StarletteAnswers:
 
 def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
     """Let a class's application answer requests for objects, where none of its own routes does."""
+    from starlette.responses import Response
+
     server.etl_answer = StarletteAnswers(service)
+
+    async def health(_: Any) -> Any:
+        return Response(b"Running", media_type="text/plain")
 
     async def answer(request: Any) -> Any:
         return await server._handle_request(request.path_params.get("path", ""), request, request.method == "GET")
 
+    server.app.router.add_route("/health", health, methods=["GET"], include_in_schema=False)
     server.app.router.add_route("/download", answer, methods=["POST"], include_in_schema=False)
     server.app.router.add_route("/{path:path}", answer, methods=["GET", "PUT"], include_in_schema=False)
+
+
+def is_gone(send: Any) -> bool:
+    """Tell whether a client has left, as far as uvicorn's `send` is bound to what knows."""
+    return bool(getattr(getattr(send, "__self__", None), "disconnected", False))
+
+
+async def transmit(messages: Sequence[Any], send: Any) -> None:
+    """Send messages by uvicorn, large bodies in parts; OSError where the client is gone or does not read."""
+    import asyncio
+
+    for message in messages:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, max(len(body), 1), WRITE_BYTES):
+            part = message
+            if len(body) > WRITE_BYTES:
+                is_last = start + WRITE_BYTES >= len(body)
+                part = {**message, "body": body[start:start + WRITE_BYTES], "more_body": more or not is_last}
+            try:
+                await asyncio.wait_for(send(part), RESULT_UNREAD_SECONDS)
+            except asyncio.TimeoutError:
+                send.__self__.transport.abort()
+                raise BrokenPipeError("the result was not read") from None
+            if is_gone(send):
+                raise BrokenPipeError("the client is gone")
 
 
 class AppFront:
@@ -5399,31 +5430,6 @@ class AppFront:
 
         call = self._app(scope, receive_there, send_there)
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
-
-
-def is_gone(send: Any) -> bool:
-    """Tell whether a client has left, as far as uvicorn's `send` is bound to what knows."""
-    return bool(getattr(getattr(send, "__self__", None), "disconnected", False))
-
-
-async def transmit(messages: Sequence[Any], send: Any) -> None:
-    """Send messages by uvicorn, large bodies in parts; OSError where the client is gone or does not read."""
-    import asyncio
-
-    for message in messages:
-        body, more = message.get("body", b""), message.get("more_body", False)
-        for start in range(0, max(len(body), 1), WRITE_BYTES):
-            part = message
-            if len(body) > WRITE_BYTES:
-                is_last = start + WRITE_BYTES >= len(body)
-                part = {**message, "body": body[start:start + WRITE_BYTES], "more_body": more or not is_last}
-            try:
-                await asyncio.wait_for(send(part), RESULT_UNREAD_SECONDS)
-            except asyncio.TimeoutError:
-                send.__self__.transport.abort()
-                raise BrokenPipeError("the result was not read") from None
-            if is_gone(send):
-                raise BrokenPipeError("the client is gone")
 
 
 class TakenInput(ConnectionInput):
@@ -5618,21 +5624,29 @@ class FlaskAnswers:
         """Answer the current request."""
         import flask
 
-        environ, stream = flask.request.environ, flask.request.stream
+        environ = flask.request.environ
         query = environ.get("QUERY_STRING", "")
         target = environ.get("RAW_URI") or quote(environ["PATH_INFO"].encode("latin-1")) + ("?" + query if query else "")
-        connection = environ.get("gunicorn.socket")
-        if connection is not None:
-            connection.settimeout(BODY_PAUSE_SECONDS)
-        cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
-        if cached is not None:
-            stream = io.BytesIO(cached)
-        body = body_of_app(environ.get("CONTENT_LENGTH"), lambda: cast(bytes, stream.read(READ_BYTES)))
         try:
             request = ETLRequest.parse(environ["REQUEST_METHOD"], target, environ.get("HTTP_AIS_NODE_URL", ""))
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
-        return self._response(self._service.answer(request, body), request.name)
+        return self._response(self._answer(request, environ.get("gunicorn.socket")), request.name)
+
+    def _answer(self, request: ETLRequest, connection: Optional[socket.socket]) -> Answer:
+        """Have a request answered; what an error leaves of its body is read, so that the client sees the answer."""
+        import flask
+
+        cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
+        stream = flask.request.stream if cached is None else io.BytesIO(cached)
+        body = body_of_app(flask.request.environ.get("CONTENT_LENGTH"), lambda: cast(bytes, stream.read(READ_BYTES)))
+        if connection is not None:
+            connection.settimeout(BODY_PAUSE_SECONDS)
+        answer = self._service.answer(request, body)
+        if connection is not None and answer.status >= 400:
+            connection.settimeout(DRAIN_SECONDS)
+            attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
+        return answer
 
     def _response(self, answer: Answer, name: str) -> Any:
         """Make the response of an answer; without a length gunicorn sends it in chunks."""
@@ -5681,7 +5695,7 @@ def front_of(server: FlaskServer) -> Callable[..., Any]:
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
     """Let the application of a class that starts a server of its own answer requests for objects, one at a time."""
-    if isinstance(server, FrameworkServer) and server.etl_app is not None:
+    if isinstance(server, FrameworkServer) and server.etl_app is not None and server.etl_answer is None:
         Current.pool = Current.pool or ConnectionPool(settings)
         service = Service(settings, server, Current.pool, ThreadSlots(settings.threads or 1))
         if isinstance(server, FastAPIServer):
@@ -5705,7 +5719,8 @@ def gunicorn_worker_class(slots: List[Slots]) -> Any:
     """Make the class of gunicorn's workers: threads serve requests, and the main thread makes transforms."""
     from gunicorn.workers import gthread
 
-    setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end
+    setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end,
+    setattr(gthread, "DEFAULT_WORKER_DATA_TIMEOUT", LINGER_SECONDS)  # nor hold a thread
 
     class ETLWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """A worker whose main thread does nothing else but transforms."""
@@ -5714,6 +5729,12 @@ def gunicorn_worker_class(slots: List[Slots]) -> Any:
             """Let SIGTERM interrupt the main thread, which waits for a lock and would not hear of it."""
             super().init_signals()
             signal.siginterrupt(signal.SIGTERM, True)
+
+        def murder_pending(self) -> None:
+            """Close connections that have said nothing yet, when their time is over or the worker's."""
+            for connection in () if self.alive else self.pending_conns:
+                connection.timeout = 0.0
+            super().murder_pending()
 
         def run(self) -> None:
             """Serve until SIGTERM."""
@@ -5829,6 +5850,10 @@ def serve_instance(server: ListeningServer) -> None:
     In a worker the socket is the supervisor's; elsewhere the instance's own host and port are listened on.
     """
     settings = Current.settings or Settings()
+    if isinstance(server, FlaskServer) and server.etl_app is not None:  # outside the runtime, which takes gunicorn
+        add_routes(server, settings)
+        server.app.run(server.host, server.port, threaded=True)
+        return
     listener = Current.listener or bind(server.host, server.port)
     service, main = make_service(server, settings)
     front: Union[UvicornServer, PooledHTTPServer] = PooledHTTPServer(listener, service)
@@ -5853,12 +5878,27 @@ def construct(etl_class: Type[ETLServer]) -> ETLServer:
     return server
 
 
-def serve_class(etl_class: Type[ETLServer]) -> int:
-    """Construct a class and serve it, by gunicorn in its workers; return the exit code."""
+def settle() -> None:
+    """Collect garbage from now on, but not among what is there: it stays, and a forked worker shares most of it."""
+    gc.freeze()
+    gc.enable()
+
+
+def load_and_construct(load: Callable[[], Type[ETLServer]]) -> ETLServer:
+    """Load the class, if the supervisor has not, and make the instance that this process serves."""
+    etl_class = load()
+    settle()
+    return construct(etl_class)
+
+
+def serve_class(load: Callable[[], Type[ETLServer]]) -> int:
+    """Construct a class and serve it; return the exit code. gunicorn's workers do so for themselves."""
     settings = Current.settings or Settings()
     if settings.server == "flask" and Current.listener is not None:
-        return serve_by_gunicorn(functools.partial(construct, etl_class), Current.listener)
-    server = construct(etl_class)
+        settle()
+        return serve_by_gunicorn(functools.partial(load_and_construct, load), Current.listener)
+    server = load_and_construct(load)
+    etl_class = type(server)
     if Current.listener is None and getattr(server, "port", None) == 8000:
         cast(Any, server).port = settings.port
     elif getattr(server, "port", settings.port) not in (8000, settings.port):
@@ -5869,18 +5909,10 @@ def serve_class(etl_class: Type[ETLServer]) -> int:
     return Exit.OK
 
 
-def settle() -> None:
-    """Collect garbage from now on, but not among what is there: it stays, and a forked worker shares most of it."""
-    gc.freeze()
-    gc.enable()
-
-
 def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
     """Construct the class and serve it: the life of a worker, to its exit code."""
     try:
-        etl_class = load()
-        settle()
-        return serve_class(etl_class)
+        return serve_class(load)
     except StartupError as error:
         report_failure(error)
         return error.exit
@@ -6514,13 +6546,9 @@ def be_fresh_worker(text: str, arguments: Sequence[str], environ: Mapping[str, s
     place, (folder, *sys.path[:]) = Place.parse(text)
     take_workers_signals()
     os.chdir(folder)
-
-    def load() -> Type[ETLServer]:
-        job = read_job(arguments, environ)
-        configure_logging(job.settings)
-        return job.load()
-
-    place.take(load)
+    job = read_job(arguments, environ)
+    configure_logging(job.settings)
+    place.take(job.load)
 
 
 def terminate(number: int, _: Any) -> NoReturn:

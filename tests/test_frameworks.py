@@ -20,7 +20,8 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
 from ais_runtime_min import FRAMEWORKS, Exit
-from harness import ROOT, Environ, Finished, Runtime, interpreter, make_payload, run_to_end
+from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, make_payload,
+                     run_to_end)
 from standin import BASE_PATH, StandInTarget
 
 StartRuntime = Callable[..., Runtime]
@@ -361,6 +362,20 @@ class ConstructsInVain(Work, FlaskServer):
         self.app.config["X"] = 1
         raise ValueError("no model here")
 
+class StartsFast(Work, FastAPIServer):
+    def __init__(self):
+        super().__init__()
+        self.app.add_api_route("/made", lambda: "for its start")
+    def start(self):
+        import uvicorn
+        uvicorn.run(self.app, host="127.0.0.1", port=self.port)
+
+class StartsFlask(Work, FlaskServer):
+    def start(self):
+        self.app.add_url_rule("/made", view_func=lambda: '"for its start"')
+        self.host = "127.0.0.1"
+        super().start()
+
 class UsesAppLate(FastAPIServer):
     def transform(self, data, path, etl_args):
         return repr(self.app)
@@ -402,6 +417,24 @@ def test_a_class_may_wrap_the_handling_of_objects_and_read_their_bodies(start_va
 
 def test_a_flask_class_may_answer_health_probes_itself(start_variant: StartRuntime) -> None:
     assert start_variant("OwnHealth").request("GET", "/health").body == b"as well as can be"
+
+
+@pytest.mark.parametrize("name", ["StartsFast", "StartsFlask"])
+def test_a_class_may_start_a_server_of_its_own(sdk_python: str, name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    variables = {"ETL_CLASS_PAYLOAD": make_payload(VARIANTS, name), "PORT": str(port)}
+    with Server([sdk_python, str(RUNTIME)], exact_environment(sdk_python, variables)) as server:
+        server.port = port
+
+        def is_healthy() -> bool:
+            with contextlib.suppress(OSError):
+                return server.request("GET", "/health").body == b"Running"
+            return False
+
+        wait_until(is_healthy, "its server answers")
+        assert server.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+        assert json.loads(server.request("GET", "/made").body) == "for its start"
 
 
 # == Bodies ==
@@ -536,6 +569,41 @@ def test_transforms_run_on_many_threads_where_the_user_says_so(start_variant: St
     assert runtime.request("PUT", "/bucket/where", b"").body == b"another"
 
 
+LEAVES_THREADS = VARIANTS + '''
+class Starter:
+    def __reduce__(self):
+        return exec, ("import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",)
+
+class FreshFast(Prepares):
+    STARTER = Starter()
+
+class FreshFlask(RegistersRoutes):
+    STARTER = Starter()
+'''
+
+
+@pytest.mark.parametrize("name", ["FreshFast", "FreshFlask"])
+def test_a_class_that_leaves_threads_when_it_is_loaded_is_served_by_fresh_processes(
+    start_runtime: StartRuntime, sdk_python: str, name: str
+) -> None:
+    runtime = start_runtime(make_payload(LEAVES_THREADS, name), {"NUM_WORKERS": "2"}, python=sdk_python)
+    children = Path("/proc/%d/task/%d/children" % (runtime.pid, runtime.pid)).read_text().split()
+    assert children and all(b"--worker" in Path("/proc/%s/cmdline" % child).read_bytes() for child in children)
+    assert body_of(runtime, "/made") == "in the hook"
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    assert runtime.terminate() == Exit.OK
+
+
+def test_sigterm_ends_an_installation_that_was_found_necessary_late(start_runtime: StartRuntime) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://127.0.0.1:%d/simple" % silent.getsockname()[1]
+        variables = {"PIP_NO_INDEX": None, "PIP_INDEX_URL": url, "ETL_CLASS_PAYLOAD": make_payload(LOADED, "UsesApp")}
+        python = interpreter("slim")
+        with Server([python, str(RUNTIME)], exact_environment(python, variables)) as server:
+            server.wait_for_line("installing Python packages: fastapi")
+            assert server.terminate() == Exit.OK
+
+
 # == WebSocket ==
 
 
@@ -601,6 +669,13 @@ class UsesApp(FastAPIServer):
     def __init__(self):
         super().__init__()
         self.app.add_api_route("/version", lambda: "1.0")
+    def transform(self, data, path, etl_args):
+        return data.upper()
+
+class UsesFlask(FlaskServer):
+    def __init__(self):
+        super().__init__()
+        self.app.add_url_rule("/version", view_func=lambda: '"1.0"')
     def transform(self, data, path, etl_args):
         return data.upper()
 
@@ -713,22 +788,24 @@ def own_python(tmp_path: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name, route, base", [
-    ("UsesApp", "/version", "FastAPIServer, by uvicorn"), ("Imports", "", "FlaskServer")])
+    ("UsesApp", "/version", "FastAPIServer, by uvicorn"), ("UsesFlask", "/version", "FlaskServer, by gunicorn"),
+    ("Imports", "", "FlaskServer")])
 def test_what_a_class_needs_is_installed_and_then_it_is_served(
     target: StandInTarget, index: Environ, own_python: str, name: str, route: str, base: str
 ) -> None:
     payload = make_payload(LOADED, name)
     env = {**index, "ETL_CLASS_PAYLOAD": payload, "AIS_TARGET_URL": target.url, "NUM_WORKERS": "2"}
     with Runtime(env=env, python=own_python, expect_traceback=True, start_seconds=300) as runtime:
-        runtime.wait_for_line(r"installing Python packages: fastapi")
+        runtime.wait_for_line(r"installing Python packages: (fastapi|flask)")
         runtime.wait_for_line(r"serving %s \(%s\) on \S+ with 2 workers" % (name, base))
         if route:
             assert body_of(runtime, route) == "1.0"
             assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO"
+        if name == "UsesApp":
             with open_websocket(runtime) as client:
                 client.send(b'{"path": "o"}')
                 client.send(b"hello")
                 assert client.recv() == b"HELLO"
-        else:
+        if name == "Imports":
             assert runtime.request("PUT", "/bucket/object", b"hello").status == 418
         assert runtime.terminate() == Exit.OK
