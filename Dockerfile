@@ -14,7 +14,8 @@ ARG PACKAGES=""
 ARG OS_PACKAGES=""
 WORKDIR /code
 
-# One step, and so one layer; what it needs of the project is mounted and leaves nothing behind.
+# One step, and so one layer; what it needs of the project is mounted and leaves nothing behind. (The cache of podman and
+# buildah does not look into what is mounted, BuildKit's does: with them build by --no-cache after a change.)
 #
 # pip must not leave the bytecode of itself and of half the library, 9 MB: PYTHONDONTWRITEBYTECODE. It compiles what it
 # installs all the same. What a pod imports of the library is compiled here, these modules and no more, since the official

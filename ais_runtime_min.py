@@ -127,6 +127,7 @@ LINGER_SECONDS = 0.02  # a thread waits so long for its connection's next reques
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
+HEALTH_SECONDS = 4.0  # for the answer to a health check: whoever runs it waits 5
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
@@ -135,7 +136,6 @@ RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, toge
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
-HEALTH_SECONDS = 4.0  # for the answer to a health check: whoever runs it waits 5
 TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
 TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
 
