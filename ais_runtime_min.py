@@ -8,6 +8,8 @@ the AIStore SDK, and transforms the objects that the target sends. It wants the 
 
     python3 ais_runtime_min.py                          serve what the environment describes
     python3 ais_runtime_min.py serve FILE[:CLASS]       serve a class from a file, nothing else needed
+    python3 ais_runtime_min.py health                   tell whether the pod in this container is healthy
+    python3 ais_runtime_min.py install                  install the environment's packages, while an image is built
 
 The map. A request passes four stages that hand each other plain values; each stage knows only the value. No section
 uses a name of a later one, but for `main` and a class's own `start()`.
@@ -133,6 +135,7 @@ LINGER_SECONDS = 0.02  # a thread waits so long for its connection's next reques
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
+HEALTH_SECONDS = 4.0  # for the answer to a health check: whoever runs it waits 5
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
@@ -182,6 +185,7 @@ class Exit(enum.IntEnum):
     """The exit codes of the pod, sysexits(3) where it has one: `kubectl describe pod` shows them."""
 
     OK = 0
+    UNHEALTHY = 1  # of the command `health` alone, as Docker wants it
     USAGE = os.EX_USAGE  # 64: the command line
     DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
     UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package cannot be installed or is missing
@@ -2525,7 +2529,7 @@ def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
     """Return an exception's traceback less the frames of this file; None if no other frame is in it."""
     kept, entry = [], error.__traceback__
     while entry is not None:
-        if entry.tb_frame.f_code.co_filename != __file__:
+        if entry.tb_frame.f_code.co_filename != user_traceback.__code__.co_filename:  # __file__ may be its bytecode
             kept.append(entry)
         entry = entry.tb_next
     result = None
@@ -6336,7 +6340,7 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop.
+# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `health`, `install`: for images.
 
 
 def prepare(settings: Settings) -> None:
@@ -6493,6 +6497,31 @@ def give_up(error: StartupError) -> int:
     return error.exit
 
 
+def check_health(environ: Mapping[str, str]) -> int:
+    """Ask the pod on `PORT` of this machine for its health; return 0, or 1 with the reason on stdout."""
+    port = environ.get("PORT") or "8000"
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", Settings.from_env({"PORT": port}).port, timeout=HEALTH_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            print(answer.read(ERROR_TEXT_LIMIT_BYTES).decode("utf-8", "replace"))
+            return Exit.OK if answer.status == HTTPStatus.OK else Exit.UNHEALTHY
+    except (ConfigError, OSError, http.client.HTTPException) as error:
+        print(f"ais_runtime_min: port {port} does not answer: {' '.join(describe(error).split())}")
+        return Exit.UNHEALTHY
+
+
+def install(environ: Mapping[str, str]) -> int:
+    """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have them baked in."""
+    Current.settings = Settings.from_env(environ)
+    prepare(Current.settings)
+    return Exit.OK
+
+
+COMMANDS: Mapping[str, Callable[[Mapping[str, str]], int]] = {"health": check_health, "install": install}
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     import argparse
@@ -6518,7 +6547,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without arguments the "
                     "environment describes what to serve: README.md has the variables.")
     parser.add_argument("--version", action="version", version=__version__)
-    serve = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in (("health", "ask the pod on PORT for its health: exit code 0 if it is healthy, else 1"),
+                          ("install", "install what OS_PACKAGES and PACKAGES name, while an image is built")):
+        commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+    serve = commands.add_parser(
         "serve", help="serve a class from a file, to try it", description="Serve a class from a file, to try it.")
     serve.add_argument("file", metavar="FILE[:CLASS]", help="a Python file, and the class if it defines several")
     serve.add_argument("--target", metavar="DIR|URL", help="a folder that stands in for a target, or a target's URL")
@@ -6527,6 +6560,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--workers", type=number(1, 256), default=1, help="worker processes (default: %(default)s)")
     serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
+    if arguments.command in COMMANDS:
+        raise UsageError(f"{arguments.command} stands alone; --help has the options")
     if arguments.target and "://" not in arguments.target:
         if not os.path.isdir(arguments.target):
             raise UsageError(f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
@@ -6568,6 +6603,8 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     try:
         if arguments[:1] == [WORKER_OPTION]:
             be_fresh_worker("".join(arguments[1:2]), arguments[2:], environ)
+        if len(arguments) == 1 and arguments[0] in COMMANDS:  # without argparse: a health check runs every few seconds
+            return COMMANDS[arguments[0]](environ)
         launch = Launch(arguments, dict(environ), [os.fspath(entry) for entry in sys.path], os.getcwd())
         return read_job(arguments, environ).run(launch)
     except StartupError as error:
