@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Mapping, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
@@ -26,48 +26,11 @@ STARTS = {
     "its source, with the library's bytecode": (["python", "/code/ais_runtime_min.py"], {}),
     "its source, without any bytecode": (["python", "/code/ais_runtime_min.py"], {"PYTHONPYCACHEPREFIX": "/nowhere"}),
 }
-STOPWATCH = """
-import base64, http.client, json, os, signal, statistics, subprocess, sys, time
-import cloudpickle
-sys.path.insert(0, "/code")
-from ais_runtime_min import HTTPMultiThreadedServer
-
-class Upper(HTTPMultiThreadedServer):
-    def transform(self, data, path, etl_args):
-        return data.upper()
-
-os.environ.update(ETL_CLASS_PAYLOAD=base64.b64encode(cloudpickle.dumps(Upper)).decode(), PYTHONDONTWRITEBYTECODE="1",
-                  AIS_TARGET_URL="http://127.0.0.1:9/")
-
-def is_healthy(port):
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-
-def seconds(command, environ, port):
-    began = time.perf_counter()
-    process = subprocess.Popen(command, env={**os.environ, **environ, "PORT": str(port)}, stdout=subprocess.DEVNULL)
-    if command[1] == "-c":
-        process.wait()
-        return time.perf_counter() - began
-    while not is_healthy(port):
-        assert process.poll() is None
-        time.sleep(0.002)
-    elapsed = time.perf_counter() - began
-    process.terminate()
-    process.wait()
-    return elapsed
-
-starts, rounds = json.loads(sys.argv[1]), int(sys.argv[2])
-found = {name: [] for name in starts}
-for number in range(rounds):
-    for name, (command, environ) in starts.items():
-        found[name].append(seconds(command, environ, 18000 + number))
-print(json.dumps({name: statistics.median(times) for name, times in found.items()}))
-"""
+PEER_STARTS = {  # the default runtime's ways, with the class at hand and nothing to unpickle
+    "the SDK's `HTTPMultiThreadedServer`, one process": (["python", "/tmp/threaded.py"], {}),
+    "the SDK's `FastAPIServer`, by uvicorn": (["python", "/tmp/asgi.py"], {}),
+}
+STOPWATCH = (ROOT / "tests" / "image" / "stopwatch.py").read_text()
 
 
 def main() -> int:
@@ -84,7 +47,9 @@ def main() -> int:
         engine.build(ROOT, "flat", "--target", "flat")
         print_sizes({name: engine.layers(image) for name, image in (
             ("base", IMAGE), ("peer", "localhost/peer"), ("default", "localhost/default"), ("flat", "localhost/flat"))})
-        print_starts(engine)
+        print("\n| start, 4 workers | ms |\n|---|---:|")
+        print_starts(engine, "localhost/default", STARTS)
+        print_starts(engine, "localhost/peer", PEER_STARTS)
     return 0
 
 
@@ -104,13 +69,12 @@ def print_sizes(layers: Dict[str, List[Layer]]) -> None:
                                         sum(layer.gzipped for layer in taken) / 1e6))
 
 
-def print_starts(engine: Engine) -> None:
+def print_starts(engine: Engine, image: str, starts: Mapping[str, Tuple[List[str], Dict[str, str]]]) -> None:
     """Print how long it takes from the start of a process to the first healthy answer, within one container."""
     done = subprocess.run(
         engine.podman_command("run", "--rm", "--no-healthcheck", "--network", "none", "--entrypoint", "python",
-                              "localhost/default", "-c", STOPWATCH, json.dumps(STARTS), str(ROUNDS)),
+                              image, "-c", STOPWATCH, json.dumps(starts), str(ROUNDS)),
         env=engine.environ, stdout=subprocess.PIPE, universal_newlines=True, check=True)
-    print("\n| start, 4 workers | ms |\n|---|---:|")
     for what, seconds in json.loads(done.stdout).items():
         print("| %s | %.0f |" % (what, seconds * 1000))
 
