@@ -31,9 +31,9 @@ RUN --mount=type=bind,target=/context \
     set -eu; \
     export PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore; \
     install -m 644 /context/ais_runtime_min.py .; \
-    requirements="$(python /context/image/requirements.py "$EXTRAS")"; \
+    requirements="$(python /context/tests/image/requirements.py "$EXTRAS")"; \
     PACKAGES="$requirements${PACKAGES:+,$PACKAGES}" python ais_runtime_min.py install; \
-    python -X no_debug_ranges /context/image/bytecode.py ais_runtime_min.py; \
+    python -X no_debug_ranges /context/tests/image/bytecode.py ais_runtime_min.py; \
     ln __pycache__/ais_runtime_min.*.pyc bootstrap.py
 
 ENV PYTHONUNBUFFERED=1

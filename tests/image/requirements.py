@@ -1,6 +1,6 @@
 """Print what the image installs: the project's requirements, and those of the extras that are named, joined by commas.
 
-    python image/requirements.py [EXTRA,…]
+    python tests/image/requirements.py [EXTRA,…]
 
 They are said once, in setup.cfg. The form is that of the runtime's own variable PACKAGES.
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
+SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
 
 
 def main(argv: Sequence[str]) -> int:

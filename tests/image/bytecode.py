@@ -1,6 +1,6 @@
 """Compile what a pod imports, and nothing else: a step of the Dockerfile.
 
-    python -X no_debug_ranges image/bytecode.py RUNTIME
+    python -X no_debug_ranges tests/image/bytecode.py RUNTIME
 
 The official image has no bytecode of the library, and a pod that is not root can write none. Which modules a pod imports the
 interpreter itself tells: below PYTHONPYCACHEPREFIX it writes the bytecode of each one, in whichever process of the pod and
