@@ -262,3 +262,20 @@ def test_no_target_whatever_is_more_than_a_refusal(data: bytes, method: str) -> 
         assert ETLRequest.parse(method, target).raw_path.startswith("/")
     except RequestError as refusal:
         assert refusal.status in (400, 404, 405)
+
+
+# == Control messages of WebSocket ==
+
+
+def test_a_control_message_is_understood() -> None:
+    request = ETLRequest.from_message(
+        {"path": "dir/a%20b", "fqn": "%2Fmp", "etl_args": " a=1 ", "pipeline": " http://t/x ", "more": 1})
+    assert (request.path, request.name, request.decoded_path) == ("dir/a%20b", "dir/a%20b", "/dir/a%20b")
+    assert (request.fqn, request.etl_args, request.pipeline, request.is_message) == ("%2Fmp", "a=1", "http://t/x", True)
+    assert ETLRequest.from_message({}).path == "" and ETLRequest.from_message({}).decoded_path == "/"
+
+
+@pytest.mark.parametrize("message", [None, [], "path", 1, {"path": 1}, {"fqn": None}, {"etl_args": {"a": 1}}, {"pipeline": []}])
+def test_a_malformed_control_message_is_refused(message: object) -> None:
+    with pytest.raises(BadRequest):
+        ETLRequest.from_message(message)

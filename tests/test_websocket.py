@@ -21,7 +21,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.sync.client import connect as connect_sync
 
-from ais_runtime_min import FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, unmask
+from ais_runtime_min import DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, Pace, unmask
 from harness import Runtime, Server, make_payload
 from peer import BINARY, CLOSE, PING, PONG, TEXT, Frame, Peer, frame, handshake, object_frames
 from standin import At, Behaviour, StandInTarget
@@ -633,6 +633,41 @@ def test_a_drain_answers_what_was_sent_and_closes_idle_connections_at_once(start
         assert time.monotonic() - began < 20
 
 
+def test_a_client_that_keeps_a_broken_connection_open_does_not_delay_the_end(failing: Runtime) -> None:
+    with Peer(failing) as inline, Peer(failing) as handed_over:
+        inline.send(object_frames(b"x", path="o", etl_args="fail it"))
+        assert inline.break_reason()[0] == 1011
+        handed_over.send(object_frames(b"x", path="o", etl_args="sleep 1.1"), object_frames(b"x", path="o", etl_args="fail it"))
+        assert handed_over.result() == b"x"
+        assert handed_over.break_reason()[0] == 1011
+        began = time.monotonic()
+        assert failing.terminate() == 0
+        assert time.monotonic() - began < DRAIN_SECONDS - 1
+
+
+@pytest.mark.slow
+def test_a_client_that_never_stops_sending_is_told_that_the_pod_stops(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    with Peer(server) as peer:
+        ended = threading.Event()
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                while not ended.is_set():
+                    peer.send(object_frames(b"x" * 1000, path="o") * 10)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        assert peer.result() == b"x" * 1000
+        server.process.send_signal(signal.SIGTERM)
+        *results, first, last = peer.rest()
+        ended.set()
+        sender.join()
+    assert {each.payload for each in results} == {b"x" * 1000}
+    assert (first, last) == (Frame(BINARY, b"", False), Frame(CLOSE, b"\x03\xf3the pod is stopping"))
+    assert server.wait() == 0
+
+
 def test_a_client_that_just_goes_away_leaves_no_line(start_runtime: StartRuntime) -> None:
     server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
     before = len(server.lines)
@@ -687,3 +722,28 @@ def test_a_result_that_nobody_reads_does_not_hold_up_others(echo: Server) -> Non
                 sent = 0
         peer.send(object_frames(b"served", path="o"))
         assert peer.result() == b"served"
+
+
+# == The pace ==
+
+
+def test_three_slow_objects_in_a_row_are_handed_over_until_one_is_tried_again() -> None:
+    pace, now = Pace(), 1000.0
+    pace.connections = 2
+    for seconds in (0.003, 0.005, 0.005, 0.003, 0.005, 0.005):  # a quick one for two connections ends a row
+        pace.note(seconds, now)
+        assert pace.is_quick(now)
+    pace.note(0.01, now)
+    assert not pace.is_quick(now + 0.99)
+    assert pace.is_quick(now + 1.01)
+    pace.note(0.01, now + 1.01)  # still slow
+    assert not pace.is_quick(now + 2.0)
+    pace.note(0.001, now + 2.02)
+    assert pace.is_quick(now + 2.02)
+
+
+def test_a_very_slow_object_is_enough_to_hand_over() -> None:
+    pace = Pace()
+    pace.note(1.5, 1000.0)
+    assert not pace.is_quick(1149.0)
+    assert pace.is_quick(1151.0)

@@ -666,7 +666,7 @@ def failing_objects_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_o
     assert all("%s: Processing error: validation failed" % name in logged for name in outcome.failed), logged
 
 
-def a_pod_whose_last_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
+def a_pod_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
     bad = {"bad-%d" % number: b"bad" for number in range(12)}
     source = world.filled_bucket(bad)
     etl = world.start(Validator, WS, True)
