@@ -2303,7 +2303,7 @@ class ETLRequest(NamedTuple):
         names = ("path", "fqn", "etl_args", "pipeline")
         texts: List[Any] = [message.get(name, "") for name in names] if isinstance(message, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
-            raise BadRequest("a control message must be a JSON object whose values are texts")
+            raise BadRequest("it must be a JSON object whose values are texts")
         path, fqn, etl_args, pipeline = texts
         return cls("PUT", "/ws", fqn=fqn, etl_args=etl_args.strip(), pipeline=pipeline.strip(), object_to=path)
 
@@ -3390,12 +3390,19 @@ def next_frame(source: ConnectionInput) -> Optional[Frame]:
 
 
 class MessageStream(BodyStream):
-    """The payload of one message, of all its fragments; control frames between these are taken care of."""
+    """The payload of one message, of all its fragments.
 
-    def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None]) -> None:
+    Control frames between these go to `control`; `admit` is called with the bytes that are known to come, and may object.
+    """
+
+    def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None],
+                 admit: Callable[[int], None]) -> None:
         super().__init__()
         self._source = source
         self._control = control
+        self._admit = admit
+        self._announced = frame.size
+        admit(frame.size)
         self._is_text = frame.opcode == OP_TEXT
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
@@ -3432,6 +3439,8 @@ class MessageStream(BodyStream):
         if frame.opcode != OP_CONTINUATION:
             raise MessageError("a message begins within another")
         self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
+        self._announced += frame.size
+        self._admit(self._announced)
         self._check_text(b"")
 
     def _check_text(self, data: Any) -> None:
@@ -3500,8 +3509,7 @@ class MessageReader:
 
     def _read_large(self, frame: Frame) -> ReceivedObject:
         """Read a message as there is memory for it."""
-        self._room.check(frame.size)
-        waiting = WaitingBody(self._room, MessageStream(self._source, frame, self._control))
+        waiting = WaitingBody(self._room, MessageStream(self._source, frame, self._control, self._room.check))
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(waiting.close)
             received = ReceivedObject(waiting.readall(), waiting.close)
@@ -3610,6 +3618,11 @@ class ObjectExchange:
     def is_full(self) -> bool:
         """Whether so much is pending that `take` waits; one object is always taken."""
         return len(self._pending) >= AHEAD_LIMIT_MESSAGES or (bool(self._pending) and self._bytes >= AHEAD_LIMIT_BYTES)
+
+    @property
+    def next_name(self) -> str:
+        """What log lines call that of which the next message is a part."""
+        return "a control message" if self._awaited is None else self._awaited.name
 
     def take(self, message: ReceivedObject) -> None:
         """Take a message; BadRequest where no control message was understood, after which none can be."""
@@ -3742,27 +3755,28 @@ class WebSocket:
         self._is_over = False  # whether nothing is to be read or sent any more
         self._bell, self._ringer = socket.socketpair()  # wakes the thread while it waits for the client
 
-    def serve(self) -> bool:
-        """Serve to the end; return whether the client may still be sending, so that closing at once would be rude."""
+    def serve(self) -> None:
+        """Serve to the end, at which the client may just have ended the connection, or not even know of it."""
         set_timeout(self._connection, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
         self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
-        try:
-            ending, error = attempt(self._converse)
-            self._exchange.wait()
-            if error is not None:
-                ending = self._ending_for(error)
-                forget_traceback(error)
-            self._put(*ending)
-            self._flush()
-        finally:
-            with self._lock:
-                self._bell.close()
-                self._ringer.close()
-        return not self._owner.is_draining
+        ending, error = attempt(self._converse)
+        self._exchange.wait()
+        if error is not None:
+            ending = self._ending_for(error)
+            forget_traceback(error)
+        self._put(*ending)
+        self._flush()
+        report(REPORT_CLOSED)
+        attempt(self._linger)
 
     def ring(self) -> None:
         """Wake the thread of the connection, on any other."""
-        attempt(self._ringer.send, b"\0")  # it may have ended just now
+        self._ringer.send(b"\0")
+
+    def close(self) -> None:
+        """Let go of the bell, once nobody will ring it; the connection is its owner's to close."""
+        self._bell.close()
+        self._ringer.close()
 
     def _converse(self) -> Sequence[bytes]:
         """Take messages until no more come; return the frames that end the connection."""
@@ -3785,7 +3799,7 @@ class WebSocket:
             return [close_frame(error.code, str(error))]
         reason = self._owner.service.settings.redact(describe(error))
         trace = None if isinstance(error, RequestError) else error
-        logger.error("%s; the WebSocket connection is closed", reason, exc_info=trace)
+        logger.error("%s: %s; its WebSocket connection is closed", self._exchange.next_name, reason, exc_info=trace)
         return self._breaking_frames(CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED, reason)
 
     def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
@@ -3796,25 +3810,32 @@ class WebSocket:
     def _prepare(self) -> bool:
         """Get ready to wait for the client; False where nothing more is to be read."""
         self._flush()
-        if self._is_over:
-            return False
-        if self._source.ahead or self._reader.is_within or not self._exchange.is_between_objects:
-            return True
-        if not self._owner.is_draining:
-            return self._is_readable(None) or (self._owner.is_draining and self._prepare())
-        if time.monotonic() > self._owner.drain_deadline:
+        if self._owner.is_draining and time.monotonic() > self._owner.drain_deadline:
             raise RequestError("the pod is stopping")
+        if self._is_over or self._source.ahead or self._reader.is_within or not self._exchange.is_between_objects:
+            return not self._is_over
+        if not self._owner.is_draining:
+            return (self._wait_for_client() and not self._is_over) or (self._owner.is_draining and self._prepare())
         self._exchange.wait()
-        return self._is_readable(0)
+        return is_ready(self._connection, select.POLLIN)
 
-    def _is_readable(self, timeout_seconds: Optional[float]) -> bool:
-        """Wait until the client has sent something, until the bell rings, or for a time."""
+    def _wait_for_client(self, seconds: Optional[float] = None) -> bool:
+        """Wait until the client has sent something; False where the bell rings before, or the time is over."""
         poller = select.poll()
         poller.register(self._connection, select.POLLIN)
-        if timeout_seconds is None:
-            poller.register(self._bell, select.POLLIN)
-        ready = poller.poll(timeout_seconds)
-        return not self._is_over and any(number == self._connection.fileno() for number, _ in ready)
+        poller.register(self._bell, select.POLLIN)
+        ready = [number for number, _ in poller.poll(None if seconds is None else max(0.0, 1000 * seconds))]
+        return self._connection.fileno() in ready
+
+    def _linger(self) -> None:
+        """Read on for a moment before closing: a reset would take the last frames from a client that still sends."""
+        self._connection.shutdown(socket.SHUT_WR)
+        if is_ready(self._bell, select.POLLIN):
+            self._bell.recv(READ_BYTES)
+        deadline, left = time.monotonic() + DRAIN_SECONDS, LINGER_LIMIT_BYTES
+        while left > 0 and not self._owner.is_draining and self._wait_for_client(deadline - time.monotonic()):
+            data = self._connection.recv(READ_BYTES)
+            left -= len(data) or left
 
     def _reply(self, reply: Reply) -> None:
         """Send a reply, or keep it for a moment; called in the order of the objects, by one thread at a time."""
@@ -3854,8 +3875,8 @@ class WebSocket:
 class WebSockets:
     """The open WebSocket connections of a worker.
 
-    Each holds a thread: AIStore opens two for each ETL and eight for each job, and keeps them busy. They are limited to
-    half of the pool's threads, so that other requests find one.
+    Each holds a thread, idle or not: AIStore opens two for each ETL and eight for each job, which all workers share. They
+    are limited to half of the pool's threads, so that other requests find one.
     """
 
     def __init__(self, service: Service, hand_over: Callable[[Callable[[Any], None], Any], None]) -> None:
@@ -3872,16 +3893,18 @@ class WebSockets:
         """Whether no more connections are to be opened."""
         return self.is_draining or len(self._open) >= WEBSOCKET_LIMIT
 
-    def serve(self, connection: socket.socket, ahead: bytes) -> bool:
-        """Serve a connection whose client has sent `ahead` behind its handshake; return what `WebSocket.serve` does."""
+    def serve(self, connection: socket.socket, ahead: bytes) -> None:
+        """Serve a connection to its end; its client has sent `ahead` behind its handshake."""
         websocket = WebSocket(connection, ahead, self)
-        self._count(self._open.add, websocket, REPORT_OPENED)
+        self._change(self._open.add, websocket)
+        report(REPORT_OPENED)
         try:
             if self.is_draining:
                 websocket.ring()
-            return websocket.serve()
+            websocket.serve()
         finally:
-            self._count(self._open.discard, websocket, REPORT_CLOSED)
+            self._change(self._open.discard, websocket)
+            websocket.close()
 
     def drain(self) -> None:
         """Let each connection end as soon as all that its client has sent is answered."""
@@ -3891,12 +3914,10 @@ class WebSockets:
             for websocket in self._open:
                 websocket.ring()
 
-    def _count(self, change: Callable[[WebSocket], None], websocket: WebSocket, message: bytes) -> None:
-        """Open or close a connection for the books, ours and the supervisor's."""
+    def _change(self, change: Callable[[WebSocket], None], websocket: WebSocket) -> None:
         with self._lock:
             change(websocket)
             self.pace.connections = len(self._open)
-        report(message)
 
 
 # == 15. HTTP ==
@@ -4081,7 +4102,8 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             keeps = self._keeps(answer, head, body)
             self._write(answer, head, keeps)
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
-            return self.server.websockets.serve(self.connection, self.input.take(self.input.ahead)) and self._linger()
+            self.server.websockets.serve(self.connection, self.input.take(self.input.ahead))
+            return False
         return keeps if body.is_at_end else self._linger()
 
     def _read_head(self) -> Optional[bytes]:
@@ -5654,15 +5676,14 @@ class Supervisor:
                 self._bury(worker, status)
 
     def _look_at_websockets(self) -> None:
-        """End the pod where failures have closed WebSocket connections and none has been open for a while.
+        """End a pod where failures have closed WebSocket connections and none has been open for a while.
 
         A target never dials again: what it sends there waits forever, and it hears of the failure only by the pod's end.
         """
-        workers = self._workers.values()
-        is_any_open = any(worker.websockets for worker in workers)
-        has_opened = any(worker.has_opened for worker in workers)
-        for worker in workers:
-            self._breakage, worker.breakage, worker.has_opened = worker.breakage or self._breakage, "", False
+        if not (self._settings.payload or self._settings.payload_file):  # a laptop
+            return
+        has_opened = self._take_news_of_websockets()
+        is_any_open = any(worker.websockets for worker in self._workers.values())
         if is_any_open or not self._breakage or self._deadline:
             self._forsaken_at = 0.0
         elif not self._forsaken_at or has_opened:
@@ -5670,6 +5691,15 @@ class Supervisor:
         elif time.monotonic() >= self._forsaken_at:
             self._forsaken_at = 0.0
             self._fail(Forsaken(f"{self._breakage} (no WebSocket connection is left, and AIStore opens none again)"))
+
+    def _take_news_of_websockets(self) -> bool:
+        """Take note of why connections were lost; return whether any was opened since the last time."""
+        has_opened = False
+        for worker in self._workers.values():
+            has_opened = has_opened or worker.has_opened
+            self._breakage = worker.breakage or self._breakage
+            worker.breakage, worker.has_opened = "", False
+        return has_opened
 
     def _bury(self, worker: Worker, status: int) -> None:
         """Decide what a worker's end means: the end of all, or a replacement."""

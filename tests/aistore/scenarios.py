@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -45,7 +46,7 @@ LOG_LINES = 60  # of each pod, in the report of a failure
 SIZES = (0, 1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, MIB, 64 * MIB)
 PARTS = 3
 INVERT = bytes(255 - byte for byte in range(256))
-HPUSH, HPULL = "hpush", "hpull"
+HPUSH, HPULL, WS = "hpush", "hpull", "ws"
 
 Report = Dict[str, Any]  # name, error (a traceback, or ""), notes (a list of text), logs (by pod)
 
@@ -348,6 +349,16 @@ def inline_reads_are_transformed(world: World) -> None:
             must_equal(world.inline(source, name, started.etl), content.translate(INVERT), "%s, %s" % (name, started))
 
 
+def inline_reads_are_transformed_by_ws(world: World) -> None:
+    objects = {"empty": b"", "small": b"object", "large": random.Random(1).randbytes(64 * MIB)}
+    source = world.filled_bucket(objects)
+    for started in world.start_each([Inverter, FastAPIInverter, FlaskInverter, StreamInverter], [WS], [True]):
+        for name, content in objects.items():
+            must_equal(world.inline(source, name, started.etl), content.translate(INVERT), "%s, %s" % (name, started))
+        for text in ("plain", "a b+c%20d&e=f;g"):
+            must_equal(world.inline(source, "empty", started.etl, text), text.encode(), "%r, %s" % (text, started))
+
+
 def inline_reads_have_their_arguments(world: World) -> None:
     source = world.filled_bucket({"object": b""})
     texts = ["plain", "a b+c%20d&e=f;g", "über/?#", '{"k":"v w"}']
@@ -383,10 +394,15 @@ def check_jobs(world: World, served: Type[ETLServer], comm: str, **variables: st
     """Transform objects of critical sizes, with direct put and without."""
     objects = {"size-%d" % size: random.Random(size).randbytes(size) for size in SIZES}
     source = world.filled_bucket(objects)
-    for started in world.start_each([served], [comm], [False, True], **variables):
+    for started in world.start_each([served], [comm], direct_puts_of(comm), **variables):
         with world.destination() as destination:
             world.transform(source, started.etl, destination).must_succeed(started)
             must_hold(destination, inverted(objects), started)
+
+
+def direct_puts_of(comm: str) -> List[bool]:
+    """Return the values of direct put that a communication type has: AIStore refuses ws without."""
+    return [True] if comm == WS else [False, True]
 
 
 def jobs_of_bytes_by_hpush(world: World) -> None:
@@ -411,6 +427,37 @@ def jobs_of_streams_by_hpush(world: World) -> None:
 
 def jobs_of_streams_by_hpull(world: World) -> None:
     check_jobs(world, StreamInverter, HPULL)
+
+
+def jobs_of_bytes_by_ws(world: World) -> None:
+    check_jobs(world, Inverter, WS)
+
+
+def jobs_of_bytes_one_at_a_time_by_ws(world: World) -> None:
+    check_jobs(world, FastAPIInverter, WS)
+
+
+def jobs_of_files_by_ws(world: World) -> None:
+    check_jobs(world, FileInverter, WS, ETL_DIRECT_FQN="true")
+
+
+def jobs_of_streams_by_ws(world: World) -> None:
+    check_jobs(world, StreamInverter, WS)
+
+
+def a_job_of_many_small_objects_by_ws(world: World) -> None:
+    objects = {"dir/object-%d" % number: b"%d " % number + b"x" * (number % 50) for number in range(2000)}
+    source = world.bucket()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: source.object(name).get_writer().put_content(objects[name]), objects))
+    for started in world.start_each([Inverter], [WS], [True]):
+        with world.destination() as destination:
+            world.transform(source, started.etl, destination).must_succeed(started)
+            names = {entry.name for entry in destination.list_all_objects()}
+            assert names == set(objects), "%d of %d objects are there" % (len(names), len(objects))
+            some = random.Random(5).sample(sorted(objects), 200)
+            for name in some:
+                must_equal(destination.object(name).get_reader().read_all(), objects[name].translate(INVERT), name)
 
 
 def check_parts(world: World, served: Type[ETLServer], **variables: str) -> None:
@@ -494,10 +541,10 @@ def check_pipeline(world: World, first: str, served: List[Type[ETLServer]]) -> N
     expected.update({"emptied-1": b"23", "emptied-2": b"3", "emptied-3": b""})
     source = world.filled_bucket(objects)
     comms = (first, HPUSH, HPULL)
-    for direct_put in (False, True):
+    for direct_put in direct_puts_of(first):
         etls = world.start_stages(served, comms, direct_put)
         pipeline = etls[0] >> etls[1] >> etls[2]
-        if first == HPUSH:
+        if first != HPULL:
             for name in objects:
                 must_equal(world.inline(source, name, pipeline), expected[name], "inline %s" % name)
         with world.destination() as destination:
@@ -515,6 +562,14 @@ def pipelines_of_streams_by_hpush(world: World) -> None:
 
 def pipelines_of_bytes_and_streams_by_hpull(world: World) -> None:
     check_pipeline(world, HPULL, [Stage, StreamStage, FastAPIStage])
+
+
+def pipelines_of_bytes_by_ws(world: World) -> None:
+    check_pipeline(world, WS, [Stage, FastAPIStage, Stage])
+
+
+def pipelines_of_bytes_and_streams_by_ws(world: World) -> None:
+    check_pipeline(world, WS, [StreamStage, StreamStage, FastAPIStage])
 
 
 def a_pipeline_that_leads_back_to_its_first_stage_by_hpush(world: World) -> None:
@@ -564,6 +619,76 @@ def failing_streams_leave_no_half_objects_by_hpush(world: World) -> None:
 
 def failing_streams_leave_no_half_objects_by_hpull(world: World) -> None:
     check_failures(world, StreamValidator, HPULL)
+
+
+def a_failed_inline_read_by_ws_is_told_at_once(world: World) -> None:
+    source = world.filled_bucket({"good": b"good", "bad": b"bad"})
+    for started in world.start_each([Validator] * 3, [WS], [True]):
+        must_equal(world.inline(source, "good", started.etl), b"GOOD", "before")
+        began = time.monotonic()
+        try:
+            world.notes.append("answered %r" % world.inline(source, "bad", started.etl))  # of a race in the target, rarely
+        except AISError as error:
+            assert "validation failed" in str(error), error
+            assert time.monotonic() - began < 10
+            world.notes.append(str(error))
+            return
+    raise AssertionError("no failure was told: %s" % world.notes)
+
+
+def places_of(bucket: Bucket) -> Dict[str, str]:
+    """Return the target that each object of a bucket is on."""
+    entries = bucket.list_all_objects(props="name,location")
+    return {entry.name: entry.location.partition(":")[0] for entry in entries}
+
+
+def failing_objects_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_on(world: World) -> None:
+    good = {"good-%d" % number: b"good %d" % number for number in range(100)}
+    bad = {"bad-%d" % number: b"bad" for number in range(40)}
+    source = world.filled_bucket({**good, **bad})
+    started = world.start_each([Validator], [WS], [True])[0]
+    with world.destination() as destination:
+        for name in bad:  # to see where each belongs
+            destination.object(name).get_writer().put_content(b"")
+        here, there = places_of(source), places_of(destination)
+        stay = [name for name in bad if here[name] == there[name]]
+        for name in bad:
+            destination.object(name).delete()
+        for name in stay:  # such a failure would end the job's connections, one after the other
+            source.object(name).delete()
+        assert len(stay) < len(bad)
+        outcome = world.transform(source, started.etl, destination, cont_on_err=True)
+        world.notes.append("%s: %s" % (outcome.error, outcome.failed))
+        must_hold(destination, {name: content.upper() for name, content in good.items()}, started)
+    must_equal(world.inline(source, "good-1", started.etl), b"GOOD 1", "afterwards")
+    logged = "\n".join(line for log in world.logs().values() for line in log)
+    assert set(outcome.failed) == set(bad) - set(stay), "told as failed: %s" % outcome.failed
+    assert all("%s: Processing error: validation failed" % name in logged for name in outcome.failed), logged
+
+
+def a_pod_whose_last_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
+    bad = {"bad-%d" % number: b"bad" for number in range(12)}
+    source = world.filled_bucket(bad)
+    etl = world.start(Validator, WS, True)
+    reads = [threading.Thread(target=attempt, args=(world.inline, source, name, etl), daemon=True) for name in bad]
+    for read in reads:
+        read.start()
+    deadline = time.monotonic() + 60
+    while not world.events("exited", etl) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert world.events("exited", etl), "no pod ended: %s" % world.events(None, etl)
+    last_lines = [lines[-1] for lines in world.logs().values()]
+    world.notes.append(str(last_lines))
+    assert any(re.match("ais_runtime_min: .*validation failed", line) for line in last_lines), last_lines
+    for read in reads:
+        read.join(30)
+    assert not any(read.is_alive() for read in reads), "a read never ends, though its ETL is aborted"
+
+
+def attempt(function: Callable[..., Any], *args: Any) -> None:
+    """Make a call that may well fail."""
+    with contextlib.suppress(Exception):
+        function(*args)
 
 
 class Killer:

@@ -10,7 +10,8 @@ from bench.scenarios import KIB, PEERS, SCENARIOS, SERVERS, Scenario
 from bench.throughput import Figures
 
 COLOURS = {"ours": "#1b6e3c", "ours-fastapi": "#7bc096", "fastapi": "#2f6db5", "threaded": "#d98324", "flask": "#9a9a9a"}
-KINDS = {"put": "PUT with the object", "fqn": "PUT by FQN", "direct": "direct put", "stream": "streamed"}
+KINDS = {"put": "PUT with the object", "fqn": "PUT by FQN", "direct": "direct put", "stream": "streamed",
+         "ws": "WebSocket with the object", "ws-fqn": "WebSocket by FQN"}
 PANEL_INCHES = (5.6, 2.7)
 STYLE = {"svg.hashsalt": "bench", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}  # the same file each time
 

@@ -20,7 +20,8 @@ METHOD = """\
 Made by `python3 tests/bench/run.py`. All servers run on the machine that also makes the load, on one Python, and take turns
 round by round; a figure is the median of its rounds. The load is `wrk` with one thread. Objects below 64 KiB are upper-cased,
 larger ones returned as they are; streams are passed on in pieces of 64 KiB. Before its turn each server has shown that its
-result is right to the byte, and a run with a single error has no figure.
+result is right to the byte, and a run with a single error has no figure. Over WebSocket the load is `wsload.py`, which sends
+as a target does, with up to 256 objects or 4 MiB on their way in each connection, and compares every byte of every result.
 
 * *ours* serves a class deriving from `HTTPMultiThreadedServer`, *ours, FastAPI class* one deriving from `FastAPIServer`, on an
   interpreter with cloudpickle alone.

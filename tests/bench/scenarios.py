@@ -36,8 +36,13 @@ class Scenario(NamedTuple):
 
     @property
     def is_load(self) -> bool:
-        """Whether wrk measures it."""
+        """Whether it is measured by load."""
         return self.kind not in UNITS
+
+    @property
+    def is_websocket(self) -> bool:
+        """Whether it goes over WebSocket, which wrk does not speak."""
+        return self.kind in ("ws", "ws-fqn")
 
     @property
     def streams(self) -> bool:
@@ -70,6 +75,8 @@ SCENARIOS = (
     _load("direct", "direct put", KIB, 16, DELIVERING),
     _load("direct", "direct put", MIB, 16, DELIVERING),
     _load("stream", "streamed", MIB, 16, ("ours", "fastapi")),  # the threaded server's end with their connection, see METHOD
+    *(_load("ws", "WebSocket, in the message,", size, 8, ("ours", "ours-fastapi", "fastapi")) for size in (KIB, MIB)),
+    *(_load("ws-fqn", "WebSocket, by FQN,", size, 8, ("ours", "ours-fastapi", "fastapi")) for size in (KIB, MIB)),
     Scenario("start", "exec to the first healthy answer, 4 workers", "start", 0, 0,
              ("ours", "ours-script", "fastapi", "threaded", "imports")),
     Scenario("memory", "memory (PSS) when idle, 4 workers", "memory", 0, 0, DELIVERING),
@@ -84,6 +91,10 @@ BARS = (
     Bar("put-1m-8", "ours", True, 1.7, "fastapi"),
     Bar("direct-1k-16", "ours", True, 2, "fastapi"),
     Bar("direct-1m-16", "ours", True, 1.5, "fastapi"),
+    Bar("ws-1k-8", "ours", True, 2, "fastapi"),
+    Bar("ws-1m-8", "ours", True, 1, "fastapi"),
+    Bar("ws-fqn-1k-8", "ours", True, 2, "fastapi"),
+    Bar("ws-fqn-1m-8", "ours", True, 1.5, "fastapi"),
     Bar("start", "ours", False, 0.25, "threaded"),
     Bar("start", "ours", False, 0.08, "fastapi"),
     Bar("start", "ours", False, 2.5, "imports"),

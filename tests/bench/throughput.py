@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import psutil
 
-from bench.load import Load, LoadFailure, Request, run_wrk
+from bench.load import Load, LoadFailure, Request, WebSocketRequest, run_websocket, run_wrk
 from bench.scenarios import Scenario
 from bench.servers import Peers, Place, Server, ServerFailure, expected_result
 
@@ -114,6 +114,7 @@ class Exchange:
     def __init__(self, scenario: Scenario, place: Place, sink: Server) -> None:
         self._scenario = scenario
         self._sink = sink
+        self._folder = place.folder
         self.object = (LETTERS * (scenario.size // len(LETTERS) + 1))[:scenario.size]
         self._file = self._write(place.folder)
 
@@ -131,8 +132,20 @@ class Exchange:
         headers = ["Ais-Node-Url: " + self._sink.url(DESTINATION)] if self._scenario.kind == "direct" else []
         return Request(server.url(OBJECT_TARGET), self._file, headers)
 
+    def load(self, server: Server, seconds: int) -> Load:
+        """Send the request over and over; LoadFailure for a single error."""
+        if not self._scenario.is_websocket:
+            return run_wrk(self.request(server), self._scenario.connections, seconds)
+        control, body = {"path": OBJECT_TARGET[1:]}, self._file
+        if self._scenario.kind == "ws-fqn":
+            control, body = {**control, "fqn": quote(str(self._file), safe="")}, None
+        request = WebSocketRequest(server.port, control, body, expected_result(self.object, streaming=False))
+        return run_websocket(request, self._scenario.connections, seconds, self._folder)
+
     def check(self, server: Server) -> None:
         """Send the request once; raise ServerFailure unless the result is right to the byte."""
+        if self._scenario.is_websocket:
+            return  # every result of the load is compared
         request = self.request(server)
         expected = expected_result(self.object, self._scenario.streams)
         headers = dict(header.split(": ", 1) for header in request.headers)
@@ -188,7 +201,7 @@ def _measure_one(
         exchange.check(server)
         if effort.warm_up:
             with contextlib.suppress(LoadFailure):  # which the first round meets again
-                run_wrk(exchange.request(server), scenario.connections, 1)
+                exchange.load(server, 1)
     loads: Dict[str, List[Load]] = {server.name: [] for server in servers}
     notes: Dict[str, str] = {}
     for number in range(effort.rounds):
@@ -218,7 +231,7 @@ def _run_once(scenario: Scenario, exchange: Exchange, server: Server, sink: Serv
     """Run the load once, and check that all that was answered has come whole: to wrk, or to the sink."""
     direct = scenario.kind == "direct"
     before = delivered(sink) if direct else (0, 0)
-    load = run_wrk(exchange.request(server), scenario.connections, seconds)
+    load = exchange.load(server, seconds)
     if direct:
         after = delivered(sink)
         _check_delivery(after[0] - before[0], after[1] - before[1], load, scenario)
