@@ -4559,7 +4559,10 @@ def install_framework(name: str, serves: bool) -> None:
                 f"in with docker build --build-arg EXTRAS={name}, or let PACKAGES or pip's own variables name a source "
                 f"that can be reached; {error}") from None
     for module, _ in wanted:
-        importlib.import_module(module)
+        problem = attempt(importlib.import_module, module).error
+        if problem is not None:
+            log_user_error(module, problem)
+            raise PackageError(f"the class needs {module}, which cannot be imported: {describe(problem)}")
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
