@@ -8,6 +8,8 @@ the AIStore SDK, and transforms the objects that the target sends. It wants the 
 
     python3 ais_runtime_min.py                          serve what the environment describes
     python3 ais_runtime_min.py serve FILE[:CLASS]       serve a class from a file, nothing else needed
+    python3 ais_runtime_min.py health                   tell whether the pod in this container is healthy
+    python3 ais_runtime_min.py install                  install the environment's packages, while an image is built
 
 The map. A request passes four stages that hand each other plain values; each stage knows only the value. No section
 uses a name of a later one, but for `main` and a class's own `start()`.
@@ -82,8 +84,8 @@ import time
 import types
 from abc import ABC, abstractmethod
 from http import HTTPStatus
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ LINGER_SECONDS = 0.02  # a thread waits so long for its connection's next reques
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
+HEALTH_SECONDS = 4.0  # for the answer to a health check: whoever runs it waits 5
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
@@ -145,8 +148,13 @@ FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its 
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
-TOOL_SECONDS = 1800.0  # for apk or pip: building a large wheel takes minutes, half an hour means it hangs
-TOOL_STOP_SECONDS = 5.0  # for apk or pip to end on SIGTERM
+TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, half an hour means it hangs
+TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
+TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer still runs
+TOOL_LOOK_SECONDS = 0.1  # between two looks whether an installer has ended, where its output stays open
+TOOL_QUERY_SECONDS = 60.0  # for an installer to say whether a package is there: it reads a file
+TOOL_LINES_LIMIT = 40  # of an installer's output that are kept; its errors are among the last
+TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
@@ -154,6 +162,10 @@ WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker: each has a thread,
 HELPER_THREAD_LIMIT = 64  # of a worker, for slow objects that come over WebSocket: 16 transform, others read and deliver
 RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
 TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
+QUICK_REQUEST_SECONDS = 0.0005  # a request that takes less on average is served by the leader: other threads are not worth it
+LEAD_SECONDS = 0.01  # until a leader that is held up by one request has lost its lead to another thread
+SLOW_SECONDS = 1.0  # after which it is seen anew whether requests are quick
+WATCH_LIMIT = 100  # looks at a leader that has nothing to serve, before one waits to be told that it has
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
 CROWD_LIMIT = 64  # idle connections that are closed at once when no more can be opened
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
@@ -173,6 +185,7 @@ class Exit(enum.IntEnum):
     """The exit codes of the pod, sysexits(3) where it has one: `kubectl describe pod` shows them."""
 
     OK = 0
+    UNHEALTHY = 1  # of the command `health` alone, as Docker wants it
     USAGE = os.EX_USAGE  # 64: the command line
     DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
     UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package cannot be installed or is missing
@@ -573,102 +586,421 @@ def configure_logging(settings: Settings) -> None:
 
 
 # == 4. Packages ==
-# What the class needs, by the tools of the image: apk, then pip. Runs in the supervisor, before anything is loaded.
+# What the class needs, by the tools of the image: apk or apt-get, then pip. Runs in the supervisor, before the class
+# is loaded; pip runs once more for a class that then needs a framework.
+
+CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@")  # also where a password has a bare slash
+
+
+def hide_credentials(text: str) -> str:
+    """Hide what stands for user and password in the URLs of a text."""
+    return CREDENTIALS.sub("://***@", text)
+
+
+def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a child and all of its process group are gone.
+
+    PID 1 has adopted the orphans among them, and reaps them here.
+    """
+    if process.poll() is None:
+        return False
+    try:
+        while os.waitpid(-process.pid, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):  # macOS refuses where only zombies are left
+        return True
+    return False
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and all it started, first by SIGTERM; it was started in a session of its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
+    """End a child and all of its process group, first by SIGTERM; it was started in a session of its own."""
+
+    def send(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
         deadline = time.monotonic() + TOOL_STOP_SECONDS
-        while process.poll() is None and time.monotonic() < deadline:
+        while not group_has_ended(process) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    if group_has_ended(process):
+        return
+    try:
+        send(signal.SIGTERM)
+    finally:  # also when a second signal to us ends the wait
+        if not group_has_ended(process):
+            send(signal.SIGKILL)
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """Return the last line of an error, with those that a colon at its end announces; "" where there is none."""
+    errors = [index for index, line in enumerate(lines) if re.match(r"error\b(?!.*subprocess-exited)", line, re.IGNORECASE)]
+    end = errors[-1] + 1 if errors else 0
+    while 0 < end < len(lines) and lines[end - 1].endswith(":"):
+        end += 1
+    return " ".join(lines[errors[-1]:end] if errors else [])
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Pick the line of a tool's output that says what went wrong: its last error, else its last line."""
-    errors = [line.strip() for line in lines if re.match(r"\s*error\b(?!.*subprocess-exited)", line, re.IGNORECASE)]
-    return (errors or [line.strip() for line in lines] or ["it printed nothing"])[-1]
+    """Pick from a tool's output what went wrong: its last error, all of those of apt-get, or its last line."""
+    said = [line.strip() for line in lines]
+    words = "; ".join(line[3:] for line in said if line.startswith("E: ")) or last_error(said)
+    if "No matching distribution" in words and any("connection broken by" in line for line in said):
+        words += "; the package index cannot be reached"  # which pip takes for an index without the package
+    return words or (said or ["it printed nothing"])[-1]
 
 
-def run_tool(variable: str, command: Sequence[str]) -> None:
-    """Run an installer to its end, for `TOOL_SECONDS` at most; PackageError has its last words.
+class Tool:
+    """An installer: it is run to its end, its last lines are kept, and while it runs the log says so.
 
-    It runs in a session of its own, so that it and all that it starts can be ended together: when the time is over, and
-    when a signal ends us, whose exception passes through here.
+    It has a session of its own, so that it and all that it starts can be ended together: when its time is over, and when a
+    signal ends us, whose exception passes through `run`.
     """
+
+    limit_seconds = TOOL_SECONDS
+    progress_seconds = TOOL_PROGRESS_SECONDS
+
+    def __init__(self, why: str, packages: Sequence[str], command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.lines: List[str] = []  # the last ones, without credentials
+        self._name = command[2] if "-m" in command[1:2] else command[0]
+        self._why = f"{why}: {self._name}"
+        listed = hide_credentials(" ".join(packages))
+        self._packages = listed if len(listed) <= 200 else listed[:200].rpartition(" ")[0] + " …"
+        self._command = command
+        self._environ = environ
+        self._rest = b""  # of the output, a line without its end
+        self._has_more = True
+
+    def run(self) -> List[str]:
+        """Return its last lines; PackageError if it cannot be run, does not end in time, or fails."""
+        import subprocess
+
+        try:
+            process = subprocess.Popen(self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise PackageError(f"{self._why} cannot be run: {error.strerror}") from None
+        try:
+            self._follow(process)
+        finally:
+            stop_group(process)
+            cast(BinaryIO, process.stdout).close()
+        if process.returncode:
+            raise self._failure(process.returncode)
+        return self.lines
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> None:
+        """Read until the process ends; what it leaves behind may keep its output open."""
+        began = time.monotonic()
+        told = began
+        while process.poll() is None:
+            self._read(process, TOOL_LOOK_SECONDS)
+            now = time.monotonic()
+            if now - began >= self.limit_seconds:
+                self._log_lines("did not end in time")
+                raise PackageError(f"{self._why} did not end within {self.limit_seconds:.0f} s for {self._packages}; "
+                                   f"it last said: {(self.lines or ['nothing'])[-1].strip()}")
+            if now - told >= self.progress_seconds:
+                told = now
+                logger.info("%s has been running for %.0f s%s", self._name, now - began,
+                            f": {self.lines[-1].strip()}" if self.lines else "")
+        self._read(process, 0)  # a pipe holds no more than one read takes
+        self._take(b"\n")
+
+    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        """Read what comes within some time, which is over when the process ends."""
+        import subprocess
+
+        output = cast(BinaryIO, process.stdout).fileno()
+        if not self._has_more:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        elif select.select([output], [], [], seconds)[0]:
+            piece = os.read(output, READ_BYTES)
+            self._has_more = bool(piece)
+            self._take(piece)
+
+    def _take(self, piece: bytes) -> None:
+        """Keep the last lines of the output, and of each its beginning."""
+        *lines, rest = re.split(b"[\r\n]+", self._rest + piece)
+        self._rest = rest[:TOOL_LINE_LIMIT_BYTES + 1]
+        self.lines += [self._shown(line) for line in lines if line.strip()]
+        del self.lines[:-TOOL_LINES_LIMIT]
+
+    def _shown(self, line: bytes) -> str:
+        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
+        if len(line) > TOOL_LINE_LIMIT_BYTES:  # it may end in half a URL, whose password could not be told from the rest
+            text = text.rpartition(" ")[0] + " …"
+        return hide_credentials(text)
+
+    def _failure(self, code: int) -> PackageError:
+        self._log_lines("failed")
+        how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+        return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines)}")
+
+    def _log_lines(self, what: str) -> None:
+        logger.error("%s %s:\n%s", self._name, what, "\n".join(self.lines) or "(it printed nothing)")
+
+
+def ask_tool(command: Sequence[str], environ: Mapping[str, str]) -> Optional[str]:
+    """Return what a quick command prints; None where it fails or is not there."""
     import subprocess
 
-    tool = " ".join(command[:1] if command[0] != sys.executable else command[2:3])
     try:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
-    except OSError as error:
-        raise PackageError(f"{variable}: {tool} cannot be run: {error.strerror}") from None
-    try:
-        output = process.communicate(timeout=TOOL_SECONDS)[0]
-    except subprocess.TimeoutExpired:
-        raise PackageError(f"{variable}: {tool} did not end within {TOOL_SECONDS:.0f} s") from None
-    finally:
-        stop_group(process)
-    if process.returncode:
-        lines = output.decode("utf-8", "replace").strip().splitlines()
-        logger.error("%s failed:\n%s", tool, "\n".join(lines[-20:]))
-        raise PackageError(f"{variable}: {tool} failed with exit code {process.returncode}: {last_words(lines)}")
+        done = subprocess.run(command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=TOOL_QUERY_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout.decode("utf-8", "replace")
 
 
-def install_os_packages(text: str) -> None:
-    """Install comma-separated Alpine packages; PackageError if apk is not there or fails."""
+class Alpine:
+    """Packages by apk."""
+
+    tool = "apk"
+
+    def has(self, name: str, environ: Mapping[str, str]) -> bool:
+        """Tell whether a package is installed, in the version that is asked for."""
+        return ask_tool(["apk", "info", "--installed", name], environ) is not None
+
+    def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Install packages; PackageError if that fails."""
+        Tool("OS_PACKAGES", names, ["apk", "add", "--no-cache", *names], environ).run()
+
+
+class Debian:
+    """Packages by apt-get."""
+
+    tool = "apt-get"
+    OPTIONS = (
+        "-q", "-y", "--no-install-recommends",
+        "-o", "APT::Cmd::Pattern-Only=true",  # else an unknown name with a dot is a regular expression that finds hundreds
+        "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",  # else it asks, and ends
+        "-o", "Dpkg::Use-Pty=0",
+    )
+
+    def has(self, name: str, environ: Mapping[str, str]) -> bool:
+        """Tell whether a package is installed, in the version that is asked for."""
+        package, _, version = name.partition("=")
+        listed = ask_tool(["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package], environ) or ""
+        return any(re.fullmatch("installed " + (re.escape(version) or ".*"), line) for line in listed.splitlines())
+
+    def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Refresh the lists, which images come without, and install; PackageError if that fails."""
+        variables = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for line in Tool("OS_PACKAGES", names, ["apt-get", "update", "-q"], variables).run():
+            if re.match("[EW]: ", line):  # some list is missing, which need not matter: apt-get takes it for a success
+                logger.warning("apt-get update: %s", line)
+        Tool("OS_PACKAGES", names, ["apt-get", "install", *self.OPTIONS, *names], variables).run()
+
+
+def split_names(text: str) -> List[str]:
+    """Split comma-separated names of OS packages, with versions perhaps; PackageError for what is none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):  # apt-get would remove "name-"
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
-    if names:
-        logger.info("installing OS packages: %s", " ".join(names))
-        run_tool("OS_PACKAGES", ["apk", "add", "--no-cache", "--quiet", *names])
+    return names
+
+
+def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Install what is missing of comma-separated packages, by apk where there is one, else by apt-get.
+
+    PackageError if neither is there, or it fails. An image that has all the packages needs no root.
+    """
+    import shutil
+
+    names = split_names(text)
+    found = [system for system in (Alpine(), Debian()) if shutil.which(system.tool, path=environ.get("PATH"))]
+    if names and not found:
+        raise PackageError(f"OS_PACKAGES: cannot install {' '.join(names)}: this image has neither apk nor apt-get")
+    missing = [name for name in names if not found[0].has(name, environ)]
+    if not missing:
+        return
+    tool = found[0].tool
+    logger.info("installing OS packages with %s: %s", tool, " ".join(missing))
+    try:
+        found[0].install(missing, environ)
+    except PackageError as error:
+        if not os.geteuid():
+            raise
+        raise PackageError(f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
+
+
+# A comma parts two requirements unless it stands in brackets or quotes, or a version follows. In a URL it may be anything:
+# there it parts them if what follows begins as a requirement does.
+PARTING_COMMA = re.compile(r"""(\[[^]]*\]|"[^"]*"|'[^']*')|,(?!\s*[<>=!~])""")
+REQUIREMENT_START = re.compile(
+    r"-|[\w.+-]+://|[./~]|(?!\S+\.(?:whl|zip|gz|bz2|xz|tgz)\b)[A-Za-z0-9][\w.-]*\s*(?:$|[\[(<>=!~;]|@\s*[\w+]+:)")
+PLAIN_VERSIONS = re.compile(r"\s*(~=|==|!=|<=|>=|<|>)\s*([0-9]{1,18}(?:\.[0-9]{1,18})*)(\.\*)?\s*(?:,|$)")
+PLAIN_REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)\s*((?:%s)*)" % PLAIN_VERSIONS.pattern, re.ASCII)
 
 
 def split_requirements(text: str) -> List[str]:
-    """Split PEP 508 requirements at commas, but not inside brackets, quotes, markers or a list of versions."""
-    parts, depth, quoted = [""], 0, ""
-    for index, char in enumerate(text):
-        if quoted:
-            quoted = "" if char == quoted else quoted
-        elif char in "\"'":
-            quoted = char
-        elif char in "[](){}":
-            depth += 1 if char in "[({" else -1
-        elif char == "," and not depth and not re.match(r"\s*[<>=!~]", text[index + 1:]):
-            parts.append("")
-            continue
-        parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
+    """Split comma-separated PEP 508 requirements."""
+    requirements: List[str] = []
+    for part in PARTING_COMMA.sub(lambda match: match[1] or "\0", text).split("\0"):
+        part = part.strip()
+        if part and requirements and "://" in requirements[-1] and not REQUIREMENT_START.match(part):
+            requirements[-1] += "," + part
+        elif part:
+            requirements.append(part)
+    return requirements
+
+
+def check_requirement(why: str, requirement: str) -> None:
+    """Refuse what pip would not take for one requirement; PackageError says why."""
+    shown = f"{why} has {hide_credentials(requirement)!r}"
+    if re.search(r"(^|\s)-", requirement):
+        raise PackageError(f"{shown}: options are not allowed, only requirements")
+    if re.search(r"[\r\n]", requirement):
+        raise PackageError(f"{shown}: requirements are separated by commas, not by line breaks")
+
+
+def release_of(version: str) -> Tuple[int, ...]:
+    """Turn a version of numbers into what compares as it does: 1.0 is 1."""
+    return tuple(map(int, re.sub(r"(\.0+)+$", "", version).split(".")))
+
+
+def satisfies(installed: str, operator: str, wanted: str, is_prefix: bool) -> bool:
+    """Compare two versions of numbers as PEP 440 says; what it does not allow is never satisfied."""
+    have, want = release_of(installed), release_of(wanted)
+    written = wanted.split(".")
+    if operator == "~=":
+        return len(written) > 1 and not is_prefix and have >= want and (
+            satisfies(installed, "==", ".".join(written[:-1]), True))
+    if is_prefix:
+        want = tuple(map(int, written))
+        have = (*have, *[0] * len(want))[:len(want)]
+    comparisons = {"==": have == want, "!=": have != want}
+    if not is_prefix:
+        comparisons.update({"<": have < want, "<=": have <= want, ">": have > want, ">=": have >= want})
+    return comparisons.get(operator, False)
+
+
+def installed_version(name: str) -> Optional[str]:
+    """Return a distribution's version, however its name is spelled (PEP 503); None if it is not there, or in part."""
+    import importlib.metadata
+
+    spellings = (name, re.sub(r"[-_.]+", "-", name))  # Python 3.9 knows no more than that "_" is "-"
+    found = [attempt(importlib.metadata.version, spelling).value for spelling in spellings]  # a broken one may raise anything
+    return next((version for version in found if isinstance(version, str)), None)
 
 
 def is_installed(requirement: str) -> bool:
-    """Tell whether a bare package name is installed; anything more than a name is for pip to decide."""
-    import importlib.metadata
-
-    try:
-        importlib.metadata.version(requirement)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
+    """Tell whether a name, perhaps with plain versions, is there for sure; anything more is for pip to decide."""
+    match = PLAIN_REQUIREMENT.fullmatch(requirement)
+    installed = installed_version(match[1]) if match else None
+    if match is None or installed is None:
         return False
-    return re.fullmatch(r"[A-Za-z0-9._-]+", requirement) is not None
+    wanted = PLAIN_VERSIONS.findall(match[2])
+    is_plain = re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})*", installed) is not None
+    return not wanted or is_plain and all(satisfies(installed, operator, version, bool(star))
+                                          for operator, version, star in wanted)
 
 
-def install_python_packages(text: str) -> None:
-    """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together."""
+class TargetFolder:
+    """Where pip installs what site-packages cannot take: in front of it, for this process and those that it starts.
+
+    There is none before `make`; it is removed when the process that made it ends.
+    """
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.requirements: List[str] = []  # of all pip runs, since each resolves them anew
+
+    def make(self) -> None:
+        """Make the folder; OSError where nothing can be written."""
+        import atexit
+        import shutil
+        import tempfile
+
+        def remove(owner: int = os.getpid()) -> None:
+            if os.getpid() == owner:  # forked workers call what is registered too
+                shutil.rmtree(self.path, ignore_errors=True)
+
+        if not self.path:
+            self.path = tempfile.mkdtemp(prefix="ais-packages-")
+            atexit.register(remove)
+
+    def search_path(self, path: Sequence[str]) -> List[str]:
+        """Return a search path for modules with the folder in its place; the standard library comes first."""
+        if not self.path or self.path in path:
+            return list(path)
+        sites = [index for index, entry in enumerate(path) if os.path.basename(entry) in ("site-packages", "dist-packages")]
+        place = min(sites, default=len(path))
+        return [*path[:place], self.path, *path[place:]]
+
+    def variables(self, environ: Mapping[str, str]) -> Dict[str, str]:
+        """Return the environment variables by which programs that the class starts find packages and their commands."""
+        modules = list(filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)))
+        if not self.path or self.path in modules:
+            return {}
+        commands = [environ.get("PATH", os.defpath), os.path.join(self.path, "bin")]
+        return {"PYTHONPATH": os.pathsep.join([*modules, self.path]), "PATH": os.pathsep.join(commands)}
+
+
+target_folder = TargetFolder()
+
+
+def can_take_packages(folders: Iterable[str]) -> bool:
+    """Tell whether pip may install into folders: they can be written, and are not those of the system's own tools."""
+    import sysconfig
+
+    if sys.prefix == sys.base_prefix and os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")):
+        return False
+    return all(os.access(folder, os.W_OK) for folder in folders)
+
+
+def pip_target(why: str, requirements: Sequence[str]) -> Tuple[str, List[str]]:
+    """Return the folder that pip is to fill, and the arguments that make it do so."""
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    if can_take_packages(paths[name] for name in ("purelib", "platlib", "scripts")):
+        return paths["purelib"], list(requirements)
+    try:
+        target_folder.make()
+    except OSError:
+        raise PackageError(f"{why}: cannot install {hide_credentials(' '.join(requirements))}: neither {paths['purelib']} nor "
+                           f"any folder for temporary files can be written; install it into the image, or give the pod a "
+                           f"writable /tmp") from None
+    target_folder.requirements += [requirement for requirement in requirements
+                                   if requirement not in target_folder.requirements]
+    return target_folder.path, ["--upgrade", "--target", target_folder.path, *target_folder.requirements]
+
+
+def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMapping[str, str] = os.environ) -> None:
+    """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together.
+
+    `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can be imported at once.
+    """
+    import importlib.util
+    import site
+
     requirements = split_requirements(text)
     for requirement in requirements:
-        if requirement.startswith("-"):
-            raise PackageError(f"PACKAGES has {requirement!r}: options are not allowed, only requirements")
-    if any(not is_installed(requirement) for requirement in requirements):
-        logger.info("installing Python packages: %s", re.sub(r"://[^/@\s]+@", "://***@", " ".join(requirements)))
-        run_tool("PACKAGES", [sys.executable, "-m", "pip", "install", "--quiet", "--no-input",
-                              "--disable-pip-version-check", *requirements])
-        importlib.invalidate_caches()
+        check_requirement(why, requirement)
+    if all(map(is_installed, requirements)):
+        return
+    shown = hide_credentials(" ".join(requirements))
+    if importlib.util.find_spec("pip") is None:
+        raise PackageError(f"{why}: cannot install {shown}: this Python has no pip (No module named pip); take an image that "
+                           f"has it, or install the packages into the image")
+    folder, arguments = pip_target(why, requirements)
+    logger.info("installing Python packages: %s", shown)
+    variables = {"PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1"}
+    if target_folder.path:
+        variables["PIP_USER"] = "0"  # it excludes a target
+    Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
+                             "--progress-bar=off", *arguments], variables).run()
+    sys.path[:] = target_folder.search_path(sys.path)
+    environ.update(target_folder.variables(environ))
+    site.addsitedir(folder)  # reads its .pth files, as a start of Python does
+    importlib.invalidate_caches()
 
 
 # == 5. HTTP messages ==
@@ -736,9 +1068,9 @@ class ConnectionInput:
         """The number of bytes that are here already."""
         return len(self._ahead) - self._start
 
-    def fill(self) -> bool:
+    def fill(self, flags: int = 0) -> bool:
         """Receive once more; False at the end of the connection."""
-        data = self._receive()
+        data = self._receive(flags)
         self._ahead = self._ahead[self._start:] + data if self.ahead else data
         self._start = 0
         return bool(data)
@@ -759,11 +1091,19 @@ class ConnectionInput:
         """Tell whether a line of what is here ends in a line feed alone."""
         return BARE_LINE_FEED.search(self._ahead, self._start) is not None
 
+    def peek(self, count: int) -> bytes:
+        """Look at up to `count` of the bytes that are here."""
+        return self._ahead[self._start:self._start + count]
+
     def take(self, count: int) -> bytes:
         """Cut off up to `count` of the bytes that are here."""
-        data = self._ahead[self._start:self._start + count]
+        data = self.peek(count)
         self._start += len(data)
         return data
+
+    def forget(self) -> None:
+        """Free the memory of what was taken; nothing must be left."""
+        self._ahead, self._start = b"", 0
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
@@ -791,8 +1131,8 @@ class ConnectionInput:
             invite, self.invite = self.invite, None
             invite()
 
-    def _receive(self) -> bytes:
-        return self._connection.recv(READ_BYTES)
+    def _receive(self, flags: int = 0) -> bytes:
+        return self._connection.recv(READ_BYTES, flags)
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
@@ -849,6 +1189,11 @@ class BodyStream(io.RawIOBase):
 
     size: Optional[int] = None
     failure: Optional[RequestError] = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether all of it comes at once, most likely."""
+        return self.size is not None and self.size <= READ_BYTES
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end; RequestError where the body is cut short."""
@@ -2184,7 +2529,7 @@ def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
     """Return an exception's traceback less the frames of this file; None if no other frame is in it."""
     kept, entry = [], error.__traceback__
     while entry is not None:
-        if entry.tb_frame.f_code.co_filename != __file__:
+        if entry.tb_frame.f_code.co_filename != user_traceback.__code__.co_filename:  # __file__ may be its bytecode
             kept.append(entry)
         entry = entry.tb_next
     result = None
@@ -2245,11 +2590,23 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
     return target[:mark], target[mark + 1:]
 
 
+def decode_escapes(text: str) -> str:
+    """Decode a text of a query."""
+    return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
+
+
+FOLDER_LIMIT = 1024  # characters of what is kept decoded
+decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)  # objects of a bucket have their path in common
+
+
 def decode_query(text: str) -> str:
     """Decode a name or a value of a query; what is no UTF-8 is replaced."""
     if "%" not in text and "+" not in text and text.isascii():
         return text
-    return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
+    folder, slash, name = text.rpartition("%2F")
+    if slash and len(folder) < FOLDER_LIMIT:
+        return decode_folder(folder) + "/" + decode_escapes(name)
+    return decode_escapes(text)
 
 
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
@@ -2461,13 +2818,14 @@ def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         is_ours = getattr(error, "errno", None) in (*OUT_OF_RESOURCES, errno.EIO)
         raise (RequestError if is_ours else Forbidden)(f"the object's file cannot be read: {error}") from None
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(os.close, descriptor)
-        opened = resolved_path(descriptor, path)
+    opened = resolved_path(descriptor, path)
+    try:
         if not looks_right or opened != path:
             require_object_path(opened, roots)
-        on_failure.pop_all()
-    return descriptor
+        return descriptor
+    except Forbidden:
+        os.close(descriptor)
+        raise
 
 
 OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
@@ -2850,6 +3208,11 @@ class Transforms:
         return self._server.use_streaming
 
     @property
+    def uses_callers_thread(self) -> bool:
+        """Whether an object is transformed whole, and on the thread that asks."""
+        return not self.is_streaming and isinstance(self._slots, ThreadSlots)
+
+    @property
     def mime_type(self) -> str:
         """The `Content-Type` of results."""
         value = self._server.get_mime_type()
@@ -3159,6 +3522,11 @@ class Service:
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
+
+    @property
+    def uses_callers_thread(self) -> bool:
+        """Whether an object is transformed whole, and on the thread that asks."""
+        return self._transforms.uses_callers_thread
 
     def close_idle(self) -> None:
         """Close connections to other nodes that have been idle for too long."""
@@ -3729,8 +4097,8 @@ class MessageInput(ConnectionInput):
             self._flush()
         return super().readinto(buffer, flags)
 
-    def _receive(self) -> bytes:
-        return super()._receive() if self._prepare() else b""
+    def _receive(self, flags: int = 0) -> bytes:
+        return super()._receive(flags) if self._prepare() else b""
 
 
 class WebSocket:
@@ -3994,6 +4362,7 @@ class ETLHTTPServer(http.server.HTTPServer):
     service: Service
     websockets: WebSockets
     is_draining = False
+    has_quick_lead = False  # whether its leader serves small requests, so that no thread needs to wait for them
 
 
 @functools.lru_cache(maxsize=1)
@@ -4026,6 +4395,13 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     return "".join([status_line(status), "Date: ", http_date(int(time.time())), "\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
+def is_prompt(head: Head) -> bool:
+    """Tell whether a request, once its body is here, can be answered without waiting for other nodes."""
+    if "ais-node-url" in head.fields or "upgrade" in head.fields:
+        return False
+    return head.method == "PUT" or QPARAM_FQN in head.target or head.target == "/health"
+
+
 def log_cut(name: str, error: BaseException) -> None:
     """Log why an answer ended half-way."""
     error = getattr(error, "error", error)
@@ -4036,24 +4412,30 @@ def log_cut(name: str, error: BaseException) -> None:
 
 
 class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
-    """Serve one connection while it has work, on one thread.
+    """Serve one connection, on one thread at a time.
 
-    Methods for callers:  the constructor, which returns when this thread is done with the connection
+    Methods for callers:  the constructor, which only prepares; handle, serve_at_once, peek
     Tunables:             HEAD_TIMEOUT_SECONDS, BODY_PAUSE_SECONDS, RESULT_UNREAD_SECONDS, LINGER_SECONDS
 
     The base class's own parser is not used: it is lenient where two readers of a request could differ on where it ends.
-    When `handle` returns, `is_idle` tells whether the connection is to be parked, and served again once readable, and
-    `is_broken` whether it is to be reset.
+    When `handle` or `serve_at_once` returns, `is_idle` tells whether the connection is to be served again once readable,
+    `needs_thread` whether `handle` is to go on with it, and `is_broken` whether it is to be reset; else it is to be closed.
     """
 
     server: ETLHTTPServer
     is_single = False  # whether the connection is closed after one request
     is_idle = False
+    needs_thread = False
     is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
+    since = 0.0  # when it became idle, in time of time.monotonic()
     serving = ""  # the path of the request that is being answered
 
+    def __init__(self, request: socket.socket, client_address: Any, server: ETLHTTPServer) -> None:
+        self.request, self.client_address, self.server = request, client_address, server
+        self.setup()
+
     def setup(self) -> None:
-        """Prepare a connection that was accepted, or parked and readable again."""
+        """Prepare a connection that was accepted; OSError if it is gone already."""
         self.connection: socket.socket = self.request
         self.connection.setblocking(True)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -4061,41 +4443,92 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         self._receive_timeout = 0.0
         set_timeout(self.connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
 
-    def finish(self) -> None:
-        """Nothing to flush: answers are written at once."""
-
     def handle(self) -> None:
-        """Serve requests until the connection is to be closed or parked."""
-        while True:
-            goes_on, error = attempt(self._serve_one)
-            if isinstance(error, OSError):
-                logger.debug("connection of %s: %s", self.client_address[0], error)
-            elif error is not None:
-                log_cut(self.serving, error)
-            if error is not None:
-                forget_traceback(error)
-            if not goes_on:
-                return
+        """Serve requests, and wait for them, until the connection is to be closed or parked."""
+        self.is_idle = self.needs_thread = False
+        while self._guard(self._serve_one):
+            pass
+
+    def serve_at_once(self) -> None:
+        """Serve what a readable connection brings as far as that can be done without waiting."""
+        self.is_idle = self.needs_thread = False
+        goes_on = self._guard(self._receive_at_once)
+        while goes_on and self.input.ahead:
+            goes_on = self._guard(self._serve_prompt)
+        self._rest(goes_on)
+
+    def peek(self) -> bytes:
+        """Look at what has come, without waiting; b"" where that fails."""
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        return self.input.peek(READ_BYTES) + (attempt(self.connection.recv, READ_BYTES, flags).value or b"")
+
+    def _guard(self, serve: Callable[[], bool]) -> bool:
+        """Serve once, and log what goes wrong; False when this thread is done with the connection."""
+        goes_on, error = attempt(serve)
+        if error is None:
+            return cast(bool, goes_on)
+        if isinstance(error, OSError):
+            logger.debug("connection of %s: %s", self.client_address[0], error)
+        else:
+            log_cut(self.serving, error)
+        forget_traceback(error)
+        return False
+
+    def _receive_at_once(self) -> bool:
+        try:
+            return self.input.fill(socket.MSG_DONTWAIT)
+        except BlockingIOError:  # readable no more, or never was
+            return True
+
+    def _serve_prompt(self) -> bool:
+        """Answer one request if it is here as a whole and needs nothing else; otherwise leave it to `handle`."""
+        end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
+        try:
+            head = parse_head(self.input.peek(end + 2))
+            body = body_of(head, self.input)
+        except UnframedRequest:
+            head = UNKNOWN_HEAD
+        if head is UNKNOWN_HEAD or not is_prompt(head) or body.size is None or end + 4 + body.size > self.input.ahead:
+            self.needs_thread = True
+            return False
+        self.input.take(end + 4)
+        return self._respond(head, body)
 
     def _serve_one(self) -> bool:
         """Read one request and answer it; False when this thread is done with the connection."""
         try:
-            data = self._read_head()
-            if data is None:
-                return False
-            head = parse_head(data)
-            body = body_of(head, self.input)
+            framed = self._read_request()
         except UnframedRequest as error:
-            logger.warning("request of %s: %s", self.client_address[0], error)
-            self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
-            return self._linger()
-        return self._serve_request(head, body)
+            return self._refuse(error)
+        if framed is None:
+            return False
+        head, body = framed
+        keeps = self._respond(head, body)
+        if not keeps or self.input.ahead or not (self.server.has_quick_lead and body.is_small and is_prompt(head)):
+            return keeps
+        self._rest(True)  # the leader serves the next one, which will be like this
+        return False
 
-    def _serve_request(self, head: Head, body: MessageBody) -> bool:
-        """Answer a request whose end is beyond doubt; False when this thread is done with the connection."""
+    def _read_request(self) -> Optional[Tuple[Head, MessageBody]]:
+        """Read a head, and prepare for its body; None when the connection is idle or at its end."""
+        data = self._read_head()
+        if data is None:
+            return None
+        head = parse_head(data)
+        body = body_of(head, self.input)
         if body.size is None or body.size > self.input.ahead:
             self._set_receive_timeout(BODY_PAUSE_SECONDS)
         self.input.invite = self._send_continue if head.expects_continue and not self.input.ahead else None
+        return head, body
+
+    def _refuse(self, error: UnframedRequest) -> bool:
+        """Answer what cannot be framed; nothing behind it can be read."""
+        logger.warning("request of %s: %s", self.client_address[0], error)
+        self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
+        return self._linger()
+
+    def _respond(self, head: Head, body: MessageBody) -> bool:
+        """Answer one request; False when this thread is done with the connection."""
         with self._answer(head, body) as answer:
             if isinstance(answer.body, bytes) and not body.is_at_end:
                 self._drain(body)
@@ -4124,7 +4557,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
                     return None
             except BlockingIOError:
                 if not self.input.ahead:
-                    self.is_idle = True
+                    self._rest(True)
                     return None
             deadline = deadline or time.monotonic() + HEAD_TIMEOUT_SECONDS
 
@@ -4137,6 +4570,12 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             raise UnframedRequest("a line of the head does not end in CRLF")
         if deadline and time.monotonic() > deadline:
             raise UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
+
+    def _rest(self, is_idle: bool) -> None:
+        """Be idle, with nothing in memory, or not."""
+        self.is_idle = is_idle
+        if is_idle:
+            self.input.forget()
 
     def _answer(self, head: Head, body: MessageBody) -> Answer:
         """Understand a request and have it answered."""
@@ -4229,12 +4668,6 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             self._receive_timeout = seconds
 
 
-class SingleRequestHandler(ETLRequestHandler):
-    """Serve one request of a connection and close it."""
-
-    is_single = True
-
-
 def needs_no_transform(data: bytes) -> bool:
     """Tell whether these bytes are a whole request that is answered without the class: a health probe, or an error."""
     data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
@@ -4252,20 +4685,20 @@ def needs_no_transform(data: bytes) -> bool:
 
 
 # == 16. Server ==
-# A listening socket and a pool of threads. `serve_forever` accepts and watches parked connections in one thread of
-# its own; connections with work are served by the pool. It knows nothing of HTTP but its handler.
+# A listening socket and a pool of threads. One thread at a time leads: it accepts, waits for idle connections to have
+# work, and serves itself what takes no time; all else is served by the pool. It knows nothing of HTTP but its handler.
 
 
 class ThreadPool:
     """Threads that are made as needed, up to a limit, and kept until the process ends.
 
-    A job is a connection and its address, which `work` serves to the end; it must not raise.
+    A job is what `work` is called with; it must not raise.
     """
 
-    def __init__(self, limit: int, work: Callable[[Any, Any], None]) -> None:
+    def __init__(self, limit: int, work: Callable[..., None]) -> None:
         self._limit = limit
         self._work = work
-        self._jobs: queue.SimpleQueue[Tuple[Any, Any]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Tuple[Any, ...]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._quiet = threading.Condition(self._lock)
         self._threads = 0
@@ -4277,13 +4710,13 @@ class ThreadPool:
         """Whether another job would have to wait for one of those before it."""
         return self.busy >= (self._threads if self._is_short else self._limit)
 
-    def submit(self, request: Any, client_address: Any) -> None:
+    def submit(self, *job: Any) -> None:
         """Take a job; RuntimeError where there is no thread at all and none can be started."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
                 self._start_thread()
             self.busy += 1
-            self._jobs.put((request, client_address))
+            self._jobs.put(job)
 
     def _start_thread(self) -> None:
         """Start another thread; where the system has none left, those that are there take its work over in time."""
@@ -4315,30 +4748,32 @@ class ThreadPool:
 
 
 class ThreadPoolMixIn(socketserver.ThreadingMixIn):
-    """Serve requests by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
+    """Serve connections by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
 
     def start_pool(self) -> None:
         """Prepare the pool; call once, before the first request."""
-        self.threads = ThreadPool(THREAD_LIMIT, self.process_request_thread)
+        self.threads = ThreadPool(THREAD_LIMIT, self.process_connection)
         self.reserve = ThreadPool(RESERVE_THREAD_LIMIT, self.process_single_request)
 
-    def process_single_request(self, request: Any, client_address: Any) -> None:
+    def process_connection(self, handler: ETLRequestHandler) -> None:
+        """Serve a connection on a thread of the pool."""
+        raise NotImplementedError
+
+    def process_single_request(self, handler: ETLRequestHandler) -> None:
         """Serve one request of a connection on a thread of the reserve."""
         raise NotImplementedError
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def dispatch(self, handler: ETLRequestHandler) -> None:
         """Hand a connection that has something to say to a thread."""
         pool = self.threads
-        if pool.is_exhausted and not self.reserve.is_exhausted:
-            data, error = attempt(request.recv, READ_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            if error is None and needs_no_transform(data):
-                pool = self.reserve
+        if pool.is_exhausted and not self.reserve.is_exhausted and needs_no_transform(handler.peek()):
+            pool = self.reserve
         try:
-            pool.submit(request, client_address)
+            pool.submit(handler)
         except RuntimeError:
             if pool is self.reserve:
-                return self.process_single_request(request, client_address)  # it is all here, and takes no time
-            request.close()  # its client sees the connection end, and tries again
+                return self.process_single_request(handler)  # it is all here, and takes no time
+            handler.connection.close()  # its client sees the connection end, and tries again
 
     def wait_until_quiet(self, deadline: float) -> None:
         """Wait until no connection is being served, or until a time of time.monotonic()."""
@@ -4346,11 +4781,39 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
         self.reserve.wait_until_quiet(deadline)
 
 
+class RequestPace:
+    """Whether requests are quick enough to be served one after the other, by one thread."""
+
+    def __init__(self) -> None:
+        self._average = 0.0
+        self._slow_until = 0.0
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether to try."""
+        return time.monotonic() >= self._slow_until
+
+    def note(self, seconds: float) -> None:
+        """Take note of how long one has taken. A few slow ones are nothing: the system may have been busy."""
+        self._average += (min(seconds, 4 * QUICK_REQUEST_SECONDS) - self._average) / 16
+        if self._average > QUICK_REQUEST_SECONDS:
+            self.slow_down()
+
+    def slow_down(self) -> None:
+        """Try no more for a while."""
+        self._average = 0.0
+        self._slow_until = time.monotonic() + SLOW_SECONDS
+
+
 class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     """An HTTP server on a listening socket that other processes may share; idle connections hold no thread.
 
-    A connection is in one of three places: with the selector (parked), in the queue of the pool, or with a pool thread.
-    The thread of `serve_forever` alone touches the selector; the pool hands connections back by a queue and a wake-up.
+    A connection is in one of three places: with the selector, in the queue of the pool, or with a thread of the pool.
+    The leader alone touches the selector; other threads hand connections back by a queue and a wake-up.
+
+    The leader serves requests that are quick, since each thread more costs a switch between threads at every system
+    call. It cannot know which are: so the thread of `serve_forever` watches it, and where one request takes too long gives
+    the lead to another thread. The one that lost it finishes its request and goes.
     """
 
     def __init__(self, listener: socket.socket, service: Service) -> None:
@@ -4362,38 +4825,133 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._newly_idle: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
+        self._newly_idle: queue.SimpleQueue[ETLRequestHandler] = queue.SimpleQueue()
         self._next_sweep = 0.0
         self._share = Current.share or Share()
         self._drain_signals: FrozenSet[int] = frozenset()
+        self._pace = RequestPace()
+        self._ready: Deque[ETLRequestHandler] = collections.deque()  # what the leader is about to serve
+        self._term = 0  # who leads: it goes up with each change
+        self._serving: Optional[ETLRequestHandler] = None  # what the leader serves itself just now
+        self._turns = 0  # how many it has begun to
+        self._change = threading.Lock()  # of the lead: for the three above, where the watching thread looks at them
+        self._is_watched = True
+        self._alarm = threading.Event()
+        self._ended = threading.Event()
+        self._failure: Optional[BaseException] = None
+        self.leaders = ThreadPool(THREAD_LIMIT, self._lead_to_the_end)
         self.start_pool()
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Accept connections and dispatch parked ones that are readable; after `drain`, see to it that all end."""
+        """Serve until `drain`, and see to it that all that was begun ends."""
         self.socket.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
-        while not self.is_draining:
-            self._share.publish(self._connections)
-            ready = {key.fileobj: key.data for key, _ in self._selector.select(poll_interval)}
-            for connection, parked in ready.items():
-                if parked is not None:
-                    self._selector.unregister(connection)
-                    self.process_request(connection, parked[0])
-            if self._wakeup in ready:
-                self._wake_up()
-            if self.socket in ready:  # after the others, since it may close connections that are parked
-                self._accept()
-            self._close_expired()
+        if self.service.uses_callers_thread:
+            self.leaders.submit()
+            self._watch()
+        else:
+            self._lead_to_the_end()
+        if self._failure is not None:
+            raise self._failure
         self._share.leave()
         self.websockets.drain()
         self._dismiss_idle()
         self.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
 
     @property
+    def has_quick_lead(self) -> bool:  # type: ignore[override]
+        """Whether the leader serves requests itself."""
+        return self.service.uses_callers_thread and self._pace.is_quick
+
+    @property
     def _connections(self) -> int:
         """The number of open connections, about: those that are on their way from a thread to the selector lack."""
         return self.threads.busy + self.reserve.busy + len(self._selector.get_map())
+
+    def _watch(self) -> None:
+        """Give the lead away whenever one request holds it up; return when the server has drained."""
+        idle = 0
+        while not self._ended.is_set():
+            turns = self._turns
+            self._ended.wait(LEAD_SECONDS)
+            if self._serving is not None and self._turns == turns:
+                self._change_leader(turns)
+            idle = idle + 1 if self._turns == turns else 0
+            if idle > WATCH_LIMIT:
+                self._wait_for_turns(turns)
+
+    def _wait_for_turns(self, turns: int) -> None:
+        """Wait until the leader serves again: a process without work should not wake up."""
+        self._is_watched = False
+        self._alarm.clear()
+        if self._turns == turns and not self._ended.is_set():  # else it has begun, and perhaps seen that it was watched
+            self._alarm.wait()
+        self._is_watched = True
+
+    def _change_leader(self, turns: int) -> None:
+        """Start another leader, unless the one that is has just gone on."""
+        with self._change:
+            handler = self._serving
+            if handler is None or self._turns != turns:
+                return
+            self._selector.unregister(handler.connection)
+            self._serving = None
+            self._term += 1
+            self._pace.slow_down()
+        self.leaders.submit()
+
+    def _lead_to_the_end(self) -> None:
+        """Lead until the lead is lost, or the server drains or fails."""
+        has_lead, error = attempt(self._lead)
+        if has_lead or error is not None:
+            self._failure = error
+            self._ended.set()
+            self._alarm.set()
+
+    def _lead(self) -> bool:
+        """Accept, and serve or dispatch what is readable, until the server drains; False if the lead is lost."""
+        term = self._term
+        while not self.is_draining:
+            self._share.publish(self._connections)
+            ready = [] if self._ready else self._selector.select(SWEEP_SECONDS)
+            self._ready.extend(key.data for key, _ in ready if key.data is not None)
+            while self._ready:
+                if not self._take_turn(self._ready.popleft(), term):
+                    return False
+            others = [key.fileobj for key, _ in ready if key.data is None]
+            if self._wakeup in others:
+                self._wake_up()
+            if self.socket in others:  # after the others, since it may close connections that are parked
+                self._accept()
+            self._close_expired()
+        return True
+
+    def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
+        """Serve a readable connection or dispatch it; False if the lead was lost meanwhile."""
+        if not self.has_quick_lead:
+            self._selector.unregister(handler.connection)
+            self.dispatch(handler)
+            return True
+        self._serving = handler
+        self._turns += 1
+        if not self._is_watched:
+            self._alarm.set()
+        began = time.monotonic()
+        handler.serve_at_once()
+        handler.since = time.monotonic()
+        with self._change:
+            has_lead = self._term == term
+            if has_lead:
+                self._serving = None
+        if not has_lead:
+            self._settle(handler)
+            return False
+        self._pace.note(handler.since - began)
+        if not handler.is_idle:
+            self._selector.unregister(handler.connection)
+            self._settle(handler)
+        return True
 
     def _accept(self) -> None:
         if self._share.is_large:
@@ -4407,55 +4965,67 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
                 self._make_room()
             return
-        if self.threads.is_exhausted:  # whether it can be answered at once is told by what it says
-            return self._park(connection, address)
-        self.process_request(connection, address)
+        handler, problem = attempt(ETLRequestHandler, connection, address, self)
+        if problem is not None:
+            logger.debug("connection of %s: %s", address, problem)
+            return connection.close()
+        if self.has_quick_lead or self.threads.is_exhausted:  # then what it says tells whether it can be answered at once
+            return self._park(handler)
+        self.dispatch(handler)
         self._share.publish(self._connections)
 
     def _make_room(self) -> None:
         """Close connections that have been idle for the longest time; where there are none, give the others time."""
-        parked = sorted(self._parked(), key=lambda entry: entry[2])[:CROWD_LIMIT]
-        for connection, _, _ in parked:
-            self._selector.unregister(connection)
-            self.shutdown_request(connection)
+        parked = sorted(self._parked(), key=lambda handler: handler.since)[:CROWD_LIMIT]
+        for handler in parked:
+            self._close_parked(handler)
         if not parked:
             time.sleep(0.05)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_connection(self, handler: ETLRequestHandler) -> None:
         """Serve a connection on a thread of the pool, then park or close it."""
-        _, error = attempt(self._serve_connection, ETLRequestHandler, request, client_address)
+        _, error = attempt(self._serve_connection, handler)
         if error is not None:
-            logger.error("connection of %s: %s", client_address, error, exc_info=error)
-            request.close()
+            logger.error("connection of %s: %s", handler.client_address, error, exc_info=error)
+            handler.connection.close()
 
-    def process_single_request(self, request: Any, client_address: Any) -> None:
+    def process_single_request(self, handler: ETLRequestHandler) -> None:
         """Serve one request of a connection on a thread of the reserve, then close it."""
-        attempt(self._serve_connection, SingleRequestHandler, request, client_address)
-        request.close()
+        handler.is_single = True
+        attempt(self._serve_connection, handler)
+        handler.connection.close()
 
-    def _serve_connection(self, handler_class: Type[ETLRequestHandler], request: Any, client_address: Any) -> None:
-        try:
-            handler = handler_class(request, client_address, self)
-        except OSError as error:
-            logger.debug("connection of %s: %s", client_address, error)
-            return self.close_request(request)
-        if handler.is_broken:
-            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
-            return self.close_request(request)
-        if handler.is_single or not handler.is_idle or self.is_draining:
-            return self.shutdown_request(request)
-        self._newly_idle.put((request, client_address))
-        self._wake()
+    def _serve_connection(self, handler: ETLRequestHandler) -> None:
+        handler.handle()
+        self._settle(handler)
+
+    def _settle(self, handler: ETLRequestHandler) -> None:
+        """Close a connection that is no longer with the selector, or pass it on, as its handler says."""
+        if handler.needs_thread:
+            self.dispatch(handler)
+        elif handler.is_broken:
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
+            self.close_request(handler.connection)
+        elif handler.is_idle and not self.is_draining:
+            self._newly_idle.put(handler)
+            self._wake()
+        else:
+            self.shutdown_request(handler.connection)
 
     def _park_newly_idle(self) -> None:
         while not self._newly_idle.empty():
-            self._park(*self._newly_idle.get())
+            self._park(self._newly_idle.get())
 
-    def _park(self, connection: socket.socket, address: Any) -> None:
-        self._selector.register(connection, selectors.EVENT_READ, (address, time.monotonic()))
+    def _park(self, handler: ETLRequestHandler) -> None:
+        handler.since = time.monotonic()
+        self._selector.register(handler.connection, selectors.EVENT_READ, handler)
 
-    def _parked(self) -> List[Tuple[socket.socket, Any, float]]:
-        return [(cast(socket.socket, key.fileobj), *key.data) for key in self._selector.get_map().values() if key.data]
+    def _parked(self) -> List[ETLRequestHandler]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
+
+    def _close_parked(self, handler: ETLRequestHandler) -> None:
+        self._selector.unregister(handler.connection)
+        self.shutdown_request(handler.connection)
 
     def _close_expired(self) -> None:
         """Close what has been idle for too long; looking at all connections is worth it only now and then."""
@@ -4463,10 +5033,9 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         if now < self._next_sweep:
             return
         self._next_sweep, oldest = now + SWEEP_SECONDS, now - IDLE_SECONDS
-        for connection, _, since in self._parked():
-            if since < oldest:
-                self._selector.unregister(connection)
-                self.shutdown_request(connection)
+        for handler in self._parked():
+            if handler.since < oldest:
+                self._close_parked(handler)
         self.service.close_idle()
 
     def _wake_up(self) -> None:
@@ -4501,11 +5070,16 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         """Close what is idle; a parked connection whose request has just come is served a last time."""
         self.socket.close()
         self._park_newly_idle()
-        for connection, address, _ in self._parked():
-            if is_ready(connection, select.POLLIN):
-                self.process_request(connection, address)
+        for handler in self._parked():
+            if is_ready(handler.connection, select.POLLIN):
+                self.dispatch(handler)
             else:
-                self.shutdown_request(connection)
+                self.shutdown_request(handler.connection)
+
+    def wait_until_quiet(self, deadline: float) -> None:
+        """Wait until no connection is being served, or until a time of time.monotonic()."""
+        self.leaders.wait_until_quiet(deadline)
+        super().wait_until_quiet(deadline)
 
 
 # == 17. Frameworks ==
@@ -4526,7 +5100,7 @@ class PieceInput(ConnectionInput):
             return 0
         return super().readinto(buffer, flags)
 
-    def _receive(self) -> bytes:
+    def _receive(self, flags: int = 0) -> bytes:
         """Wait for the next piece; the server's own exceptions come as OSError, which readers expect."""
         piece, error = attempt(self._next_piece)
         if error is not None:
@@ -4911,7 +5485,7 @@ class TakenConnections(ETLHTTPServer):
 
     def _serve(self, connection: socket.socket, head: bytes) -> None:
         with connection:
-            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self))
+            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self).handle())
 
 
 class HandOver:
@@ -5264,6 +5838,19 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
+def serve_beside(front: Union[UvicornServer, PooledHTTPServer], main: MainThreadSlots) -> Optional[BaseException]:
+    """Serve by another thread, while this one makes the class's calls; return what the server failed of."""
+    failures: List[BaseException] = []
+
+    def serve() -> None:
+        failures.extend(filter(None, [attempt(front.serve_forever).error]))
+        main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
+
+    threading.Thread(target=serve, name="acceptor", daemon=True).start()
+    main.work()
+    return failures[0] if failures else None
+
+
 def serve_instance(server: ListeningServer) -> None:
     """Serve an instance until SIGTERM; buffered transforms of framework classes run on the calling thread.
 
@@ -5279,22 +5866,15 @@ def serve_instance(server: ListeningServer) -> None:
     front: Union[UvicornServer, PooledHTTPServer] = PooledHTTPServer(listener, service)
     if isinstance(main, MainLoop):
         front = UvicornServer(listener, cast(FastAPIServer, server), service, main)
-    failures: List[BaseException] = []
-
-    def serve() -> None:
-        failures.extend(filter(None, [attempt(front.serve_forever).error]))
-        main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
-
     with front:
         if threading.current_thread() is threading.main_thread():
             front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
         start_listening(listener)
-        threading.Thread(target=serve, name="acceptor", daemon=True).start()
         report(REPORT_READY)
-        main.work()
-    if failures:
-        logger.error("the server failed", exc_info=failures[0])
-        raise StartupError(f"the server failed: {describe(failures[0])}")
+        error = serve_beside(front, main) if isinstance(main, MainThreadSlots) else attempt(front.serve_forever).error
+    if error is not None:
+        logger.error("the server failed", exc_info=error)
+        raise StartupError(f"the server failed: {describe(error)}")
 
 
 def construct(etl_class: Type[ETLServer]) -> ETLServer:
@@ -5410,12 +5990,12 @@ class Launch(NamedTuple):
 
     def start_worker(self, place: Place) -> int:
         """Start a process that does the same and takes a place; return its id. OSError where that is not possible."""
-        what = json.dumps([*place, [self.folder, *self.path]])
+        what = json.dumps([*place, [self.folder, *target_folder.search_path(self.path)]])
         command = [sys.executable, os.path.abspath(__file__), WORKER_OPTION, what, *self.arguments]
         for end in place.descriptors:
             os.set_inheritable(end, True)
         try:
-            return os.posix_spawn(command[0], command, dict(self.environ))
+            return os.posix_spawn(command[0], command, {**self.environ, **target_folder.variables(self.environ)})
         finally:
             for end in place.descriptors:
                 os.set_inheritable(end, False)
@@ -5763,7 +6343,7 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop.
+# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `health`, `install`: for images.
 
 
 def prepare(settings: Settings) -> None:
@@ -5920,6 +6500,31 @@ def give_up(error: StartupError) -> int:
     return error.exit
 
 
+def check_health(environ: Mapping[str, str]) -> int:
+    """Ask the pod on `PORT` of this machine for its health; return 0, or 1 with the reason on stdout."""
+    port = environ.get("PORT") or "8000"
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", Settings.from_env({"PORT": port}).port, timeout=HEALTH_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            print(answer.read(ERROR_TEXT_LIMIT_BYTES).decode("utf-8", "replace"))
+            return Exit.OK if answer.status == HTTPStatus.OK else Exit.UNHEALTHY
+    except (ConfigError, OSError, http.client.HTTPException) as error:
+        print(f"ais_runtime_min: port {port} does not answer: {' '.join(describe(error).split())}")
+        return Exit.UNHEALTHY
+
+
+def install(environ: Mapping[str, str]) -> int:
+    """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have them baked in."""
+    Current.settings = Settings.from_env(environ)
+    prepare(Current.settings)
+    return Exit.OK
+
+
+COMMANDS: Mapping[str, Callable[[Mapping[str, str]], int]] = {"health": check_health, "install": install}
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     import argparse
@@ -5945,7 +6550,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without arguments the "
                     "environment describes what to serve: README.md has the variables.")
     parser.add_argument("--version", action="version", version=__version__)
-    serve = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, purpose in (("health", "ask the pod on PORT for its health: exit code 0 if it is healthy, else 1"),
+                          ("install", "install what OS_PACKAGES and PACKAGES name, while an image is built")):
+        commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+    serve = commands.add_parser(
         "serve", help="serve a class from a file, to try it", description="Serve a class from a file, to try it.")
     serve.add_argument("file", metavar="FILE[:CLASS]", help="a Python file, and the class if it defines several")
     serve.add_argument("--target", metavar="DIR|URL", help="a folder that stands in for a target, or a target's URL")
@@ -5954,6 +6563,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--workers", type=number(1, 256), default=1, help="worker processes (default: %(default)s)")
     serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
+    if arguments.command in COMMANDS:
+        raise UsageError(f"{arguments.command} stands alone; --help has the options")
     if arguments.target and "://" not in arguments.target:
         if not os.path.isdir(arguments.target):
             raise UsageError(f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
@@ -5995,6 +6606,8 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     try:
         if arguments[:1] == [WORKER_OPTION]:
             be_fresh_worker("".join(arguments[1:2]), arguments[2:], environ)
+        if len(arguments) == 1 and arguments[0] in COMMANDS:  # without argparse: a health check runs every few seconds
+            return COMMANDS[arguments[0]](environ)
         launch = Launch(arguments, dict(environ), [os.fspath(entry) for entry in sys.path], os.getcwd())
         return read_job(arguments, environ).run(launch)
     except StartupError as error:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("command", [["flake8", "ais_runtime_min.py", "tests"], ["mypy", "ais_runtime_min.py"]])
+@pytest.mark.parametrize("command", [
+    ["flake8", "ais_runtime_min.py", "tests"], ["mypy", "ais_runtime_min.py"]])
 def test_a_linter_finds_nothing(command: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           universal_newlines=True)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
@@ -249,7 +250,10 @@ def test_a_number_that_cannot_be_used_is_told(bare_python: str, etls: Path, opti
     assert_no_traceback(done)
 
 
-@pytest.mark.parametrize("args", [["nonesuch"], ["serve"], ["--nonesuch"], ["serve", "x.py", "--nonesuch"]])
+@pytest.mark.parametrize("args", [
+    ["nonesuch"], ["serve"], ["--nonesuch"], ["serve", "x.py", "--nonesuch"], ["health", "8000"], ["install", "numpy"],
+    ["health", "--"], ["--", "install"], ["health", "install"],
+])
 def test_a_command_line_that_is_not_understood_is_told(bare_python: str, args: Sequence[str]) -> None:
     done = serve_in_vain(bare_python, *args)
     assert done.code == Exit.USAGE
@@ -285,7 +289,9 @@ def test_the_version_is_told(bare_python: str) -> None:
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--help"], ["usage: ais_runtime_min", "serve", "--version"]),
+    (["--help"], ["usage: ais_runtime_min", "serve", "health", "install", "--version"]),
+    (["health", "--help"], ["health", "PORT", "exit code 0"]),
+    (["install", "--help"], ["install", "OS_PACKAGES", "PACKAGES"]),
     (["serve", "--help"], ["FILE[:CLASS]", "--target", "--host", "--port", "--workers", "--threads", "127.0.0.1", "8000"]),
 ])
 def test_help_tells_the_options_and_their_defaults(bare_python: str, args: Sequence[str], words: Sequence[str]) -> None:
@@ -293,6 +299,68 @@ def test_help_tells_the_options_and_their_defaults(bare_python: str, args: Seque
     assert done.code == Exit.OK
     for word in words:
         assert word in "\n".join(done.lines)
+
+
+# == The commands of images ==
+
+
+def test_the_health_command_tells_a_pod_that_serves(serve: StartServe, etls: Path, bare_python: str) -> None:
+    runtime = serve(etls / "upper.py")
+    done = run_to_end(["health"], {"PORT": str(runtime.port), "AIS_TARGET_URL": None}, python=bare_python)
+    assert done == (Exit.OK, ["Running"], "Running")
+
+
+@pytest.mark.parametrize("answers", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 503 not yet\r\nContent-Length: 7\r\n\r\nnot yet"])
+def test_the_health_command_tells_a_pod_that_does_not_serve(bare_python: str, answers: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer_once, args=(listener, answers))
+        server.start()
+        done = run_to_end(["health"], {"PORT": str(listener.getsockname()[1]), "AIS_TARGET_URL": None}, python=bare_python)
+        server.join()
+    assert (done.code, len(done.lines)) == (Exit.UNHEALTHY, 1)
+    assert_no_traceback(done)
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> None:
+    """Answer one connection, whatever it asks."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+
+@pytest.mark.parametrize("port", ["0", "x", "70000", "9"])
+def test_the_health_command_tells_a_port_where_nobody_listens(bare_python: str, port: str) -> None:
+    done = run_to_end(["health"], {"PORT": port, "AIS_TARGET_URL": None, "NUM_WORKERS": "x"}, python=bare_python)
+    assert (done.code, len(done.lines)) == (Exit.UNHEALTHY, 1)
+    assert done.last_line.startswith("ais_runtime_min: port %s does not answer: " % port)
+
+
+def test_the_health_command_imports_nothing_more(bare_python: str) -> None:
+    imported = "import sys; sys.path.insert(0, %r); import ais_runtime_min as r; before = set(sys.modules); %s; " \
+        "print(*sorted(set(sys.modules) - before))"
+    health = imported % (str(RUNTIME.parent), "r.main(['health'], {'PORT': '9'})")
+    done = subprocess.run([bare_python, "-B", "-c", health], stdout=subprocess.PIPE, universal_newlines=True, timeout=30)
+    of_the_host_name = {"encodings.idna", "stringprep", "unicodedata"}
+    assert set(done.stdout.splitlines()[1].split()) <= of_the_host_name
+
+
+def test_the_install_command_installs_and_ends(slim_python: str) -> None:
+    done = run_to_end(["install"], {"PACKAGES": "cloudpickle", "AIS_TARGET_URL": None}, python=slim_python)
+    assert done == (Exit.OK, [], "")  # it is there
+
+
+@pytest.mark.parametrize("env, code, words", [
+    ({"PACKAGES": "--upgrade"}, Exit.UNAVAILABLE, ["PACKAGES", "--upgrade"]),
+    ({"OS_PACKAGES": "-x"}, Exit.UNAVAILABLE, ["OS_PACKAGES", "-x"]),
+    ({"NUM_WORKERS": "x"}, Exit.CONFIG, ["NUM_WORKERS"]),
+])
+def test_what_cannot_be_installed_is_told(slim_python: str, env: Environ, code: Exit, words: Sequence[str]) -> None:
+    done = run_to_end(["install"], {**env, "AIS_TARGET_URL": None}, python=slim_python)
+    assert done.code == code and done.last_line.startswith("ais_runtime_min: ")
+    for word in words:
+        assert word in done.last_line
+    assert_no_traceback(done)
 
 
 # == Where it listens ==

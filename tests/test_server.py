@@ -461,3 +461,120 @@ def test_connections_in_many_threads_do_not_mix_their_answers(server: Server) ->
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+# == The lead ==
+
+MEETING = '''
+import threading, time
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+
+class Meeting(HTTPMultiThreadedServer):
+    """Is quick, unless the arguments say: meet (wait for all the others that meet), or spin (hold the interpreter lock)."""
+
+    def __init__(self):
+        super().__init__()
+        self.barrier = threading.Barrier(8)
+
+    def transform(self, data, path, etl_args):
+        if etl_args == "meet":
+            self.barrier.wait(30)
+        if etl_args == "spin":
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                pass
+        return data
+'''
+MEETING_SIZE = 8
+PUT_HELLO = b"PUT /bucket/object%s HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
+WHOLE_ANSWER = b"\r\n\r\nhello"
+
+
+@pytest.fixture(scope="module")
+def meeting() -> Iterator[Server]:
+    """One worker whose class is quick but for some objects."""
+    with Runtime(env={"ETL_CLASS_PAYLOAD": make_payload(MEETING, "Meeting"), "NUM_WORKERS": "1"}) as runtime:
+        yield runtime
+
+
+def read_answers(connection: socket.socket, count: int) -> bytes:
+    """Read so many answers to PUT_HELLO, and nothing behind them."""
+    data = b""
+    while data.count(WHOLE_ANSWER) < count:
+        received = connection.recv(65536)
+        assert received, "the connection ended after %r" % data
+        data += received
+    assert data.endswith(WHOLE_ANSWER) and data.count(b"HTTP/1.1 200 ") == count
+    return data
+
+
+def be_quick(connection: socket.socket, times: int = 50) -> None:
+    """Have quick requests served, so that the leader comes to serve them itself."""
+    for _ in range(times):
+        connection.sendall(PUT_HELLO % b"")
+        read_answers(connection, 1)
+
+
+def test_requests_that_wait_for_each_other_are_served_at_the_same_time(meeting: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(meeting.connect(timeout=40)) for _ in range(MEETING_SIZE)]
+        for _ in range(3):
+            for client in clients:
+                be_quick(client)
+            time.sleep(1.2)  # in which a leader that was held up is tried again
+            for client in clients:
+                client.sendall(PUT_HELLO % b"?etl_args=meet")
+            for client in clients:
+                read_answers(client, 1)
+
+
+def test_quick_requests_behind_one_that_waits_are_answered_meanwhile(meeting: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(meeting.connect(timeout=40)) for _ in range(MEETING_SIZE)]
+        be_quick(clients[0])
+        time.sleep(1.2)
+        for client in clients[1:]:
+            client.sendall(PUT_HELLO % b"?etl_args=meet")
+        be_quick(clients[0])  # while all others wait for it
+        assert meeting.request("GET", "/health", timeout=PROBE_SECONDS).body == b"Running"
+        clients[0].sendall(PUT_HELLO % b"?etl_args=meet")
+        for client in clients:
+            read_answers(client, 1)
+
+
+def test_a_request_that_holds_the_interpreter_lock_does_not_hold_up_a_probe(meeting: Server) -> None:
+    with meeting.connect(timeout=40) as client:
+        be_quick(client)
+        client.sendall(PUT_HELLO % b"?etl_args=spin")
+        assert meeting.request("GET", "/health", timeout=PROBE_SECONDS).body == b"Running"
+        read_answers(client, 1)
+
+
+def test_a_row_of_requests_of_all_kinds_on_one_connection_is_answered_in_order(meeting: Server) -> None:
+    chunked = (b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+               b"5\r\nhello\r\n0\r\n\r\n")
+    whole = PUT_HELLO % b""
+    with meeting.connect(timeout=40) as client:
+        be_quick(client)
+        client.sendall((whole + chunked) * 20 + whole[:30])
+        read_answers(client, 40)
+        client.sendall(whole[30:] + whole)
+        read_answers(client, 2)
+
+
+def test_a_request_that_lost_the_lead_is_answered_though_the_server_drains() -> None:
+    with Runtime(env={"ETL_CLASS_PAYLOAD": make_payload(MEETING, "Meeting"), "NUM_WORKERS": "1"}) as runtime:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(runtime.connect(timeout=40)) for _ in range(MEETING_SIZE)]
+            be_quick(clients[0])
+            for client in clients[:-1]:
+                client.sendall(PUT_HELLO % b"?etl_args=meet")
+            be_quick(clients[-1])
+            clients[-1].sendall(PUT_HELLO % b"?etl_args=meet")
+            for client in clients:
+                read_answers(client, 1)
+            clients[0].sendall(PUT_HELLO % b"?etl_args=spin")
+            be_quick(clients[1], 1)  # by now the other is being served, or has been
+            os.kill(runtime.pid, signal.SIGTERM)
+            read_answers(clients[0], 1)
+        assert runtime.wait() == 0

@@ -711,10 +711,10 @@ def own_python(tmp_path: Path, slim_python: str) -> str:
 
 
 def make_apk(folder: Path, script: str) -> Environ:
-    """Make a stand-in for apk that first records its arguments, one a line; return the PATH that finds it."""
+    """Make a stand-in for apk that has no package and records its arguments, one a line; return the PATH that finds it."""
     folder.mkdir(exist_ok=True)
     file = folder / "apk"
-    file.write_text('#!/bin/sh\nprintf "%%s\\n" "$@" >> "%s/arguments"\n%s\n' % (folder, script))
+    file.write_text('#!/bin/sh\n[ "$1" = info ] && exit 1\nprintf "%%s\\n" "$@" >> "%s/arguments"\n%s\n' % (folder, script))
     file.chmod(0o755)
     return {"PATH": "%s:%s" % (folder, os.environ.get("PATH", os.defpath))}
 
