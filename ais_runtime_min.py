@@ -5126,7 +5126,7 @@ def install_framework(name: str, serves: bool) -> None:
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing:
         try:
-            install_python_packages(",".join(missing))
+            install_python_packages(",".join(missing), why=name)
         except PackageError as error:
             raise PackageError(
                 f"the class needs {' and '.join(missing)}, which this image does not have and pip cannot install: bake it "
