@@ -5126,14 +5126,17 @@ def install_framework(name: str, serves: bool) -> None:
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing:
         try:
-            install_python_packages(",".join(missing))
+            install_python_packages(",".join(missing), why=name)
         except PackageError as error:
             raise PackageError(
                 f"the class needs {' and '.join(missing)}, which this image does not have and pip cannot install: bake it "
                 f"in with docker build --build-arg EXTRAS={name}, or let PACKAGES or pip's own variables name a source "
                 f"that can be reached; {error}") from None
     for module, _ in wanted:
-        importlib.import_module(module)
+        problem = attempt(importlib.import_module, module).error
+        if problem is not None:
+            log_user_error(module, problem)
+            raise PackageError(f"the class needs {module}, which cannot be imported: {describe(problem)}")
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
@@ -5170,6 +5173,23 @@ class MainLoop(MainThreadSlots):
         self.loop = asyncio.new_event_loop()
         self._adopt = asyncio.set_event_loop
         self._adopt(self.loop)
+        self._thread = threading.get_ident()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Have a function called in its turn, or at once by what `work` calls; its exception is the caller's."""
+        return function(*args) if threading.get_ident() == self._thread else super().run(function, *args)
+
+    def soon(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Have a function that never raises called by `work`; return a future of the loop, which this is called on."""
+        future = self.loop.create_future()
+
+        def call() -> None:
+            result = function(*args)
+            if not future.done():  # it may have been cancelled
+                future.set_result(result)
+
+        self._put(call)
+        return future
 
     def run_until(self, awaitable: Any) -> Any:
         """Run the loop until something is done. Call it while `work` does not run."""
@@ -5239,6 +5259,11 @@ class RequestPieces:
         self._loop = loop
         self._first: Optional[bytes] = None
         self._is_lost = False
+
+    @property
+    def ahead(self) -> int:
+        """The number of bytes that are here already."""
+        return len(self._first or b"")
 
     async def begin(self) -> None:
         """Receive the first piece, which is all of a small body; on the loop."""
@@ -5312,10 +5337,11 @@ def piece_response_class() -> Any:
 class StarletteAnswers:
     """Answer an application's requests for objects by Starlette's responses; on the loop of the application."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, main: Optional[MainLoop]) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         self._service = service
+        self._main = main  # where the class transforms whole objects on the loop's thread
         self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
 
     async def __call__(self, request: Any) -> Any:
@@ -5334,7 +5360,11 @@ class StarletteAnswers:
         pieces = RequestPieces(request, loop)
         await pieces.begin()
         body = body_of_app(request.headers.get("content-length"), pieces.take)
-        return self._response(await loop.run_in_executor(self._threads, self._service.answer, parsed, body), parsed.name)
+        if self._main is not None and not (parsed.pipeline or parsed.is_replayable) and body.size == pieces.ahead:
+            answer = await self._main.soon(self._service.answer, parsed, body)  # there is nothing to wait for
+        else:
+            answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
+        return self._response(answer, parsed.name)
 
     def _response(self, answer: Answer, name: str) -> Any:
         """Make the response of an answer."""
@@ -5347,11 +5377,11 @@ class StarletteAnswers:
         return response
 
 
-def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
+def add_fastapi_routes(server: FastAPIServer, service: Service, main: Optional[MainLoop] = None) -> None:
     """Let a class's application answer requests for objects, where none of its own routes does."""
     from starlette.responses import Response
 
-    server.etl_answer = StarletteAnswers(service)
+    server.etl_answer = StarletteAnswers(service, main)
 
     async def health(_: Any) -> Any:
         return Response(b"Running", media_type="text/plain")
@@ -5420,8 +5450,14 @@ class AppFront:
 
         loop = asyncio.get_running_loop()
         held: List[Any] = []
+        sending: List[Any] = []
+        ahead: List[Any] = []  # the first piece, which is all of a small body
+        if scope["type"] == "http" and not any(name == b"expect" for name, _ in scope["headers"]):
+            ahead.append(await receive())
 
         async def receive_there() -> Any:
+            if ahead:
+                return ahead.pop()
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(receive(), loop))
 
         async def send_there(message: Any) -> None:
@@ -5430,10 +5466,16 @@ class AppFront:
             held.append(message)
             if message["type"] != "http.response.start":  # it goes with what follows, so that both cost one way
                 messages, held[:] = held[:], []
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(transmit(messages, send), loop))
+                sent = asyncio.run_coroutine_threadsafe(transmit(messages, send), loop)
+                if message.get("more_body") or message["type"] != "http.response.body":
+                    await asyncio.wrap_future(sent)
+                else:  # nothing comes behind it
+                    sending.append(sent)
 
         call = self._app(scope, receive_there, send_there)
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
+        for sent in sending:
+            await asyncio.wrap_future(sent)
 
 
 class TakenInput(ConnectionInput):
@@ -5568,7 +5610,8 @@ class UvicornServer:
     def __enter__(self) -> UvicornServer:
         name = type(self._server).__name__
         call_user(f"{name}'s start-up", lambda: self._main.run_until(self._lifespan.start()))
-        add_fastapi_routes(self._server, self._service)
+        is_one = (Current.settings or Settings()).threads in (None, 1) and not self._server.use_streaming
+        add_fastapi_routes(self._server, self._service, self._main if is_one else None)
         self._config.load()
         self._config.ws_protocol_class = functools.partial(HandOver, self._taken, self._config.ws_protocol_class)
         return self

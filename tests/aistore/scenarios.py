@@ -222,7 +222,7 @@ class World:
         etl = self.client.etl("e-" + uuid.uuid4().hex[:12])
         self._etls.append(etl)
         etl.init(
-            image="ais-runtime-min", comm_type=comm, direct_put=direct_put, init_timeout=INIT_TIMEOUT,
+            image=getattr(served, "IMAGE", "ais-runtime-min"), comm_type=comm, direct_put=direct_put, init_timeout=INIT_TIMEOUT,
             ETL_CLASS_PAYLOAD=serialize_class(served), **variables,
         )
         return etl
@@ -622,8 +622,13 @@ def failing_streams_leave_no_half_objects_by_hpull(world: World) -> None:
 
 
 def a_failed_inline_read_by_ws_is_told_at_once(world: World) -> None:
+    check_failed_inline_read_by_ws(world, Validator)
+
+
+def check_failed_inline_read_by_ws(world: World, served: Type[ETLServer]) -> None:
+    """Read an object that fails through an ETL that is new, up to three times."""
     source = world.filled_bucket({"good": b"good", "bad": b"bad"})
-    for started in world.start_each([Validator] * 3, [WS], [True]):
+    for started in world.start_each([served] * 3, [WS], [True]):
         must_equal(world.inline(source, "good", started.etl), b"GOOD", "before")
         began = time.monotonic()
         try:
@@ -787,6 +792,127 @@ def processes_of(pods: Set[str]) -> List[str]:
             if any(b"HOSTNAME=" + pod.encode() in variables for pod in pods):
                 found.append(folder.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
     return found
+
+
+# == Scenarios: classes with an application of their own ==
+
+
+class Routed:
+    """What these classes have in common: an image that has the frameworks, since the cluster has no package index."""
+
+    IMAGE = "frameworks-of-ais-runtime-min"
+
+
+class UvicornInverter(Routed, FastAPIServer):
+    """Inverts every byte and appends the arguments; has a route of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app.add_api_route("/version", lambda: "1")
+
+    def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+        return data.translate(INVERT) + etl_args.encode()
+
+
+class UvicornStreamInverter(Routed, FastAPIServer):
+    """The same in pieces; needs its start-up hook."""
+
+    async def startup_event(self) -> None:
+        self.table = INVERT
+
+    def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
+        for piece in iter(lambda: reader.read(100_000), b""):
+            yield piece.translate(self.table)
+        yield etl_args.encode()
+
+
+class GunicornInverter(Routed, FlaskServer):
+    """Inverts every byte and appends the arguments; has a route of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app.add_url_rule("/version", view_func=lambda: "1")
+
+    def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+        return data.translate(INVERT) + etl_args.encode()
+
+
+class UvicornStage(Routed, FastAPIServer):
+    """Appends its number, but makes nothing of the object that is named after it; has a route of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app.add_api_route("/version", lambda: "1")
+
+    def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+        number = os.environ["STAGE"]
+        return b"" if path.endswith("emptied-" + number) else data + number.encode()
+
+
+class UvicornValidator(Routed, FastAPIServer):
+    """Refuses objects that begin with "bad"; has a route of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app.add_api_route("/version", lambda: "1")
+
+    def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+        if data.startswith(b"bad"):
+            raise ValueError("validation failed")
+        return data.upper()
+
+
+def must_be_served_by(world: World, server: str) -> None:
+    """Check the logs of all pods."""
+    for pod, log in world.logs().items():
+        assert any("by %s) on" % server in line for line in log), "%s:\n%s" % (pod, "\n".join(log))
+
+
+def inline_reads_under_uvicorn_and_gunicorn(world: World) -> None:
+    objects = {"empty": b"", "small": b"object", "large": random.Random(1).randbytes(64 * MIB)}
+    source = world.filled_bucket(objects)
+    for started in world.start_each([UvicornInverter, UvicornStreamInverter, GunicornInverter]):
+        for name, content in objects.items():
+            must_equal(world.inline(source, name, started.etl), content.translate(INVERT), "%s, %s" % (name, started))
+        must_equal(world.inline(source, "empty", started.etl, "a b+c%20d"), b"a b+c%20d", str(started))
+
+
+def jobs_under_uvicorn_by_hpush(world: World) -> None:
+    check_jobs(world, UvicornInverter, HPUSH)
+    must_be_served_by(world, "uvicorn")
+
+
+def jobs_under_uvicorn_by_hpull(world: World) -> None:
+    check_jobs(world, UvicornInverter, HPULL)
+    must_be_served_by(world, "uvicorn")
+
+
+def jobs_under_uvicorn_by_ws(world: World) -> None:
+    check_jobs(world, UvicornInverter, WS)
+    must_be_served_by(world, "uvicorn")
+
+
+def jobs_of_streams_under_uvicorn_by_hpush(world: World) -> None:
+    check_jobs(world, UvicornStreamInverter, HPUSH)
+    must_be_served_by(world, "uvicorn")
+
+
+def jobs_under_gunicorn_by_hpush(world: World) -> None:
+    check_jobs(world, GunicornInverter, HPUSH)
+    must_be_served_by(world, "gunicorn")
+
+
+def jobs_under_gunicorn_by_hpull(world: World) -> None:
+    check_jobs(world, GunicornInverter, HPULL)
+    must_be_served_by(world, "gunicorn")
+
+
+def pipelines_through_uvicorn_by_hpush(world: World) -> None:
+    check_pipeline(world, HPUSH, [UvicornStage, StreamStage, UvicornStage])
+
+
+def a_failed_inline_read_by_ws_under_uvicorn_is_told_at_once(world: World) -> None:
+    check_failed_inline_read_by_ws(world, UvicornValidator)
 
 
 # == Running them ==

@@ -65,11 +65,13 @@ class Session:
         self._count += 1
         self._state = self.folder / ("cluster-%d" % self._count)
         self._state.mkdir()
-        image = {"command": [interpreter("slim"), str(RUNTIME)], "env": {"NUM_WORKERS": "2", "PYTHONUNBUFFERED": "1"}}
+        images = {
+            name: {"command": [interpreter(group), str(RUNTIME)], "env": {"NUM_WORKERS": "2", "PYTHONUNBUFFERED": "1"}}
+            for name, group in (("ais-runtime-min", "slim"), ("frameworks-of-ais-runtime-min", "sdk"))}
         command = [sys.executable, "cluster.py", str(self._state), interpreter("sdk"), "scenarios.py"]
         with open(self._state / "scenarios.out", "wb") as out:
             self._process = subprocess.Popen(
-                command, cwd=str(HERE), env={**os.environ, "KUBE_IMAGES": json.dumps({"ais-runtime-min": image})},
+                command, cwd=str(HERE), env={**os.environ, "KUBE_IMAGES": json.dumps(images)},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, universal_newlines=True,
             )
 
