@@ -142,7 +142,8 @@ RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 
 RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, together: with the default of three retries
 # waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
-QUICK_SECONDS = 0.002  # for one object; slower ones of a connection are transformed by several threads
+QUICK_SECONDS = 0.001  # for one object over WebSocket; slower ones of a connection are transformed by several threads
+BATCH_TURN_SECONDS = 0.01  # until a connection goes ahead while another transforms: several of `BATCH_SECONDS`
 BATCH_SECONDS = 0.001  # that a result waits for others to leave with it
 FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its WebSocket connections ends
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
@@ -3519,6 +3520,7 @@ class Service:
         self.settings = settings
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self._transforms = Transforms(server, slots)
+        self.transforms_where_asked = isinstance(slots, ThreadSlots)
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
@@ -3916,13 +3918,14 @@ class Pace:
     """Tell from the last objects of a worker whether a connection's are better transformed on its own thread.
 
     Handing an object to another thread and taking its result back costs as much as small objects take altogether. An
-    object that takes longer than `QUICK_SECONDS` for each connection, which then all compete for the interpreter, is
-    slow; three slow ones in a row, or a very slow one, make the worker hand objects over. After a hundred times as long
-    as that object took another one is tried.
+    object that takes longer than `QUICK_SECONDS` is slow; three slow ones in a row, or a very slow one, make the worker
+    hand objects over. After a hundred times as long as that object took another one is tried.
+
+    `turn` is a lock for what connections do on their own threads: these would only compete for the interpreter.
     """
 
     def __init__(self) -> None:
-        self.connections = 0
+        self.turn = threading.Lock()
         self._slow_in_a_row = 0
         self._hands_over_until = 0.0
 
@@ -3932,7 +3935,7 @@ class Pace:
 
     def note(self, seconds: float, now: float) -> None:
         """Take note of how long an object took on the thread that had read it."""
-        if seconds < QUICK_SECONDS * min(max(self.connections, 1), DEFAULT_THREADS):
+        if seconds < QUICK_SECONDS:
             self._slow_in_a_row = 0
             return
         self._slow_in_a_row += 1
@@ -3975,6 +3978,7 @@ class ObjectExchange:
         self._bytes = 0  # of those
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
+        self._has_turn = False
         self._change = threading.Condition()
 
     @property
@@ -4006,26 +4010,41 @@ class ObjectExchange:
 
     def wait(self) -> None:
         """Wait until all that was taken is answered."""
+        self.give_turn()
         with self._change:
             self._change.wait_for(lambda: not self._pending)
 
+    def give_turn(self) -> None:
+        """Let other connections transform, on the thread of `take`, before that waits for anything."""
+        if self._has_turn and self._pace is not None:
+            self._has_turn = False
+            self._pace.turn.release()
+
     def _take_object(self, exchanged: Exchanged) -> None:
         """Have an object answered, here or on another thread."""
-        begin = time.monotonic()
-        if self._pace is not None and self._pace.is_quick(begin):
-            if self._pending:  # whose replies come before
-                self.wait()
-                begin = time.monotonic()
-            reply = self._answer(exchanged)
-            end = time.monotonic()
-            self._pace.note(end - begin, end)
-            return self._send_in_turn(reply)
+        if self._pace is not None and self._pace.is_quick(time.monotonic()):
+            return self._send_in_turn(self._answer_here(exchanged, self._pace))
+        self.give_turn()
         with self._change:
             self._change.wait_for(lambda: not self.is_full)
             self._pending.append(exchanged)
             self._bytes += exchanged.size
         if attempt(self._hand_over, self._run, exchanged).error is not None:  # there is no other thread
             self._run(exchanged)
+
+    def _answer_here(self, exchanged: Exchanged, pace: Pace) -> Reply:
+        """Answer an object on this thread, after all before it; in a turn, unless it waits for another node or thread."""
+        if self._pending:
+            self.wait()
+        if exchanged.request.pipeline or not self._service.transforms_where_asked:
+            self.give_turn()
+        elif not self._has_turn:
+            self._has_turn = pace.turn.acquire(timeout=BATCH_TURN_SECONDS)
+        begin = time.monotonic()
+        reply = self._answer(exchanged)
+        end = time.monotonic()
+        pace.note(end - begin, end)
+        return reply
 
     def _run(self, exchanged: Exchanged) -> None:
         """Answer an object on another thread, and send what is ready."""
@@ -4231,6 +4250,8 @@ class WebSocket:
 
     def _flush(self) -> None:
         """Send what there is. A client that does not read is lost; so is what it would have been sent."""
+        if threading.get_ident() == self._thread:
+            self._exchange.give_turn()
         with self._lock:
             parts, self._parts, self._size = self._parts, [], 0
             error = attempt(send_parts, self._connection, parts).error if parts and not self._is_over else None
@@ -4285,7 +4306,6 @@ class WebSockets:
     def _change(self, change: Callable[[WebSocket], None], websocket: WebSocket) -> None:
         with self._lock:
             change(websocket)
-            self.pace.connections = len(self._open)
 
 
 # == 15. HTTP ==
