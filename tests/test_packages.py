@@ -647,7 +647,8 @@ def installed_in(python: str, name: str) -> str:
 
 def start_in_vain(env: Environ, python: Optional[str] = None) -> Finished:
     """Start a pod that gives up at its payload at the latest; no secret may show."""
-    done = run_to_end(env={"ETL_CLASS_PAYLOAD": NO_PAYLOAD, **env}, python=python, timeout=3 * SECONDS)
+    index = {"PIP_NO_INDEX": None if python else "1"}  # only an environment of its own may take what an index has
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": NO_PAYLOAD, **index, **env}, python=python, timeout=3 * SECONDS)
     log = "\n".join(done.lines)
     print(log)  # pytest shows it where the test fails
     assert "Traceback" not in log and SECRET not in log
