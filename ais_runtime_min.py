@@ -5380,8 +5380,9 @@ class StarletteAnswers:
         pieces = RequestPieces(request, loop)
         await pieces.begin()
         body = body_of_app(request.headers.get("content-length"), pieces.take)
-        if self._main is not None and not (parsed.pipeline or parsed.is_replayable) and body.size == pieces.ahead:
-            answer = await self._main.soon(self._service.answer, parsed, body)  # there is nothing to wait for
+        is_here = body.size is not None and body.size == pieces.ahead <= READ_BYTES  # a larger one may have to wait for room
+        if self._main is not None and is_here and not (parsed.pipeline or parsed.is_replayable):
+            answer = await self._main.soon(self._service.answer, parsed, body)
         else:
             answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
         return self._response(answer, parsed.name)
