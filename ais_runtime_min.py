@@ -168,7 +168,9 @@ LEAD_SECONDS = 0.01  # until a leader that is held up by one request has lost it
 SLOW_SECONDS = 1.0  # after which it is seen anew whether requests are quick
 WATCH_LIMIT = 100  # looks at a leader that has nothing to serve, before one waits to be told that it has
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
-CROWD_LIMIT = 64  # idle connections that are closed at once when no more can be opened
+CROWD_LIMIT = 64  # connections that are accepted at once, or of idle ones closed when no more can be opened
+ACCEPT_TURNS = 32  # requests that the leader serves before it looks for new connections: at most 16 ms
+EXCESS_LIMIT = 8  # connections that a busy worker may accept beyond what another has, which may be as busy
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
@@ -1921,9 +1923,9 @@ class Share:
         self.publish(self.ABSENT)
 
     @property
-    def is_large(self) -> bool:
-        """Whether another worker has less."""
-        return self._counts[self._slot] > min(self._counts)
+    def excess(self) -> int:
+        """How many connections this worker has more than the one that has least."""
+        return self._counts[self._slot] - min(self._counts)
 
 
 class Current:
@@ -4477,6 +4479,11 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             goes_on = self._guard(self._serve_prompt)
         self._rest(goes_on)
 
+    @property
+    def has_input(self) -> bool:
+        """Whether something has come, or the end, that was not received yet."""
+        return is_ready(self.connection, select.POLLIN)
+
     def peek(self) -> bytes:
         """Look at what has come, without waiting; b"" where that fails."""
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -4728,7 +4735,7 @@ class ThreadPool:
     @property
     def is_exhausted(self) -> bool:
         """Whether another job would have to wait for one of those before it."""
-        return self.busy >= (self._threads if self._is_short else self._limit)
+        return self.busy >= (self._threads if self._is_short and self._threads else self._limit)
 
     def submit(self, *job: Any) -> None:
         """Take a job; RuntimeError where there is no thread at all and none can be started."""
@@ -4737,6 +4744,12 @@ class ThreadPool:
                 self._start_thread()
             self.busy += 1
             self._jobs.put(job)
+
+    def start_spare(self) -> None:
+        """Start a thread that has nothing to do yet, where there is none: later the system may have none left."""
+        with self._lock:
+            if self._threads <= self.busy:
+                self._start_thread()
 
     def _start_thread(self) -> None:
         """Start another thread; where the system has none left, those that are there take its work over in time."""
@@ -4869,15 +4882,23 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         if self.service.uses_callers_thread:
             self.leaders.submit()
+            self.leaders.start_spare()
             self._watch()
         else:
             self._lead_to_the_end()
         if self._failure is not None:
             raise self._failure
         self._share.leave()
+        for _ in range(BACKLOG):  # who was let in by the system and not yet by us
+            if not self._accept():
+                break
+        self.socket.close()
         self.websockets.drain()
+        deadline = time.monotonic() + WORKER_GRACE_SECONDS
         self._dismiss_idle()
-        self.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
+        self.wait_until_quiet(deadline)
+        self._dismiss_idle()  # what became idle just when the first were dismissed
+        self.wait_until_quiet(deadline)
 
     @property
     def has_quick_lead(self) -> bool:  # type: ignore[override]
@@ -4920,6 +4941,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._term += 1
             self._pace.slow_down()
         self.leaders.submit()
+        self.leaders.start_spare()
 
     def _lead_to_the_end(self) -> None:
         """Lead until the lead is lost, or the server drains or fails."""
@@ -4939,11 +4961,13 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             while self._ready:
                 if not self._take_turn(self._ready.popleft(), term):
                     return False
+                if not self._turns % ACCEPT_TURNS:  # new clients, a probe perhaps, must not wait for all the others
+                    self._accept_some(EXCESS_LIMIT)
             others = [key.fileobj for key, _ in ready if key.data is None]
             if self._wakeup in others:
                 self._wake_up()
             if self.socket in others:  # after the others, since it may close connections that are parked
-                self._accept()
+                self._accept_some(EXCESS_LIMIT if len(ready) > ACCEPT_TURNS else 0)
             self._close_expired()
         return True
 
@@ -4973,33 +4997,45 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._settle(handler)
         return True
 
-    def _accept(self) -> None:
-        if self._share.is_large:
+    def _accept_some(self, excess: int) -> None:
+        """Accept connections while no other worker has less, by more than `excess`; but one in any case."""
+        if self._share.excess > excess:
             time.sleep(YIELD_SECONDS)
+        for _ in range(CROWD_LIMIT):
+            if not self._accept():
+                return
+            self._share.publish(self._connections)
+            if self._share.excess > excess:
+                return
+
+    def _accept(self) -> bool:
+        """Accept a connection; False if there was none, or no room for one."""
         try:
             connection, address = self.socket.accept()
         except BlockingIOError:  # another worker was faster
-            return
+            return False
         except OSError as error:
             logger.error("a connection could not be accepted: %s", error)
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
                 self._make_room()
-            return
+            return False
         handler, problem = attempt(ETLRequestHandler, connection, address, self)
         if problem is not None:
             logger.debug("connection of %s: %s", address, problem)
-            return connection.close()
-        if self.has_quick_lead or self.threads.is_exhausted:  # then what it says tells whether it can be answered at once
-            return self._park(handler)
-        self.dispatch(handler)
-        self._share.publish(self._connections)
+            connection.close()
+        elif self.has_quick_lead or self.threads.is_exhausted:  # what it says tells whether it can be answered at once
+            self._park(handler)
+        else:
+            self.dispatch(handler)
+        return True
 
     def _make_room(self) -> None:
-        """Close connections that have been idle for the longest time; where there are none, give the others time."""
-        parked = sorted(self._parked(), key=lambda handler: handler.since)[:CROWD_LIMIT]
-        for handler in parked:
+        """Close some of the connections that have been idle for the longest time; where there are none, give the others time."""
+        parked = sorted(self._parked(), key=lambda handler: handler.since)
+        oldest = [handler for handler in parked[:min(CROWD_LIMIT, len(parked) // 4 + 1)] if not handler.has_input]
+        for handler in oldest:
             self._close_parked(handler)
-        if not parked:
+        if not oldest:
             time.sleep(0.05)
 
     def process_connection(self, handler: ETLRequestHandler) -> None:
@@ -5029,6 +5065,8 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         elif handler.is_idle and not self.is_draining:
             self._newly_idle.put(handler)
             self._wake()
+        elif handler.is_idle and handler.has_input:  # the next request has come before it was told that there is to be none
+            self.dispatch(handler)
         else:
             self.shutdown_request(handler.connection)
 
@@ -5087,14 +5125,14 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             pass
 
     def _dismiss_idle(self) -> None:
-        """Close what is idle; a parked connection whose request has just come is served a last time."""
-        self.socket.close()
+        """Close what is idle; a connection whose request has just come is served a last time."""
         self._park_newly_idle()
         for handler in self._parked():
-            if is_ready(handler.connection, select.POLLIN):
+            if handler.has_input:
+                self._selector.unregister(handler.connection)
                 self.dispatch(handler)
             else:
-                self.shutdown_request(handler.connection)
+                self._close_parked(handler)
 
     def wait_until_quiet(self, deadline: float) -> None:
         """Wait until no connection is being served, or until a time of time.monotonic()."""

@@ -3,6 +3,7 @@ import contextlib
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -13,7 +14,7 @@ from typing import Iterator, List, Optional
 
 import pytest
 
-from ais_runtime_min import LINGER_SECONDS
+from ais_runtime_min import LINGER_SECONDS, ThreadPool
 from harness import RUNTIME, SERVING, Body, Runtime, Server, exact_environment, interpreter, make_payload
 
 SLOTS = 2
@@ -470,7 +471,7 @@ import threading, time
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
 
 class Meeting(HTTPMultiThreadedServer):
-    """Is quick, unless the arguments say: meet (wait for all the others that meet), or spin (hold the interpreter lock)."""
+    """Is quick, unless the arguments say: meet (wait for all who do), spin or burn (compute, long or briefly)."""
 
     def __init__(self):
         super().__init__()
@@ -479,8 +480,8 @@ class Meeting(HTTPMultiThreadedServer):
     def transform(self, data, path, etl_args):
         if etl_args == "meet":
             self.barrier.wait(30)
-        if etl_args == "spin":
-            end = time.monotonic() + 0.5
+        if etl_args in ("spin", "burn"):
+            end = time.monotonic() + (0.5 if etl_args == "spin" else 0.0003)
             while time.monotonic() < end:
                 pass
         return data
@@ -578,3 +579,64 @@ def test_a_request_that_lost_the_lead_is_answered_though_the_server_drains() -> 
             os.kill(runtime.pid, signal.SIGTERM)
             read_answers(clients[0], 1)
         assert runtime.wait() == 0
+
+
+def test_new_clients_do_not_wait_for_those_that_are_always_busy() -> None:
+    busy = PUT_HELLO % b"?etl_args=burn"  # about as long as a request may take that the leader serves itself
+    with Runtime(env={"ETL_CLASS_PAYLOAD": make_payload(MEETING, "Meeting"), "NUM_WORKERS": "1"}) as runtime:
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as prober:
+            clients = [stack.enter_context(runtime.connect(timeout=40)) for _ in range(200)]
+            probe = prober.submit(runtime.request, "GET", "/health", timeout=PROBE_SECONDS)
+            for client in clients:
+                client.sendall(busy)
+            waiting, deadline = set(clients), time.monotonic() + PROBE_SECONDS
+            while waiting:
+                assert time.monotonic() < deadline, "%d clients are not answered" % len(waiting)
+                for client in select.select(clients, [], [], 1)[0]:  # who has an answer asks again at once
+                    client.recv(65536)
+                    client.sendall(busy)
+                    waiting.discard(client)
+            assert probe.result().body == b"Running"
+
+
+def test_clients_that_keep_asking_are_not_closed_where_files_run_out() -> None:
+    answers = []
+
+    def ask(client: socket.socket) -> None:
+        while not done.is_set():
+            client.sendall(PUT_HELLO % b"")
+            answers.append(read_answers(client, 1))
+
+    done = threading.Event()
+    with with_files(VERY_FEW_FILES) as server, contextlib.ExitStack() as stack:
+        active = [stack.enter_context(server.connect(timeout=10)) for _ in range(VERY_FEW_FILES // 4)]
+        with ThreadPoolExecutor(len(active)) as clients:
+            asking = [clients.submit(ask, client) for client in active]
+            try:
+                while "could not be accepted" not in server.log():
+                    stack.enter_context(server.connect(timeout=PROBE_SECONDS))
+                    count = len(answers)
+                    while len(answers) < count + len(active) and not any(future.done() for future in asking):
+                        time.sleep(0.001)
+            finally:
+                done.set()
+            for future in asking:
+                assert future.exception() is None
+
+
+def test_a_pool_that_never_had_a_thread_is_not_exhausted_but_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = ThreadPool(8, print)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            pool.submit()
+        assert not pool.is_exhausted
+    monkeypatch.undo()
+    pool.start_spare()
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    pool.submit()  # for which there is a thread already
+    pool.wait_until_quiet(time.monotonic() + PROBE_SECONDS)
+    assert not pool.busy
