@@ -4201,12 +4201,17 @@ class WebSocket:
         self._flush()
         if self._owner.is_draining and time.monotonic() > self._owner.drain_deadline:
             raise RequestError("the pod is stopping")
-        if self._is_over or self._source.ahead or self._reader.is_within or not self._exchange.is_between_objects:
+        if self._is_over or self._is_within_object:
             return not self._is_over
         if not self._owner.is_draining:
             return (self._wait_for_client() and not self._is_over) or (self._owner.is_draining and self._prepare())
         self._exchange.wait()
         return is_ready(self._connection, select.POLLIN)
+
+    @property
+    def _is_within_object(self) -> bool:
+        """Whether the client has begun an object, and is to send the rest of it."""
+        return bool(self._source.ahead) or self._reader.is_within or not self._exchange.is_between_objects
 
     def _wait_for_client(self, seconds: Optional[float] = None) -> bool:
         """Wait until the client has sent something; False where the bell rings before, or the time is over."""
@@ -4958,17 +4963,23 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._share.publish(self._connections)
             ready = [] if self._ready else self._selector.select(SWEEP_SECONDS)
             self._ready.extend(key.data for key, _ in ready if key.data is not None)
-            while self._ready:
-                if not self._take_turn(self._ready.popleft(), term):
-                    return False
-                if not self._turns % ACCEPT_TURNS:  # new clients, a probe perhaps, must not wait for all the others
-                    self._accept_some(EXCESS_LIMIT)
+            if not self._serve_ready(term):
+                return False
             others = [key.fileobj for key, _ in ready if key.data is None]
             if self._wakeup in others:
                 self._wake_up()
             if self.socket in others:  # after the others, since it may close connections that are parked
                 self._accept_some(EXCESS_LIMIT if len(ready) > ACCEPT_TURNS else 0)
             self._close_expired()
+        return True
+
+    def _serve_ready(self, term: int) -> bool:
+        """Serve or dispatch what is readable; False if the lead was lost meanwhile."""
+        while self._ready:
+            if not self._take_turn(self._ready.popleft(), term):
+                return False
+            if not self._turns % ACCEPT_TURNS:  # new clients, a probe perhaps, must not wait for all the others
+                self._accept_some(EXCESS_LIMIT)
         return True
 
     def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
