@@ -4035,7 +4035,7 @@ class ObjectExchange:
             self._run(exchanged)
 
     def _answer_here(self, exchanged: Exchanged, pace: Pace) -> Reply:
-        """Answer an object on this thread, after all before it; in a turn, unless it waits for another node or thread."""
+        """Answer an object here, after all before it; in a turn, unless it waits for another node or thread."""
         if self._pending:
             self.wait()
         if exchanged.request.pipeline or not self._service.transforms_where_asked:
@@ -5041,7 +5041,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         return True
 
     def _make_room(self) -> None:
-        """Close some of the connections that have been idle for the longest time; where there are none, give the others time."""
+        """Close some of the connections that have been idle for longest; if there are none, give the others time."""
         parked = sorted(self._parked(), key=lambda handler: handler.since)
         oldest = [handler for handler in parked[:min(CROWD_LIMIT, len(parked) // 4 + 1)] if not handler.has_input]
         for handler in oldest:
