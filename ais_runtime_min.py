@@ -160,7 +160,8 @@ TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
 WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker: each has a thread, and half of them are left to requests
-HELPER_THREAD_LIMIT = 64  # of a worker, for slow objects that come over WebSocket: 16 transform, others read and deliver
+HELPER_THREAD_LIMIT = WEBSOCKET_LIMIT + 64  # for slow objects that come over WebSocket: for each connection one may wait for
+# a client that does not read; of the others 16 transform, the rest read and deliver
 RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
 TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
 QUICK_REQUEST_SECONDS = 0.0005  # a request that takes less on average is served by the leader: other threads are not worth it
@@ -913,6 +914,7 @@ class TargetFolder:
 
     def __init__(self) -> None:
         self.path = ""
+        self.may_be_made = True  # not by the command `install`, with whose process it would go
         self.requirements: List[str] = []  # of all pip runs, since each resolves them anew
 
     def make(self) -> None:
@@ -965,6 +967,9 @@ def pip_target(why: str, requirements: Sequence[str]) -> Tuple[str, List[str]]:
     paths = sysconfig.get_paths()
     if can_take_packages(paths[name] for name in ("purelib", "platlib", "scripts")):
         return paths["purelib"], list(requirements)
+    if not target_folder.may_be_made:
+        raise PackageError(f"{why}: cannot install {hide_credentials(' '.join(requirements))}: {paths['purelib']} cannot be "
+                           f"written, or belongs to the system; run install as root, in a Python or environment of its own")
     try:
         target_folder.make()
     except OSError:
@@ -998,6 +1003,8 @@ def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMa
     variables = {"PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1"}
     if target_folder.path:
         variables["PIP_USER"] = "0"  # it excludes a target
+    for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):  # what went elsewhere could not be imported
+        variables.pop(name, None)
     Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                              "--progress-bar=off", *arguments], variables).run()
     sys.path[:] = target_folder.search_path(sys.path)
@@ -3928,12 +3935,22 @@ class Pace:
 
     def __init__(self) -> None:
         self.turn = threading.Lock()
+        self._kept_until = 0.0  # nobody waits for the turn before: whoever has it keeps it for long
         self._slow_in_a_row = 0
         self._hands_over_until = 0.0
 
     def is_quick(self, now: float) -> bool:
         """Whether the next object is to be transformed on the thread that has read it; times are time.monotonic()'s."""
         return now >= self._hands_over_until
+
+    def take_turn(self) -> bool:
+        """Wait for the turn, but shortly, and no more while it is known to be kept; False to go ahead without it."""
+        if time.monotonic() < self._kept_until:
+            return self.turn.acquire(blocking=False)
+        has_turn = self.turn.acquire(timeout=BATCH_TURN_SECONDS)
+        if not has_turn:
+            self._kept_until = time.monotonic() + 100 * BATCH_TURN_SECONDS
+        return has_turn
 
     def note(self, seconds: float, now: float) -> None:
         """Take note of how long an object took on the thread that had read it."""
@@ -4041,7 +4058,7 @@ class ObjectExchange:
         if exchanged.request.pipeline or not self._service.transforms_where_asked:
             self.give_turn()
         elif not self._has_turn:
-            self._has_turn = pace.turn.acquire(timeout=BATCH_TURN_SECONDS)
+            self._has_turn = pace.take_turn()
         begin = time.monotonic()
         reply = self._answer(exchanged)
         end = time.monotonic()
@@ -4156,7 +4173,8 @@ class WebSocket:
         self._put(*ending)
         self._flush()
         report(REPORT_CLOSED)
-        attempt(self._linger)
+        if error is not None or not self._owner.is_draining:
+            attempt(self._linger)
 
     def ring(self) -> None:
         """Wake the thread of the connection, on any other."""
@@ -4226,10 +4244,10 @@ class WebSocket:
         self._connection.shutdown(socket.SHUT_WR)
         if is_ready(self._bell, select.POLLIN):
             self._bell.recv(READ_BYTES)
-        deadline, left = time.monotonic() + DRAIN_SECONDS, LINGER_LIMIT_BYTES
-        while left > 0 and not self._owner.is_draining and self._wait_for_client(deadline - time.monotonic()):
-            data = self._connection.recv(READ_BYTES)
-            left -= len(data) or left
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self._wait_for_client(deadline - time.monotonic()):  # the bell ends it too, when a drain begins
+            if not self._connection.recv(READ_BYTES):
+                return
 
     def _reply(self, reply: Reply) -> None:
         """Send a reply, or keep it for a moment; called in the order of the objects, by one thread at a time."""
@@ -5427,7 +5445,8 @@ class StarletteAnswers:
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
         pieces = RequestPieces(request, loop)
-        await pieces.begin()
+        if int(request.headers.get("content-length", 0)) <= READ_BYTES:  # a larger one may be refused before any of it comes
+            await pieces.begin()
         body = body_of_app(request.headers.get("content-length"), pieces.take)
         is_here = body.size is not None and body.size == pieces.ahead <= READ_BYTES  # a larger one may have to wait for room
         if self._main is not None and is_here and not (parsed.pipeline or parsed.is_replayable):
@@ -5522,7 +5541,8 @@ class AppFront:
         held: List[Any] = []
         sending: List[Any] = []
         ahead: List[Any] = []  # the first piece, which is all of a small body
-        if scope["type"] == "http" and not any(name == b"expect" for name, _ in scope["headers"]):
+        fields = dict(scope["headers"])
+        if scope["type"] == "http" and b"expect" not in fields and int(fields.get(b"content-length", 0)) <= READ_BYTES:
             ahead.append(await receive())
 
         async def receive_there() -> Any:
@@ -6628,6 +6648,7 @@ def check_health(environ: Mapping[str, str]) -> int:
 def install(environ: Mapping[str, str]) -> int:
     """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have them baked in."""
     Current.settings = Settings.from_env(environ)
+    target_folder.may_be_made = False
     prepare(Current.settings)
     return Exit.OK
 

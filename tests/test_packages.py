@@ -787,9 +787,9 @@ def network_variables() -> Dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
+def index(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Optional[str]]:
     """The variables by which pip reaches the real index; the test is skipped where it does not."""
-    variables = network_variables()
+    variables = {**network_variables(), "PIP_NO_INDEX": None}  # see exact_environment
     python = interpreter("slim")
     folder = str(tmp_path_factory.mktemp("index"))
     command = [python, "-m", "pip", "download", "--no-deps", "--retries=1", "--dest", folder, "six"]
@@ -805,14 +805,16 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, str]:
     ("six>=1.10,<1.15,!=1.14.*", {"six": r"1\.13\.0"}),
     ("python-dotenv[cli]>=0.19,<2", {"python-dotenv": r"[01]\..*", "click": r"\d.*"}),
 ])
-def test_pip_installs_from_the_real_index(index: Dict[str, str], own_python: str, text: str, expected: Dict[str, str]) -> None:
+def test_pip_installs_from_the_real_index(
+    index: Dict[str, Optional[str]], own_python: str, text: str, expected: Dict[str, str],
+) -> None:
     assert start_in_vain({"PACKAGES": text, **index}, own_python).code == Exit.DATA
     for name, version in expected.items():
         assert re.fullmatch(version, installed_in(own_python, name))
 
 
 @pytest.mark.parametrize("text", ["ais-runtime-min-no-such-package", "six==1.0.7777"])
-def test_what_the_real_index_does_not_have_is_told(index: Dict[str, str], own_python: str, text: str) -> None:
+def test_what_the_real_index_does_not_have_is_told(index: Dict[str, Optional[str]], own_python: str, text: str) -> None:
     done = start_in_vain({"PACKAGES": text, **index}, own_python)
     assert done.code == Exit.UNAVAILABLE
     assert done.last_line.endswith(
@@ -954,3 +956,19 @@ def test_the_folder_stands_between_the_standard_library_and_site_packages() -> N
     variables = folder.variables({"PYTHONPATH": "/mine", "PATH": "/bin"})
     assert variables == {"PYTHONPATH": "/mine:/tmp/packages", "PATH": "/bin:/tmp/packages/bin"}
     assert folder.variables(variables) == {}
+
+
+def test_install_puts_no_packages_where_they_are_lost(read_only_python: str, wheels: Path, spare: Path) -> None:
+    env = {"PACKAGES": "etl_probe", "TMPDIR": str(spare), **offline(wheels)}
+    done = run_to_end(["install"], env, python=read_only_python)
+    assert done.code == Exit.UNAVAILABLE and "run install as root" in done.last_line
+    assert list(spare.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"])
+def test_pip_installs_where_packages_can_be_imported_whatever_its_variables_say(
+    own_python: str, wheels: Path, tmp_path: Path, name: str
+) -> None:
+    done = start_in_vain({"PACKAGES": "etl_probe", **offline(wheels), name: str(tmp_path / "elsewhere")}, own_python)
+    assert done.code == Exit.DATA
+    assert installed_in(own_python, "etl-probe") == "2.0"

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import select
 import signal
 import socket
 import sys
@@ -645,6 +646,17 @@ def test_a_client_that_keeps_a_broken_connection_open_does_not_delay_the_end(fai
         assert time.monotonic() - began < DRAIN_SECONDS - 1
 
 
+def test_one_object_that_takes_long_does_not_slow_down_quick_ones_of_other_connections(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    with Peer(server) as slow, Peer(server) as quick:
+        slow.send(object_frames(b"slow", path="o", etl_args="sleep 10"))
+        for _ in range(200):
+            quick.send(object_frames(b"x", path="o") * 10)
+            assert [quick.result() for _ in range(10)] == [b"x"] * 10
+        assert not select.select([slow.socket], [], [], 0)[0], "they took as long as the slow one"
+        assert slow.result() == b"slow"
+
+
 @pytest.mark.slow
 def test_a_client_that_never_stops_sending_is_told_that_the_pod_stops(start_runtime: StartRuntime) -> None:
     server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
@@ -654,7 +666,7 @@ def test_a_client_that_never_stops_sending_is_told_that_the_pod_stops(start_runt
         def send() -> None:
             with contextlib.suppress(OSError):
                 while not ended.is_set():
-                    peer.send(object_frames(b"x" * 1000, path="o") * 10)
+                    peer.send(object_frames(b"x" * 1000, path="o", etl_args="sleep 0.05") * 10)  # more than can be answered
 
         sender = threading.Thread(target=send)
         sender.start()
