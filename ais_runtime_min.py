@@ -143,7 +143,7 @@ RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, toge
 # waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
 QUICK_SECONDS = 0.001  # for one object over WebSocket; slower ones of a connection are transformed by several threads
-BATCH_TURN_SECONDS = 0.01  # until a connection goes ahead while another transforms: several of `BATCH_SECONDS`
+BATCH_TURN_SECONDS = 0.03  # until a connection goes ahead while another transforms: several of `BATCH_SECONDS`
 BATCH_SECONDS = 0.001  # that a result waits for others to leave with it
 FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its WebSocket connections ends
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
@@ -3949,7 +3949,7 @@ class Pace:
             return self.turn.acquire(blocking=False)
         has_turn = self.turn.acquire(timeout=BATCH_TURN_SECONDS)
         if not has_turn:
-            self._kept_until = time.monotonic() + 100 * BATCH_TURN_SECONDS
+            self._kept_until = time.monotonic() + 10 * BATCH_TURN_SECONDS  # long enough to cost others little
         return has_turn
 
     def note(self, seconds: float, now: float) -> None:
