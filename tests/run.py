@@ -9,7 +9,7 @@ The Python that runs this file is the one that is tested. Four environments are 
     sdkcore   cloudpickle and `aistore` without its extras
 
 They are kept until the requirement files or the Python change. `--all` does it for every Python 3.9 to 3.13 that it finds on
-PATH or among pyenv's versions. A fifth environment, `bench`, is made only for the benchmarks, tests/bench/run.py.
+PATH or among pyenv's versions, the slow tests for the oldest and the newest alone. A fifth environment, `bench`, is made only for the benchmarks, tests/bench/run.py.
 """
 import fcntl
 import hashlib
@@ -133,7 +133,10 @@ def call(command: List[str], group: str) -> None:
 
 
 def run_everywhere(arguments: List[str]) -> int:
-    """Run this file under each Python that is there; return non-zero if one failed or none was found."""
+    """Run this file under each Python that is there; return non-zero if one failed or none was found.
+
+    Tests that are slow mostly wait, on any Python alike: without arguments they run on the oldest and the newest alone.
+    """
     results: Dict[str, str] = {}
     for version in VERSIONS:
         interpreter = find_python(version)
@@ -141,7 +144,8 @@ def run_everywhere(arguments: List[str]) -> int:
             results[version] = "missing"
             continue
         print("tests/run.py: Python %s, %s" % (version, interpreter), flush=True)
-        code = subprocess.run([interpreter, str(Path(__file__).resolve()), *arguments]).returncode
+        chosen = arguments or ([] if version in (VERSIONS[0], VERSIONS[-1]) else ["-m", "not soak and not slow"])
+        code = subprocess.run([interpreter, str(Path(__file__).resolve()), *chosen]).returncode
         results[version] = "passed" if code == 0 else "failed (exit code %d)" % code
     for version, result in results.items():
         print("tests/run.py: Python %-4s %s" % (version, result))

@@ -646,6 +646,7 @@ def test_a_client_that_keeps_a_broken_connection_open_does_not_delay_the_end(fai
         assert time.monotonic() - began < DRAIN_SECONDS - 1
 
 
+@pytest.mark.slow
 def test_one_object_that_takes_long_does_not_slow_down_quick_ones_of_other_connections(start_runtime: StartRuntime) -> None:
     server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
     with Peer(server) as slow, Peer(server) as quick:
