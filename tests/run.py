@@ -9,7 +9,8 @@ The Python that runs this file is the one that is tested. Four environments are 
     sdkcore   cloudpickle and `aistore` without its extras
 
 They are kept until the requirement files or the Python change. `--all` does it for every Python 3.9 to 3.13 that it finds on
-PATH or among pyenv's versions, the slow tests for the oldest and the newest alone. A fifth environment, `bench`, is made only for the benchmarks, tests/bench/run.py.
+PATH or among pyenv's versions, the slow tests for the oldest and the newest alone. A fifth environment, `bench`, is made only for
+the benchmarks, tests/bench/run.py.
 """
 import fcntl
 import hashlib
