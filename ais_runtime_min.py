@@ -1067,9 +1067,9 @@ class ConnectionInput:
     is one system call, and show as BlockingIOError; a node's are Python's, and show as socket.timeout.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, ahead: bytes = b"") -> None:
         self._connection = connection
-        self._ahead = b""
+        self._ahead = ahead
         self._start = 0
         self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
 
@@ -4124,8 +4124,7 @@ class MessageInput(ConnectionInput):
     """What a WebSocket client sends. Before each wait for it `prepare` is called, or `flush` within a frame."""
 
     def __init__(self, connection: socket.socket, ahead: bytes, prepare: Callable[[], bool], flush: Callable[[], None]) -> None:
-        super().__init__(connection)
-        self._ahead = ahead
+        super().__init__(connection, ahead)
         self._prepare = prepare
         self._flush = flush
 
@@ -4803,6 +4802,11 @@ class ThreadPool:
             self._quiet.wait_for(lambda: not self.busy, max(0.0, deadline - time.monotonic()))
 
 
+def websockets_of(service: Service) -> WebSockets:
+    """Make what serves WebSocket connections, with threads of its own for slow objects."""
+    return WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit)
+
+
 class ThreadPoolMixIn(socketserver.ThreadingMixIn):
     """Serve connections by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
 
@@ -4876,8 +4880,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
         self.socket = listener
         self.service = service
-        helpers = ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument))
-        self.websockets = WebSockets(service, helpers.submit)
+        self.websockets = websockets_of(service)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -5421,6 +5424,12 @@ def piece_response_class() -> Any:
     return PieceResponse
 
 
+def target_of(scope: Any) -> str:
+    """Return a request's target as it came, as far as a server tells it."""
+    path = scope.get("raw_path") or quote(scope["path"]).encode()
+    return cast(str, (path + b"?" + scope["query_string"] if scope["query_string"] else path).decode("latin-1"))
+
+
 class StarletteAnswers:
     """Answer an application's requests for objects by Starlette's responses; on the loop of the application."""
 
@@ -5435,9 +5444,7 @@ class StarletteAnswers:
         """Answer one request."""
         import asyncio
 
-        loop, scope = asyncio.get_running_loop(), request.scope
-        path = scope.get("raw_path") or quote(scope["path"]).encode()
-        target = (path + b"?" + scope["query_string"] if scope["query_string"] else path).decode("latin-1")
+        loop, target = asyncio.get_running_loop(), target_of(request.scope)
         try:
             parsed = ETLRequest.parse(request.method, target, ", ".join(request.headers.getlist(HEADER_NODE_URL)))
             if parsed.is_message:  # a handshake goes another way
@@ -5445,10 +5452,10 @@ class StarletteAnswers:
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
         pieces = RequestPieces(request, loop)
-        if int(request.headers.get("content-length", 0)) <= READ_BYTES:  # a larger one may be refused before any of it comes
-            await pieces.begin()
         body = body_of_app(request.headers.get("content-length"), pieces.take)
-        is_here = body.size is not None and body.size == pieces.ahead <= READ_BYTES  # a larger one may have to wait for room
+        if body.size is None or body.is_small:  # a larger one may be refused before any of it comes, or have to wait for room
+            await pieces.begin()
+        is_here = body.is_small and body.size == pieces.ahead
         if self._main is not None and is_here and not (parsed.pipeline or parsed.is_replayable):
             answer = await self._main.soon(self._service.answer, parsed, body)
         else:
@@ -5568,23 +5575,6 @@ class AppFront:
             await asyncio.wrap_future(sent)
 
 
-class TakenInput(ConnectionInput):
-    """What a client sends on a connection of which another server has read the beginning."""
-
-    def __init__(self, connection: socket.socket, ahead: bytes) -> None:
-        super().__init__(connection)
-        self._ahead = ahead
-
-
-class TakenHandler(ETLRequestHandler):
-    """Serve a connection that was taken over; its address is followed by what has been read from it."""
-
-    def setup(self) -> None:
-        """Prepare the connection, with the beginning of its first request."""
-        super().setup()
-        self.input = TakenInput(self.connection, cast(bytes, self.client_address[-1]))
-
-
 class TakenConnections(ETLHTTPServer):
     """WebSocket connections that uvicorn has accepted: served as the built-in server does it, on threads.
 
@@ -5593,9 +5583,9 @@ class TakenConnections(ETLHTTPServer):
     """
 
     def __init__(self, listener: socket.socket, service: Service) -> None:
-        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], TakenHandler)
+        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
         self.service = service
-        self.websockets = WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit)
+        self.websockets = websockets_of(service)
         self._threads = ThreadPool(THREAD_LIMIT, self._serve)
 
     def take(self, connection: socket.socket, head: bytes) -> None:
@@ -5614,7 +5604,10 @@ class TakenConnections(ETLHTTPServer):
 
     def _serve(self, connection: socket.socket, head: bytes) -> None:
         with connection:
-            attempt(lambda: TakenHandler(connection, (*connection.getpeername()[:2], head), self).handle())
+            handler = attempt(lambda: ETLRequestHandler(connection, connection.getpeername(), self)).value
+            if handler is not None:  # else the client is gone already
+                handler.input = ConnectionInput(connection, head)
+                handler.handle()
 
 
 class HandOver:
