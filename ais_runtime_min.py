@@ -5859,6 +5859,7 @@ def gunicorn_worker_class(slots: List[Slots]) -> Any:
             """Let SIGTERM interrupt the main thread, which waits for a lock and would not hear of it."""
             super().init_signals()
             signal.siginterrupt(signal.SIGTERM, True)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the arbiter blocked it before the fork
 
         def murder_pending(self) -> None:
             """Close connections that have said nothing yet, when their time is over or the worker's."""
@@ -5928,7 +5929,18 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
             add_flask_routes(server, service)
             return front_of(server)
 
-    error = attempt(Application().run).error
+    class ETLArbiter(Arbiter):  # type: ignore[misc]
+        """An arbiter whose new workers hear of their end."""
+
+        def spawn_worker(self) -> Any:
+            """Fork a worker. SIGTERM waits until it handles it: gunicorn sends it once, and the handlers forked along lose it."""
+            masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            try:
+                return super().spawn_worker()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+    error = attempt(ETLArbiter(Application()).run).error
     if not isinstance(error, SystemExit):
         raise StartupError(f"gunicorn failed: {describe(error or StartupError())}")
     return error.code if isinstance(error.code, int) else 0

@@ -3,6 +3,7 @@
 `Server` is a child process that speaks HTTP, with ways to talk to it byte for byte; `Runtime` and `SDKServer` are its kinds.
 The interpreters come from `tests/run.py`, by environment variables; a test that lacks one is skipped.
 """
+import contextlib
 import functools
 import http.client
 import os
@@ -333,6 +334,17 @@ class SDKServer(Server):
             except (OSError, http.client.HTTPException):
                 time.sleep(0.05)
         raise AssertionError("the SDK's server does not start:\n%s" % self.log())
+
+
+def children_of(pid: int) -> List[int]:
+    """List the processes whose parent this one is."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = file.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(file.parent.name))
+    return sorted(found)
 
 
 def _free_port() -> int:

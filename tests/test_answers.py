@@ -14,7 +14,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optiona
 
 import pytest
 
-from harness import Environ, Response, Runtime, make_payload
+from harness import Environ, Response, Runtime, children_of, make_payload
 from standin import Behaviour, StandInTarget
 
 BUFFERED = '''
@@ -771,8 +771,7 @@ GROWTH_LIMIT_BYTES = 32 << 20
 
 def peak_of_workers(pod: Runtime) -> int:
     """Return the most memory that the workers ever had, in bytes, all together."""
-    workers = Path("/proc/%d/task/%d/children" % (pod.pid, pod.pid)).read_text().split()
-    peaks = [re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/%s/status" % worker).read_text()) for worker in workers]
+    peaks = [re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/%d/status" % worker).read_text()) for worker in children_of(pod.pid)]
     assert peaks and all(peaks)
     return sum(int(peak[1]) << 10 for peak in peaks if peak)
 

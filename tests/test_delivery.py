@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 import pytest
 
 from conftest import StartTarget
-from harness import Body, Environ, Response, Runtime, make_payload
+from harness import Body, Environ, Response, Runtime, children_of, make_payload
 from standin import BASE_PATH, At, Behaviour, Certificates, Recorded, StandInTarget
 
 SOURCE = '''
@@ -1005,8 +1005,7 @@ def both_ways(runtime: Runtime, pipeline: str, count: int) -> int:
 
 def peak_kib(runtime: Runtime) -> int:
     """Return the most memory that any worker of a runtime has had."""
-    children = Path("/proc/%d/task/%d/children" % (runtime.pid, runtime.pid)).read_text().split()
-    statuses = [Path("/proc/%s/status" % child).read_text() for child in children]
+    statuses = [Path("/proc/%d/status" % child).read_text() for child in children_of(runtime.pid)]
     return max(int(line.split()[1]) for status in statuses for line in status.splitlines() if line.startswith("VmHWM"))
 
 

@@ -20,8 +20,8 @@ from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import ClientConnection, connect
 
 from ais_runtime_min import FRAMEWORKS, Exit
-from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, make_payload,
-                     run_to_end)
+from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, children_of, exact_environment, interpreter,
+                     make_payload, run_to_end)
 from standin import BASE_PATH, StandInTarget
 
 StartRuntime = Callable[..., Runtime]
@@ -587,11 +587,31 @@ def test_a_class_that_leaves_threads_when_it_is_loaded_is_served_by_fresh_proces
     start_runtime: StartRuntime, sdk_python: str, name: str
 ) -> None:
     runtime = start_runtime(make_payload(LEAVES_THREADS, name), {"NUM_WORKERS": "2"}, python=sdk_python)
-    children = Path("/proc/%d/task/%d/children" % (runtime.pid, runtime.pid)).read_text().split()
-    assert children and all(b"--worker" in Path("/proc/%s/cmdline" % child).read_bytes() for child in children)
+    children = children_of(runtime.pid)
+    assert children and all(b"--worker" in Path("/proc/%d/cmdline" % child).read_bytes() for child in children)
     assert body_of(runtime, "/made") == "in the hook"
     assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
     assert runtime.terminate() == Exit.OK
+
+
+BEGINS_SLOWLY = VARIANTS + '''
+class Delay:
+    def __reduce__(self):
+        return exec, ("import functools, os, time; os.register_at_fork(after_in_child=functools.partial(time.sleep, 1.5))",)
+
+class SlowToFork(RegistersRoutes):
+    DELAY = Delay()
+'''
+
+
+def test_a_worker_that_has_just_been_forked_hears_of_the_end(start_runtime: StartRuntime, sdk_python: str) -> None:
+    runtime = start_runtime(make_payload(BEGINS_SLOWLY, "SlowToFork"), {"NUM_WORKERS": "2"}, python=sdk_python)
+    begin = time.monotonic()
+    assert runtime.request("GET", "/health").body == b"Running"
+    arbiter, = children_of(runtime.pid)
+    wait_until(lambda: len(children_of(arbiter)) == 2, "two workers run")
+    assert runtime.terminate() == Exit.OK
+    assert time.monotonic() - begin < 15  # gunicorn asks once and would wait for 23 s
 
 
 def test_sigterm_ends_an_installation_that_was_found_necessary_late(start_runtime: StartRuntime) -> None:

@@ -23,7 +23,7 @@ from typing import Awaitable, Callable, Dict, Iterable, Iterator, List, NamedTup
 import pytest
 
 from ais_runtime_min import RESERVE_THREAD_LIMIT, THREAD_LIMIT, needs_no_transform
-from harness import Runtime, make_payload
+from harness import Runtime, children_of, make_payload
 from standin import StandInTarget
 
 T = TypeVar("T")
@@ -416,15 +416,6 @@ def test_work_spreads_over_all_workers(start: Callable[..., Runtime]) -> None:
 
 
 # == Killed ==
-
-
-def children_of(pid: int) -> List[int]:
-    """List the processes that a process has started, from whichever of its threads."""
-    found: List[int] = []
-    with contextlib.suppress(OSError):
-        for file in Path("/proc/%d/task" % pid).glob("*/children"):
-            found += map(int, file.read_text().split())
-    return sorted(found)
 
 
 async def send_as_aistore(connection: Connection, path: str, body: bytes) -> str:

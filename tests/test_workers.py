@@ -20,7 +20,8 @@ import pytest
 
 from ais_runtime_min import (DEATHS_LIMIT, RESPAWN_DELAY_LIMIT_SECONDS, WORKER_OPTION, HTTPMultiThreadedServer, Settings,
                              Supervisor, Worker)
-from harness import RUNTIME, SERVING, Response, Runtime, Server, exact_environment, interpreter, make_payload, run_to_end
+from harness import (RUNTIME, SERVING, Response, Runtime, Server, children_of, exact_environment, interpreter, make_payload,
+                     run_to_end)
 
 StartRuntime = Callable[..., Runtime]
 AT_ONCE_SECONDS = 1.0  # what waits for nothing ends within
@@ -235,17 +236,6 @@ def wait_for_workers(server: Server, count: int) -> Set[int]:
         found |= pids_of(server)
     assert len(found) == count
     return found
-
-
-def children_of(pid: int) -> List[int]:
-    """List the processes whose parent this one is."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = file.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == pid and state != "Z":
-                found.append(int(file.parent.name))
-    return sorted(found)
 
 
 def is_alive(pid: int) -> bool:
@@ -723,9 +713,9 @@ def test_orphans_are_reaped_by_pid_1() -> None:
     env = exact_environment(python, {"ETL_CLASS_PAYLOAD": make_payload(OBEDIENT, "Obedient"), "NUM_WORKERS": "2"})
     with Server(["unshare", "--pid", "--fork", "--mount-proc", python, str(RUNTIME)], env) as server:
         server.port = int(server.wait_for_line(SERVING)[1])
-        orphans = [obey(server, "orphan 0.3").body.decode() for _ in range(5)]
-        assert obey(server, "state " + orphans[-1]).body == b"S of 1"
-        wait_until(lambda: {obey(server, "state " + pid).body for pid in orphans} == {b"gone"}, 3, "no zombies are left")
+        orphans = [obey(server, "orphan 1").body.decode() for _ in range(5)]
+        assert obey(server, "state " + orphans[-1]).body[1:] == b" of 1"
+        wait_until(lambda: {obey(server, "state " + pid).body for pid in orphans} == {b"gone"}, 20, "no zombies are left")
         assert "was ended" not in server.log() and "exit code" not in server.log(), "an orphan was taken for a worker"
 
 
