@@ -3042,13 +3042,32 @@ class ThreadSlots:
 
 
 class MainThreadSlots:
-    """Hand calls to the thread that runs `work`, one at a time: the one that made the instance."""
+    """Hand calls to the thread that runs `work`, one at a time: the one that made the instance.
+
+    A call that goes on for long, waiting for work of its own, makes the others meanwhile by `make_next`. It has `told`
+    called for each new one.
+    """
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = 0
+        self.told: Callable[[], object] = lambda: None
+        self.is_over = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the thread that makes the calls."""
+        return threading.get_ident() == self._thread
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether there are calls to be made."""
+        return not self._calls.empty()
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Have a function called, in the order of asking; its exception is the caller's."""
+        """Have a function called, in the order of asking, or at once by another call; its exception is the caller's."""
+        if self.is_here:
+            return function(*args)
         outcomes: List[Outcome] = []
         done = threading.Lock()
         done.acquire()
@@ -3057,7 +3076,7 @@ class MainThreadSlots:
             outcomes.append(attempt(function, *args))
             done.release()
 
-        self._put(call)
+        self.put(call)
         done.acquire()
         outcome = outcomes.pop()
         try:
@@ -3068,16 +3087,23 @@ class MainThreadSlots:
             del outcome  # its error's traceback has this frame: a cycle, which would keep the object in memory
 
     def work(self) -> None:
-        """Make the calls that `run` hands over, until `end`."""
-        for call in iter(self._calls.get, None):
-            call()
+        """Make the calls that are handed over, until `end`."""
+        self._thread = threading.get_ident()
+        while not self.is_over:
+            self.make_next()
+
+    def make_next(self) -> None:
+        """Wait for a call, and make it."""
+        self._calls.get()()
 
     def end(self) -> None:
         """Let `work` return once it has made the calls before this one."""
-        self._put(None)
+        self.put(functools.partial(setattr, self, "is_over", True))
 
-    def _put(self, call: Optional[Callable[[], None]]) -> None:
+    def put(self, call: Callable[[], None]) -> None:
+        """Have a function that never raises called, and do not wait for it."""
         self._calls.put(call)
+        self.told()
 
 
 Slots = Union[ThreadSlots, MainThreadSlots]
@@ -3216,11 +3242,6 @@ class Transforms:
     def is_streaming(self) -> bool:
         """Whether the class transforms in pieces."""
         return self._server.use_streaming
-
-    @property
-    def uses_callers_thread(self) -> bool:
-        """Whether an object is transformed whole, and on the thread that asks."""
-        return not self.is_streaming and isinstance(self._slots, ThreadSlots)
 
     @property
     def mime_type(self) -> str:
@@ -3535,9 +3556,9 @@ class Service:
         self._has_begun = self._has_answered = False
 
     @property
-    def uses_callers_thread(self) -> bool:
-        """Whether an object is transformed whole, and on the thread that asks."""
-        return self._transforms.uses_callers_thread
+    def is_streaming(self) -> bool:
+        """Whether objects are transformed piece by piece."""
+        return self._transforms.is_streaming
 
     def close_idle(self) -> None:
         """Close connections to other nodes that have been idle for too long."""
@@ -4874,12 +4895,16 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     The leader serves requests that are quick, since each thread more costs a switch between threads at every system
     call. It cannot know which are: so the thread of `serve_forever` watches it, and where one request takes too long gives
     the lead to another thread. The one that lost it finishes its request and goes.
+
+    Where objects must be transformed on the thread of `main`, that one leads while requests are quick, and makes what calls
+    other threads have for it in between. Another thread that leads offers it the lead in time.
     """
 
-    def __init__(self, listener: socket.socket, service: Service) -> None:
+    def __init__(self, listener: socket.socket, service: Service, main: Optional[MainThreadSlots] = None) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
         self.socket = listener
         self.service = service
+        self._main = main
         self.websockets = websockets_of(service)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
@@ -4891,14 +4916,16 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._pace = RequestPace()
         self._ready: Deque[ETLRequestHandler] = collections.deque()  # what the leader is about to serve
         self._term = 0  # who leads: it goes up with each change
-        self._serving: Optional[ETLRequestHandler] = None  # what the leader serves itself just now
-        self._turns = 0  # how many it has begun to
-        self._change = threading.Lock()  # of the lead: for the three above, where the watching thread looks at them
+        self._is_in_turn = False  # whether the leader does something just now that may take long
+        self._serving: Optional[ETLRequestHandler] = None  # what it serves in this turn
+        self._turns = 0  # how many it has begun
+        self._change = threading.Lock()  # of the lead: for the four above, where the watching thread looks at them
+        self._calls: Optional[MainThreadSlots] = None  # what the leader makes others' calls of
         self._is_watched = True
         self._alarm = threading.Event()
         self._ended = threading.Event()
         self._failure: Optional[BaseException] = None
-        self.leaders = ThreadPool(THREAD_LIMIT, self._lead_to_the_end)
+        self.leaders = ThreadPool(THREAD_LIMIT, self._lead_to_the_end)  # called with the term
         self.start_pool()
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
@@ -4906,12 +4933,11 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self.socket.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
-        if self.service.uses_callers_thread:
-            self.leaders.submit()
-            self.leaders.start_spare()
-            self._watch()
+        if self.service.is_streaming:
+            self._lead_to_the_end(self._term)
         else:
-            self._lead_to_the_end()
+            self._pass_the_lead()
+            self._watch()
         if self._failure is not None:
             raise self._failure
         self._share.leave()
@@ -4929,7 +4955,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     @property
     def has_quick_lead(self) -> bool:  # type: ignore[override]
         """Whether the leader serves requests itself."""
-        return self.service.uses_callers_thread and self._pace.is_quick
+        return self._pace.is_quick and not self.service.is_streaming
 
     @property
     def _connections(self) -> int:
@@ -4942,7 +4968,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         while not self._ended.is_set():
             turns = self._turns
             self._ended.wait(LEAD_SECONDS)
-            if self._serving is not None and self._turns == turns:
+            if self._is_in_turn and self._turns == turns:
                 self._change_leader(turns)
             idle = idle + 1 if self._turns == turns else 0
             if idle > WATCH_LIMIT:
@@ -4959,31 +4985,50 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     def _change_leader(self, turns: int) -> None:
         """Start another leader, unless the one that is has just gone on."""
         with self._change:
-            handler = self._serving
-            if handler is None or self._turns != turns:
+            if not self._is_in_turn or self._turns != turns:
                 return
-            self._selector.unregister(handler.connection)
-            self._serving = None
-            self._term += 1
+            if self._serving is not None:
+                self._selector.unregister(self._serving.connection)
+            self._is_in_turn, self._serving = False, None
             self._pace.slow_down()
-        self.leaders.submit()
+            self._term += 1
+        self._pass_the_lead()
+
+    def _pass_the_lead(self) -> None:
+        """Have another thread lead. That of `main` may be busy: an offer counts as a turn, which may take too long."""
+        if self._main is not None and self.has_quick_lead:
+            self._begin_turn(None)
+            self._main.put(functools.partial(self._lead_on_main, self._main, self._term))
+        else:
+            self.leaders.submit(self._term)
         self.leaders.start_spare()
 
-    def _lead_to_the_end(self) -> None:
+    def _lead_on_main(self, main: MainThreadSlots, term: int) -> None:
+        """Lead, if the offer still holds, and be woken for calls."""
+        if self._end_turn(term):
+            main.told, told = self._wake, main.told
+            self._lead_to_the_end(term)
+            main.told = told
+
+    def _lead_to_the_end(self, term: int) -> None:
         """Lead until the lead is lost, or the server drains or fails."""
-        has_lead, error = attempt(self._lead)
+        has_lead, error = attempt(self._lead, term)
         if has_lead or error is not None:
             self._failure = error
             self._ended.set()
             self._alarm.set()
 
-    def _lead(self) -> bool:
+    def _lead(self, term: int) -> bool:
         """Accept, and serve or dispatch what is readable, until the server drains; False if the lead is lost."""
-        term = self._term
+        self._calls = self._main if self._main is not None and self._main.is_here else None
         while not self.is_draining:
             self._share.publish(self._connections)
-            ready = [] if self._ready else self._selector.select(SWEEP_SECONDS)
+            ready = [] if self._ready else self._selector.select(self._seconds_to_wait)
             self._ready.extend(key.data for key, _ in ready if key.data is not None)
+            if self._calls is not self._main and self.has_quick_lead:
+                self._term += 1
+                self._pass_the_lead()
+                return False
             if not self._serve_ready(term):
                 return False
             others = [key.fileobj for key, _ in ready if key.data is None]
@@ -4994,33 +5039,56 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._close_expired()
         return True
 
+    @property
+    def _seconds_to_wait(self) -> float:
+        """How long to wait for connections to be readable: not at all where calls are to be made."""
+        return 0.0 if self._calls is not None and self._calls.has_calls else SWEEP_SECONDS
+
     def _serve_ready(self, term: int) -> bool:
-        """Serve or dispatch what is readable; False if the lead was lost meanwhile."""
-        while self._ready:
+        """Serve or dispatch what is readable, and make calls in between; False if the lead was lost meanwhile."""
+        while True:
+            if self._calls is not None and self._calls.has_calls and not self._make_call(self._calls, term):
+                return False
+            if not self._ready:
+                return True
             if not self._take_turn(self._ready.popleft(), term):
                 return False
             if not self._turns % ACCEPT_TURNS:  # new clients, a probe perhaps, must not wait for all the others
                 self._accept_some(EXCESS_LIMIT)
-        return True
 
-    def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
-        """Serve a readable connection or dispatch it; False if the lead was lost meanwhile."""
-        if not self.has_quick_lead:
-            self._selector.unregister(handler.connection)
-            self.dispatch(handler)
-            return True
-        self._serving = handler
+    def _begin_turn(self, handler: Optional[ETLRequestHandler]) -> None:
+        """Begin what may take long, perhaps with a connection."""
         self._turns += 1
+        self._serving = handler
+        self._is_in_turn = True
         if not self._is_watched:
             self._alarm.set()
-        began = time.monotonic()
-        handler.serve_at_once()
-        handler.since = time.monotonic()
+
+    def _end_turn(self, term: int) -> bool:
+        """End it; False if the lead was lost meanwhile."""
         with self._change:
             has_lead = self._term == term
             if has_lead:
-                self._serving = None
-        if not has_lead:
+                self._is_in_turn, self._serving = False, None
+        return has_lead
+
+    def _make_call(self, main: MainThreadSlots, term: int) -> bool:
+        """Make a call that another thread waits for; False if the lead was lost meanwhile."""
+        self._begin_turn(None)
+        main.make_next()
+        return self._end_turn(term) and not main.is_over
+
+    def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
+        """Serve a readable connection or dispatch it; False if the lead was lost meanwhile."""
+        if self._calls is not self._main or not self.has_quick_lead:
+            self._selector.unregister(handler.connection)
+            self.dispatch(handler)
+            return True
+        began = time.monotonic()
+        self._begin_turn(handler)
+        handler.serve_at_once()
+        handler.since = time.monotonic()
+        if not self._end_turn(term):
             self._settle(handler)
             return False
         self._pace.note(handler.since - began)
@@ -5264,10 +5332,7 @@ class MainLoop(MainThreadSlots):
         self._adopt = asyncio.set_event_loop
         self._adopt(self.loop)
         self._thread = threading.get_ident()
-
-    def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Have a function called in its turn, or at once by what `work` calls; its exception is the caller's."""
-        return function(*args) if threading.get_ident() == self._thread else super().run(function, *args)
+        self.told = functools.partial(self.loop.call_soon_threadsafe, self.loop.stop)
 
     def soon(self, function: Callable[..., Any], *args: Any) -> Any:
         """Have a function that never raises called by `work`; return a future of the loop, which this is called on."""
@@ -5278,7 +5343,7 @@ class MainLoop(MainThreadSlots):
             if not future.done():  # it may have been cancelled
                 future.set_result(result)
 
-        self._put(call)
+        self.put(call)
         return future
 
     def run_until(self, awaitable: Any) -> Any:
@@ -5287,22 +5352,14 @@ class MainLoop(MainThreadSlots):
         return self.loop.run_until_complete(awaitable)
 
     def work(self) -> None:
-        """Run the loop, and make the calls that `run` hands over, until `end`."""
-        while True:
+        """Run the loop, and make the calls that are handed over, until `end`."""
+        while not self.is_over:
             self._adopt(self.loop)  # asyncio.run() in a transform leaves none
             self.loop.run_forever()
-            if self._calls.empty():
-                continue
-            call = self._calls.get()
-            if call is None:
-                return
-            call()
-            if not self._calls.empty():  # one turn of the loop first: nobody else waits for many transforms
+            if self.has_calls:
+                self.make_next()
+            if self.has_calls:  # one turn of the loop first: nobody else waits for many transforms
                 self.loop.call_soon(self.loop.stop)
-
-    def _put(self, call: Optional[Callable[[], None]]) -> None:
-        super()._put(call)
-        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 class Lifespan:
@@ -5998,9 +6055,11 @@ def serve_instance(server: ListeningServer) -> None:
         return
     listener = Current.listener or bind(server.host, server.port)
     service, main = make_service(server, settings)
-    front: Union[UvicornServer, PooledHTTPServer] = PooledHTTPServer(listener, service)
+    front: Union[UvicornServer, PooledHTTPServer]
     if isinstance(main, MainLoop):
         front = UvicornServer(listener, cast(FastAPIServer, server), service, main)
+    else:
+        front = PooledHTTPServer(listener, service, main if isinstance(main, MainThreadSlots) else None)
     with front:
         if threading.current_thread() is threading.main_thread():
             front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))

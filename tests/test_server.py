@@ -581,6 +581,106 @@ def test_a_request_that_lost_the_lead_is_answered_though_the_server_drains() -> 
         assert runtime.wait() == 0
 
 
+ALONE = '''
+import threading, time
+from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
+
+class Alone(FastAPIServer):
+    """Sees to it that it is called on the main thread, one object at a time; sleeps for as long as the arguments say."""
+
+    is_busy = False
+
+    def transform(self, data, path, etl_args):
+        assert threading.current_thread() is threading.main_thread() and not self.is_busy
+        self.is_busy = True
+        time.sleep(float(etl_args or 0))
+        self.is_busy = False
+        return data
+'''
+
+
+@pytest.fixture
+def alone() -> Iterator[Runtime]:
+    """One worker whose class is called on the main thread alone."""
+    with Runtime(env={"ETL_CLASS_PAYLOAD": make_payload(ALONE, "Alone"), "NUM_WORKERS": "1"}) as runtime:
+        yield runtime
+
+
+def test_the_main_thread_serves_requests_of_all_kinds_in_order(alone: Runtime) -> None:
+    slow = PUT_HELLO % b"?etl_args=0.02"  # which loses the lead
+    chunked = b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    with alone.connect(timeout=40) as client:
+        for _ in range(3):
+            be_quick(client)
+            client.sendall((PUT_HELLO % b"" + chunked + slow) * 5)
+            read_answers(client, 15)
+            time.sleep(1.2)  # the main thread leads again
+
+
+def test_a_slow_object_on_the_main_thread_holds_up_no_probe_and_no_large_body(alone: Runtime) -> None:
+    large = os.urandom(LARGE_BYTES)
+    with alone.connect(timeout=40) as client, ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            be_quick(client)
+            client.sendall(PUT_HELLO % b"?etl_args=1")
+            begin = time.monotonic()
+            others = [pool.submit(alone.request, "PUT", "/bucket/object", large) for _ in range(8)]
+            assert_healthy_at_once(alone)
+            read_answers(client, 1)
+            assert time.monotonic() - begin >= 1
+            assert all(other.result().body == large for other in others)
+
+
+def test_small_and_large_bodies_take_turns_on_the_main_thread(alone: Runtime) -> None:
+    large, done, counts = os.urandom(LARGE_BYTES), threading.Event(), [0] * 8
+
+    def ask(place: int) -> None:
+        while not done.is_set():
+            if place % 2:
+                assert alone.request("PUT", "/bucket/object", large).body == large
+            else:
+                with alone.connect(timeout=40) as client:
+                    be_quick(client)
+            counts[place] += 1
+
+    with ThreadPoolExecutor(len(counts)) as pool:
+        asking = [pool.submit(ask, place) for place in range(len(counts))]
+        deadline = time.monotonic() + 30
+        while min(counts) < 5 and time.monotonic() < deadline:
+            assert alone.request("GET", "/health", timeout=PROBE_SECONDS).body == b"Running"
+            time.sleep(0.05)
+        done.set()
+        for each in asking:
+            each.result()
+    assert min(counts) >= 5
+
+
+@pytest.mark.parametrize("seconds", [b"0", b"0.5"])
+def test_what_the_main_thread_has_begun_is_answered_though_the_server_drains(alone: Runtime, seconds: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(alone.connect(timeout=40)) for _ in range(8)]
+        be_quick(clients[0])
+        for client in clients:
+            client.sendall(PUT_HELLO % (b"?etl_args=" + seconds))
+        time.sleep(0.2)  # now all have come
+        begin = time.monotonic()
+        os.kill(alone.pid, signal.SIGTERM)
+        for client in clients:
+            read_answers(client, 1)
+        assert alone.wait() == 0
+        assert time.monotonic() - begin < 10
+
+
+def test_an_idle_main_thread_that_leads_hears_of_the_end(alone: Runtime) -> None:
+    with alone.connect(timeout=40) as client:
+        be_quick(client)
+        time.sleep(1.5)  # now nobody watches it
+        be_quick(client, 1)
+        begin = time.monotonic()
+        assert alone.terminate() == 0
+        assert time.monotonic() - begin < 5
+
+
 def test_new_clients_do_not_wait_for_those_that_are_always_busy() -> None:
     busy = PUT_HELLO % b"?etl_args=burn"  # about as long as a request may take that the leader serves itself
     with Runtime(env={"ETL_CLASS_PAYLOAD": make_payload(MEETING, "Meeting"), "NUM_WORKERS": "1"}) as runtime:
