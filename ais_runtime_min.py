@@ -4896,15 +4896,15 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     call. It cannot know which are: so the thread of `serve_forever` watches it, and where one request takes too long gives
     the lead to another thread. The one that lost it finishes its request and goes.
 
-    Where objects must be transformed on the thread of `main`, that one leads while requests are quick, and makes what calls
+    Where objects must be transformed on the main thread, that one leads while requests are quick, and makes what calls
     other threads have for it in between. Another thread that leads offers it the lead in time.
     """
 
-    def __init__(self, listener: socket.socket, service: Service, main: Optional[MainThreadSlots] = None) -> None:
+    def __init__(self, listener: socket.socket, service: Service, main_thread: Optional[MainThreadSlots] = None) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
         self.socket = listener
         self.service = service
-        self._main = main
+        self._main = main_thread
         self.websockets = websockets_of(service)
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._waker = socket.socketpair()
@@ -4995,7 +4995,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._pass_the_lead()
 
     def _pass_the_lead(self) -> None:
-        """Have another thread lead. That of `main` may be busy: an offer counts as a turn, which may take too long."""
+        """Have another thread lead. That of `main_thread` may be busy: an offer counts as a turn, which may take too long."""
         if self._main is not None and self.has_quick_lead:
             self._begin_turn(None)
             self._main.put(functools.partial(self._lead_on_main, self._main, self._term))
@@ -5003,12 +5003,12 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self.leaders.submit(self._term)
         self.leaders.start_spare()
 
-    def _lead_on_main(self, main: MainThreadSlots, term: int) -> None:
+    def _lead_on_main(self, main_thread: MainThreadSlots, term: int) -> None:
         """Lead, if the offer still holds, and be woken for calls."""
         if self._end_turn(term):
-            main.told, told = self._wake, main.told
+            main_thread.told, told = self._wake, main_thread.told
             self._lead_to_the_end(term)
-            main.told = told
+            main_thread.told = told
 
     def _lead_to_the_end(self, term: int) -> None:
         """Lead until the lead is lost, or the server drains or fails."""
@@ -5025,18 +5025,25 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._share.publish(self._connections)
             ready = [] if self._ready else self._selector.select(self._seconds_to_wait)
             self._ready.extend(key.data for key, _ in ready if key.data is not None)
-            if self._calls is not self._main and self.has_quick_lead:
-                self._term += 1
-                self._pass_the_lead()
+            if self._offers_the_lead() or not self._serve_ready(term):
                 return False
-            if not self._serve_ready(term):
-                return False
-            others = [key.fileobj for key, _ in ready if key.data is None]
-            if self._wakeup in others:
-                self._wake_up()
-            if self.socket in others:  # after the others, since it may close connections that are parked
-                self._accept_some(EXCESS_LIMIT if len(ready) > ACCEPT_TURNS else 0)
-            self._close_expired()
+            self._attend([key.fileobj for key, _ in ready if key.data is None], len(ready) > ACCEPT_TURNS)
+        return True
+
+    def _attend(self, ready: Sequence[Any], is_crowded: bool) -> None:
+        """Do what the leader has to do after serving: see to the sockets that are no connections, and to idle ones."""
+        if self._wakeup in ready:
+            self._wake_up()
+        if self.socket in ready:  # after connections were served, since it may close those that are parked
+            self._accept_some(EXCESS_LIMIT if is_crowded else 0)
+        self._close_expired()
+
+    def _offers_the_lead(self) -> bool:
+        """Pass the lead to the thread of `main_thread` where that should serve; False if this one goes on."""
+        if self._calls is self._main or not self.has_quick_lead:
+            return False
+        self._term += 1
+        self._pass_the_lead()
         return True
 
     @property
@@ -5072,11 +5079,11 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
                 self._is_in_turn, self._serving = False, None
         return has_lead
 
-    def _make_call(self, main: MainThreadSlots, term: int) -> bool:
+    def _make_call(self, main_thread: MainThreadSlots, term: int) -> bool:
         """Make a call that another thread waits for; False if the lead was lost meanwhile."""
         self._begin_turn(None)
-        main.make_next()
-        return self._end_turn(term) and not main.is_over
+        main_thread.make_next()
+        return self._end_turn(term) and not main_thread.is_over
 
     def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
         """Serve a readable connection or dispatch it; False if the lead was lost meanwhile."""
@@ -5490,11 +5497,11 @@ def target_of(scope: Any) -> str:
 class StarletteAnswers:
     """Answer an application's requests for objects by Starlette's responses; on the loop of the application."""
 
-    def __init__(self, service: Service, main: Optional[MainLoop]) -> None:
+    def __init__(self, service: Service, main_thread: Optional[MainLoop]) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         self._service = service
-        self._main = main  # where the class transforms whole objects on the loop's thread
+        self._main = main_thread  # where the class transforms whole objects on the loop's thread
         self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
 
     async def __call__(self, request: Any) -> Any:
@@ -5530,11 +5537,11 @@ class StarletteAnswers:
         return response
 
 
-def add_fastapi_routes(server: FastAPIServer, service: Service, main: Optional[MainLoop] = None) -> None:
+def add_fastapi_routes(server: FastAPIServer, service: Service, main_thread: Optional[MainLoop] = None) -> None:
     """Let a class's application answer requests for objects, where none of its own routes does."""
     from starlette.responses import Response
 
-    server.etl_answer = StarletteAnswers(service, main)
+    server.etl_answer = StarletteAnswers(service, main_thread)
 
     async def health(_: Any) -> Any:
         return Response(b"Running", media_type="text/plain")
@@ -5726,20 +5733,20 @@ class UvicornServer:
     for is not bounded: how long a client may take for the head of a request.
     """
 
-    def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service, main: MainLoop) -> None:
+    def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service, main_thread: MainLoop) -> None:
         import uvicorn
 
         self._listener = listener
         self._server = server
         self._service = service
-        self._main = main
+        self._main = main_thread
         self._lifespan = Lifespan(server.app)
         self._wakeup, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._wakeup.setblocking(False)
         self._taken = TakenConnections(listener, service)
         self._config = uvicorn.Config(
-            AppFront(server.app, self._lifespan.state, main.loop), log_config=None, access_log=False, lifespan="off",
+            AppFront(server.app, self._lifespan.state, main_thread.loop), log_config=None, access_log=False, lifespan="off",
             proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
             timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
             h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False, ws_max_size=16 << 30,
@@ -5788,14 +5795,17 @@ class UvicornServer:
             self._taken.drain()
 
 
+Front = Union[UvicornServer, PooledHTTPServer]
+
+
 def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Slots]:
     """Make what answers requests, and what the thread that made the instance is to work on from then on."""
     Current.pool = Current.pool or ConnectionPool(settings)
     threads = ThreadSlots(settings.threads or DEFAULT_THREADS)
     is_one = server.one_at_a_time and settings.threads in (None, 1)
     has_loop = isinstance(server, FastAPIServer) and server.etl_app is not None
-    main: Slots = MainLoop() if has_loop else MainThreadSlots() if is_one else threads
-    return Service(settings, server, Current.pool, main if is_one else threads), main
+    main_thread: Slots = MainLoop() if has_loop else MainThreadSlots() if is_one else threads
+    return Service(settings, server, Current.pool, main_thread if is_one else threads), main_thread
 
 
 # -- Flask, by gunicorn --
@@ -5981,8 +5991,8 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
             except StartupError as error:
                 report_failure(error)
                 raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-            service, main = make_service(server, settings)
-            slots.append(main)
+            service, main_thread = make_service(server, settings)
+            slots.append(main_thread)
             add_flask_routes(server, service)
             return front_of(server)
 
@@ -5990,7 +6000,7 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
         """An arbiter whose new workers hear of their end."""
 
         def spawn_worker(self) -> Any:
-            """Fork a worker. SIGTERM waits until it handles it: gunicorn sends it once, and the handlers forked along lose it."""
+            """Fork a worker. SIGTERM waits for its handlers: it is sent once, and the arbiter's would lose it."""
             masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             try:
                 return super().spawn_worker()
@@ -6030,17 +6040,26 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
-def serve_beside(front: Union[UvicornServer, PooledHTTPServer], main: MainThreadSlots) -> Optional[BaseException]:
-    """Serve by another thread, while this one makes the class's calls; return what the server failed of."""
+def serve_beside(front: Front, main_thread: Slots) -> Optional[BaseException]:
+    """Serve, by another thread where this one is to make the class's calls; return what the server failed of."""
+    if isinstance(main_thread, ThreadSlots):
+        return attempt(front.serve_forever).error
     failures: List[BaseException] = []
 
     def serve() -> None:
         failures.extend(filter(None, [attempt(front.serve_forever).error]))
-        main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
+        main_thread.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
 
     threading.Thread(target=serve, name="acceptor", daemon=True).start()
-    main.work()
+    main_thread.work()
     return failures[0] if failures else None
+
+
+def make_front(listener: socket.socket, server: ETLServer, service: Service, main_thread: Slots) -> Front:
+    """Make what speaks HTTP on a listening socket."""
+    if isinstance(main_thread, MainLoop):
+        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
+    return PooledHTTPServer(listener, service, main_thread if isinstance(main_thread, MainThreadSlots) else None)
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -6054,18 +6073,13 @@ def serve_instance(server: ListeningServer) -> None:
         server.app.run(server.host, server.port, threaded=True)
         return
     listener = Current.listener or bind(server.host, server.port)
-    service, main = make_service(server, settings)
-    front: Union[UvicornServer, PooledHTTPServer]
-    if isinstance(main, MainLoop):
-        front = UvicornServer(listener, cast(FastAPIServer, server), service, main)
-    else:
-        front = PooledHTTPServer(listener, service, main if isinstance(main, MainThreadSlots) else None)
-    with front:
+    service, main_thread = make_service(server, settings)
+    with make_front(listener, server, service, main_thread) as front:
         if threading.current_thread() is threading.main_thread():
             front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
         start_listening(listener)
         report(REPORT_READY)
-        error = serve_beside(front, main) if isinstance(main, MainThreadSlots) else attempt(front.serve_forever).error
+        error = serve_beside(front, main_thread)
     if error is not None:
         logger.error("the server failed", exc_info=error)
         raise StartupError(f"the server failed: {describe(error)}")
