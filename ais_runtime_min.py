@@ -4995,7 +4995,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._pass_the_lead()
 
     def _pass_the_lead(self) -> None:
-        """Have another thread lead. That of `main_thread` may be busy: an offer counts as a turn, which may take too long."""
+        """Have another thread lead. The main thread may be busy: an offer counts as a turn, which may take too long."""
         if self._main is not None and self.has_quick_lead:
             self._begin_turn(None)
             self._main.put(functools.partial(self._lead_on_main, self._main, self._term))
@@ -5039,7 +5039,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._close_expired()
 
     def _offers_the_lead(self) -> bool:
-        """Pass the lead to the thread of `main_thread` where that should serve; False if this one goes on."""
+        """Pass the lead to the main thread where that should serve; False if this one goes on."""
         if self._calls is self._main or not self.has_quick_lead:
             return False
         self._term += 1
