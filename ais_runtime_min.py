@@ -164,9 +164,11 @@ HELPER_THREAD_LIMIT = WEBSOCKET_LIMIT + 64  # for slow objects that come over We
 # a client that does not read; of the others 16 transform, the rest read and deliver
 RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
 TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
-QUICK_REQUEST_SECONDS = 0.0005  # a request that takes less on average is served by the leader: other threads are not worth it
+QUICK_REQUEST_SECONDS = 0.0005  # requests most of which take less are served by the leader: other threads are not worth it
+SLOW_SHARE = 0.75  # of the last objects or requests that must be slow; where processors are busy, quick ones may wait for them
+TRIAL_SHARE = 0.7  # with which it is tried anew: a few slow ones more, or one very slow one, suffice
+SHARE_WEIGHT = 1 / 16  # of the last one
 LEAD_SECONDS = 0.01  # until a leader that is held up by one request has lost its lead to another thread
-SLOW_SECONDS = 1.0  # after which it is seen anew whether requests are quick
 WATCH_LIMIT = 100  # looks at a leader that has nothing to serve, before one waits to be told that it has
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
 CROWD_LIMIT = 64  # connections that are accepted at once, or of idle ones closed when no more can be opened
@@ -3109,6 +3111,38 @@ class MainThreadSlots:
 Slots = Union[ThreadSlots, MainThreadSlots]
 
 
+class Pace:
+    """Tell from the last calls how quick they are: quick ones are better made on the thread that asks.
+
+    Handing a call to another thread costs as much as a quick one takes altogether. Where nearly all take longer than
+    `quick_seconds`, calls are to be handed over, for a hundred times as long as the last one took; then some are tried.
+    """
+
+    def __init__(self, quick_seconds: float) -> None:
+        self._quick_seconds = quick_seconds
+        self._slow_share = 0.0  # of the last calls
+        self._hands_over_until = 0.0
+
+    def is_quick(self, now: float) -> bool:
+        """Whether the next call is to be made on the thread that asks; times are time.monotonic()'s."""
+        return now >= self._hands_over_until
+
+    def note(self, seconds: float, now: float) -> None:
+        """Take note of how long a call took on the thread that asked."""
+        if seconds < self._quick_seconds:
+            self._slow_share -= self._slow_share * SHARE_WEIGHT
+            return
+        weight = min(1.0, max(SHARE_WEIGHT, seconds / self._quick_seconds / 100))
+        self._slow_share += (1.0 - self._slow_share) * weight
+        if self._slow_share > SLOW_SHARE:
+            self.hand_over(seconds, now)
+
+    def hand_over(self, seconds: float, now: float) -> None:
+        """Have calls handed over, since one takes at least so long."""
+        self._slow_share = TRIAL_SHARE
+        self._hands_over_until = now + 100 * seconds
+
+
 def memory_limit(root: str = "/sys/fs/cgroup") -> int:
     """Return how many bytes of memory the container may take: its control group's limit, or what the machine has."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -3944,43 +3978,29 @@ def is_bound_elsewhere(pipeline: str) -> bool:
     return bool(attempt(is_final, pipeline.rpartition(",")[2].strip()).value)
 
 
-class Pace:
-    """Tell from the last objects of a worker whether a connection's are better transformed on its own thread.
+class MessagePace(Pace):
+    """The pace of a worker's objects, and a turn for connections that transform these on their own threads.
 
-    Handing an object to another thread and taking its result back costs as much as small objects take altogether. An
-    object that takes longer than `QUICK_SECONDS` is slow; three slow ones in a row, or a very slow one, make the worker
-    hand objects over. After a hundred times as long as that object took another one is tried.
-
-    `turn` is a lock for what connections do on their own threads: these would only compete for the interpreter.
+    Without it, these would only compete for the interpreter.
     """
 
     def __init__(self) -> None:
-        self.turn = threading.Lock()
+        super().__init__(QUICK_SECONDS)
+        self._turn = threading.Lock()
         self._kept_until = 0.0  # nobody waits for the turn before: whoever has it keeps it for long
-        self._slow_in_a_row = 0
-        self._hands_over_until = 0.0
-
-    def is_quick(self, now: float) -> bool:
-        """Whether the next object is to be transformed on the thread that has read it; times are time.monotonic()'s."""
-        return now >= self._hands_over_until
 
     def take_turn(self) -> bool:
         """Wait for the turn, but shortly, and no more while it is known to be kept; False to go ahead without it."""
         if time.monotonic() < self._kept_until:
-            return self.turn.acquire(blocking=False)
-        has_turn = self.turn.acquire(timeout=BATCH_TURN_SECONDS)
+            return self._turn.acquire(blocking=False)
+        has_turn = self._turn.acquire(timeout=BATCH_TURN_SECONDS)
         if not has_turn:
             self._kept_until = time.monotonic() + 10 * BATCH_TURN_SECONDS  # long enough to cost others little
         return has_turn
 
-    def note(self, seconds: float, now: float) -> None:
-        """Take note of how long an object took on the thread that had read it."""
-        if seconds < QUICK_SECONDS:
-            self._slow_in_a_row = 0
-            return
-        self._slow_in_a_row += 1
-        if self._slow_in_a_row >= 3 or seconds >= 1.0:
-            self._hands_over_until = now + 100 * seconds
+    def give_turn(self) -> None:
+        """Let another connection have the turn."""
+        self._turn.release()
 
 
 class Exchanged:
@@ -4008,7 +4028,7 @@ class ObjectExchange:
     """
 
     def __init__(self, service: Service, send: Callable[[Reply], None],
-                 hand_over: Callable[[Callable[[Any], None], Any], None], pace: Optional[Pace] = None) -> None:
+                 hand_over: Callable[[Callable[[Any], None], Any], None], pace: Optional[MessagePace] = None) -> None:
         self._service = service
         self._send = send
         self._hand_over = hand_over
@@ -4058,7 +4078,7 @@ class ObjectExchange:
         """Let other connections transform, on the thread of `take`, before that waits for anything."""
         if self._has_turn and self._pace is not None:
             self._has_turn = False
-            self._pace.turn.release()
+            self._pace.give_turn()
 
     def _take_object(self, exchanged: Exchanged) -> None:
         """Have an object answered, here or on another thread."""
@@ -4072,7 +4092,7 @@ class ObjectExchange:
         if attempt(self._hand_over, self._run, exchanged).error is not None:  # there is no other thread
             self._run(exchanged)
 
-    def _answer_here(self, exchanged: Exchanged, pace: Pace) -> Reply:
+    def _answer_here(self, exchanged: Exchanged, pace: MessagePace) -> Reply:
         """Answer an object here, after all before it; in a turn, unless it waits for another node or thread."""
         if self._pending:
             self.wait()
@@ -4316,7 +4336,7 @@ class WebSockets:
     def __init__(self, service: Service, hand_over: Callable[[Callable[[Any], None], Any], None]) -> None:
         self.service = service
         self.hand_over = hand_over
-        self.pace = Pace()
+        self.pace = MessagePace()
         self.is_draining = False
         self.drain_deadline = 0.0
         self._open: Set[WebSocket] = set()
@@ -4862,30 +4882,6 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
         self.reserve.wait_until_quiet(deadline)
 
 
-class RequestPace:
-    """Whether requests are quick enough to be served one after the other, by one thread."""
-
-    def __init__(self) -> None:
-        self._average = 0.0
-        self._slow_until = 0.0
-
-    @property
-    def is_quick(self) -> bool:
-        """Whether to try."""
-        return time.monotonic() >= self._slow_until
-
-    def note(self, seconds: float) -> None:
-        """Take note of how long one has taken. A few slow ones are nothing: the system may have been busy."""
-        self._average += (min(seconds, 4 * QUICK_REQUEST_SECONDS) - self._average) / 16
-        if self._average > QUICK_REQUEST_SECONDS:
-            self.slow_down()
-
-    def slow_down(self) -> None:
-        """Try no more for a while."""
-        self._average = 0.0
-        self._slow_until = time.monotonic() + SLOW_SECONDS
-
-
 class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     """An HTTP server on a listening socket that other processes may share; idle connections hold no thread.
 
@@ -4913,7 +4909,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._next_sweep = 0.0
         self._share = Current.share or Share()
         self._drain_signals: FrozenSet[int] = frozenset()
-        self._pace = RequestPace()
+        self._pace = Pace(QUICK_REQUEST_SECONDS)
         self._ready: Deque[ETLRequestHandler] = collections.deque()  # what the leader is about to serve
         self._term = 0  # who leads: it goes up with each change
         self._is_in_turn = False  # whether the leader does something just now that may take long
@@ -4955,7 +4951,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     @property
     def has_quick_lead(self) -> bool:  # type: ignore[override]
         """Whether the leader serves requests itself."""
-        return self._pace.is_quick and not self.service.is_streaming
+        return not self.service.is_streaming and self._pace.is_quick(time.monotonic())
 
     @property
     def _connections(self) -> int:
@@ -4990,7 +4986,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             if self._serving is not None:
                 self._selector.unregister(self._serving.connection)
             self._is_in_turn, self._serving = False, None
-            self._pace.slow_down()
+            self._pace.hand_over(LEAD_SECONDS, time.monotonic())
             self._term += 1
         self._pass_the_lead()
 
@@ -5098,7 +5094,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         if not self._end_turn(term):
             self._settle(handler)
             return False
-        self._pace.note(handler.since - began)
+        self._pace.note(handler.since - began, handler.since)
         if not handler.is_idle:
             self._selector.unregister(handler.connection)
             self._settle(handler)

@@ -19,7 +19,8 @@ from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional
 import pytest
 
 from ais_runtime_min import (READ_BYTES, WAITING_LIMIT_BYTES, WRITE_BYTES, BoundedReader, ChunkedReader, ConnectionInput,
-                             MainThreadSlots, RequestError, Room, ShortBody, LoadedObject, ThreadSlots, WaitingBody, memory_limit)
+                             MainThreadSlots, Pace, RequestError, Room, ShortBody, LoadedObject, ThreadSlots, WaitingBody,
+                             memory_limit)
 from harness import Response, Runtime, Server, make_payload
 
 T = TypeVar("T")
@@ -538,3 +539,31 @@ def test_calls_for_the_main_thread_run_there_in_the_order_of_asking() -> None:
             time.sleep(0.01)
         assert {future.result(SOON_SECONDS) for future in futures} == {main}
     assert calls == list(range(8))
+
+
+def test_calls_are_handed_over_once_nearly_all_are_slow_until_some_are_tried_again() -> None:
+    pace, now = Pace(0.001), 1000.0
+    for seconds in [0.005, 0.0005] * 500 + [0.0005] * 50:  # as where other processes take the processor
+        pace.note(seconds, now)
+        assert pace.is_quick(now)
+    slow = 0
+    while pace.is_quick(now):
+        pace.note(0.01, now)
+        slow += 1
+    assert 5 < slow < 20
+    assert not pace.is_quick(now + 0.99) and pace.is_quick(now + 1.01)
+    now += 1.01
+    for _ in range(2):  # still slow
+        pace.note(0.01, now)
+    assert not pace.is_quick(now + 0.99)
+    now += 1.01
+    for seconds in [0.005, 0.005] + [0.0005] * 100 + [0.01] * 5:  # no more
+        pace.note(seconds, now)
+        assert pace.is_quick(now)
+
+
+def test_a_very_slow_call_is_enough_to_hand_over() -> None:
+    pace = Pace(0.001)
+    pace.note(1.5, 1000.0)
+    assert not pace.is_quick(1149.0)
+    assert pace.is_quick(1151.0)

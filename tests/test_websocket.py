@@ -22,7 +22,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.sync.client import connect as connect_sync
 
-from ais_runtime_min import DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, Pace, unmask
+from ais_runtime_min import DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, unmask
 from harness import Runtime, Server, make_payload
 from peer import BINARY, CLOSE, PING, PONG, TEXT, Frame, Peer, frame, handshake, object_frames
 from standin import At, Behaviour, StandInTarget
@@ -738,24 +738,3 @@ def test_a_result_that_nobody_reads_does_not_hold_up_others(echo: Server) -> Non
 
 
 # == The pace ==
-
-
-def test_three_slow_objects_in_a_row_are_handed_over_until_one_is_tried_again() -> None:
-    pace, now = Pace(), 1000.0
-    for seconds in (0.0005, 0.005, 0.005, 0.0005, 0.005, 0.005):  # a quick one ends a row
-        pace.note(seconds, now)
-        assert pace.is_quick(now)
-    pace.note(0.01, now)
-    assert not pace.is_quick(now + 0.99)
-    assert pace.is_quick(now + 1.01)
-    pace.note(0.01, now + 1.01)  # still slow
-    assert not pace.is_quick(now + 2.0)
-    pace.note(0.0005, now + 2.02)
-    assert pace.is_quick(now + 2.02)
-
-
-def test_a_very_slow_object_is_enough_to_hand_over() -> None:
-    pace = Pace()
-    pace.note(1.5, 1000.0)
-    assert not pace.is_quick(1149.0)
-    assert pace.is_quick(1151.0)
