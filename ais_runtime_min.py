@@ -1044,7 +1044,7 @@ class Fields(Dict[str, str]):
         return super().get(name.lower(), default)
 
 
-def parse_fields(text: str) -> Dict[str, str]:
+def parse_fields(text: str) -> Mapping[str, str]:
     """Parse header fields, each a line with its CRLF, and return them by name in lower case.
 
     A repeated one is joined by commas, but none that frames. One match of all is several times faster than one a line.
@@ -1060,6 +1060,10 @@ def parse_fields(text: str) -> Dict[str, str]:
             value = f"{fields[name]}, {value}"
         fields[name] = value
     return fields
+
+
+KEPT_FIELDS_LIMIT = 1024  # characters of fields that are kept parsed
+parse_kept_fields = functools.lru_cache(maxsize=64)(parse_fields)  # clients send the same ones again and again
 
 
 class ConnectionInput:
@@ -2582,7 +2586,7 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
 # == 9. Stage 1, understanding ==
 # The method, the raw request target and one header to a frozen value. No I/O, no socket in sight.
 
-Q_MARK_OF_ETL = re.compile(rf"\?(?=(?:{QPARAM_FQN}|{QPARAM_ARGS}|{QPARAM_LATEST})=)")
+QUERIES_OF_ETL = tuple(f"?{name}=" for name in (QPARAM_FQN, QPARAM_ARGS, QPARAM_LATEST))
 PATH_METHODS = {"/health": ("GET",), "/ws": ("GET",), "/download": ("POST",)}
 OBJECT_METHODS = ("GET", "PUT")
 
@@ -2597,9 +2601,16 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
         target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
     if "?" not in target:
         return target, ""
-    ours = [match.start() for match in Q_MARK_OF_ETL.finditer(target)] if method == "PUT" else []
-    mark = ours[-1] if ours else target.find("?")
+    ours = max(map(target.rfind, QUERIES_OF_ETL)) if method == "PUT" else -1
+    mark = ours if ours >= 0 else target.find("?")
     return target[:mark], target[mark + 1:]
+
+
+def decode_path(text: str, errors: str) -> str:
+    """Decode a raw path."""
+    if "%" not in text and text.isascii():
+        return text
+    return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
 
 
 def decode_escapes(text: str) -> str:
@@ -2617,7 +2628,7 @@ def decode_query(text: str) -> str:
         return text
     folder, slash, name = text.rpartition("%2F")
     if slash and len(folder) < FOLDER_LIMIT:
-        return decode_folder(folder) + "/" + decode_escapes(name)
+        return decode_folder(folder) + "/" + decode_query(name)
     return decode_escapes(text)
 
 
@@ -2691,14 +2702,14 @@ class ETLRequest(NamedTuple):
         """The decoded path, without the first slash."""
         if self.object_to or self.is_message:
             return self.object_to
-        return unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "replace")[1:]
+        return decode_path(self.raw_path, "replace")[1:]
 
     @property
     def decoded_path(self) -> str:
         """The decoded path with its first slash, from which every byte of the raw one can be made again."""
         if self.object_to or self.is_message:
             return "/" + self.object_to.lstrip("/")
-        return unquote_to_bytes(self.raw_path.encode("latin-1")).decode("utf-8", "surrogateescape")
+        return decode_path(self.raw_path, "surrogateescape")
 
     @property
     def name(self) -> str:
@@ -4416,7 +4427,7 @@ def parse_head(data: bytes) -> Head:
     method, target, major, minor = match.groups()
     if major != "1":
         raise UnframedRequest(f"HTTP/{major}.{minor} is not spoken here", 505)
-    fields = parse_fields(rest)
+    fields = parse_kept_fields(rest) if len(rest) < KEPT_FIELDS_LIMIT else parse_fields(rest)
     host = fields.get("host")
     if host is None and minor != "0":
         raise UnframedRequest("the Host field is missing")
