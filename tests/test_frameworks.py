@@ -604,6 +604,12 @@ class SlowToFork(RegistersRoutes):
 '''
 
 
+def test_an_object_that_no_memory_holds_is_refused_before_it_comes(start: StartRuntime) -> None:
+    with start("fastapi").connect() as client:
+        client.sendall(b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (1 << 50))
+        assert client.recv(PIECE_BYTES).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_worker_that_has_just_been_forked_hears_of_the_end(start_runtime: StartRuntime, sdk_python: str) -> None:
     runtime = start_runtime(make_payload(BEGINS_SLOWLY, "SlowToFork"), {"NUM_WORKERS": "2"}, python=sdk_python)
     begin = time.monotonic()

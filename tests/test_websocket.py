@@ -50,6 +50,9 @@ class Echo(HTTPMultiThreadedServer):
         time.sleep(float(seconds))
         return data
 
+    def fill(self, size, data, path):
+        return bytes(int(size))
+
     def die(self, _, data, path):
         os._exit(3)
 
@@ -411,6 +414,20 @@ def test_slow_objects_of_a_connection_are_transformed_at_once_and_answered_in_or
         assert 2 <= int(results[-1][1]) <= 8
         peer.send(object_frames(b"slow", path="o", etl_args="0.5"), frame(PING, b"meanwhile"))
         assert [each.opcode for each in peer.objects(2)] == [PONG, BINARY]
+
+
+def test_clients_that_do_not_read_hold_up_no_other(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(Peer(server))
+        reader.send(object_frames(b"", path="o", etl_args="sleep 1"))  # from now on objects are handed over
+        assert reader.result() == b""
+        for _ in range(80):
+            silent = stack.enter_context(Peer(server))
+            silent.send(object_frames(b"", path="o", etl_args="fill %d" % (4 * MIB)))
+            assert select.select([silent.socket], [], [], 30)[0], "a result has not begun to come"
+        reader.send(object_frames(b"hello", path="o"))
+        assert reader.result() == b"hello"
 
 
 def test_a_client_may_send_all_before_it_reads(start_runtime: StartRuntime) -> None:
