@@ -4893,6 +4893,36 @@ class ThreadPoolMixIn(socketserver.ThreadingMixIn):
         self.reserve.wait_until_quiet(deadline)
 
 
+class Waker:
+    """Wakes the thread that waits for `readable`, from other threads and by signals.
+
+    The interpreter runs handlers on the main thread alone, which may wait for a lock just then and not hear of a
+    signal that another thread has taken. So the signal's number goes down the pipe that is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.readable, self._writable = socket.socketpair()
+        self.readable.setblocking(False)
+        self._writable.setblocking(False)
+        self._signals: FrozenSet[int] = frozenset()
+
+    def wake(self) -> None:
+        """Wake the thread."""
+        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+            self._writable.send(b"\0")
+
+    def wake_on(self, signals: Iterable[int], handle: Callable[[], None]) -> None:
+        """Have signals wake the thread, and be handled. Call it on the main thread."""
+        self._signals = frozenset(signals)
+        signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, lambda *_: handle())
+
+    def take(self) -> bool:
+        """Take what has come; True if one of those signals was there, whose handler may not have run yet."""
+        return bool(self._signals.intersection(self.readable.recv(READ_BYTES)))  # users have alarms, which come here too
+
+
 class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     """An HTTP server on a listening socket that other processes may share; idle connections hold no thread.
 
@@ -4914,12 +4944,10 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self._main = main_thread
         self.websockets = websockets_of(service)
         self._selector = selectors.DefaultSelector()
-        self._wakeup, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
+        self._waker = Waker()
         self._newly_idle: queue.SimpleQueue[ETLRequestHandler] = queue.SimpleQueue()
         self._next_sweep = 0.0
         self._share = Current.share or Share()
-        self._drain_signals: FrozenSet[int] = frozenset()
         self._pace = Pace(QUICK_REQUEST_SECONDS)
         self._ready: Deque[ETLRequestHandler] = collections.deque()  # what the leader is about to serve
         self._term = 0  # who leads: it goes up with each change
@@ -4939,7 +4967,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         """Serve until `drain`, and see to it that all that was begun ends."""
         self.socket.setblocking(False)
         self._selector.register(self.socket, selectors.EVENT_READ)
-        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._selector.register(self._waker.readable, selectors.EVENT_READ)
         if self.service.is_streaming:
             self._lead_to_the_end(self._term)
         else:
@@ -5013,7 +5041,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
     def _lead_on_main(self, main_thread: MainThreadSlots, term: int) -> None:
         """Lead, if the offer still holds, and be woken for calls."""
         if self._end_turn(term):
-            main_thread.told, told = self._wake, main_thread.told
+            main_thread.told, told = self._waker.wake, main_thread.told
             self._lead_to_the_end(term)
             main_thread.told = told
 
@@ -5039,7 +5067,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
 
     def _attend(self, ready: Sequence[Any], is_crowded: bool) -> None:
         """Do what the leader has to do after serving: see to the sockets that are no connections, and to idle ones."""
-        if self._wakeup in ready:
+        if self._waker.readable in ready:
             self._wake_up()
         if self.socket in ready:  # after connections were served, since it may close those that are parked
             self._accept_some(EXCESS_LIMIT if is_crowded else 0)
@@ -5178,7 +5206,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self.close_request(handler.connection)
         elif handler.is_idle and not self.is_draining:
             self._newly_idle.put(handler)
-            self._wake()
+            self._waker.wake()
         elif handler.is_idle and handler.has_input:  # the next request has come before it was told that there is to be none
             self.dispatch(handler)
         else:
@@ -5212,31 +5240,18 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
 
     def _wake_up(self) -> None:
         """Do what this thread was woken for: a signal has come, or a connection is to be parked."""
-        if self._drain_signals.intersection(self._wakeup.recv(READ_BYTES)):
+        if self._waker.take():
             self.is_draining = True
         self._park_newly_idle()
 
     def drain_on(self, signals: Iterable[int]) -> None:
-        """Have signals drain the server. Call it on the main thread.
-
-        The interpreter runs handlers on the main thread alone, which may wait for a lock just then and not hear of a
-        signal that another thread has taken. So the signal's number goes down the pipe that wakes the selector.
-        """
-        self._drain_signals = frozenset(signals)  # others come down the pipe too: users have alarms
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in signals:
-            signal.signal(number, lambda *_: self.drain())
+        """Have signals drain the server. Call it on the main thread."""
+        self._waker.wake_on(signals, self.drain)
 
     def drain(self) -> None:
         """Stop accepting; connections finish the request they have begun, idle ones close."""
         self.is_draining = True
-        self._wake()
-
-    def _wake(self) -> None:
-        try:
-            self._waker.send(b"\0")
-        except BlockingIOError:  # full of wake-ups already
-            pass
+        self._waker.wake()
 
     def _dismiss_idle(self) -> None:
         """Close what is idle; a connection whose request has just come is served a last time."""
@@ -5748,9 +5763,7 @@ class UvicornServer:
         self._service = service
         self._main = main_thread
         self._lifespan = Lifespan(server.app)
-        self._wakeup, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._wakeup.setblocking(False)
+        self._waker = Waker()
         self._taken = TakenConnections(listener, service)
         self._config = uvicorn.Config(
             AppFront(server.app, self._lifespan.state, main_thread.loop), log_config=None, access_log=False, lifespan="off",
@@ -5777,26 +5790,22 @@ class UvicornServer:
     def serve_forever(self) -> None:
         """Serve until `drain`, and then what has begun."""
         loop = new_loop()
-        loop.add_reader(self._wakeup, self._wake_up)
+        loop.add_reader(self._waker.readable, self._wake_up)
         loop.run_until_complete(self._uvicorn.serve(sockets=[self._listener]))
         self._taken.wait_until_quiet()
 
     def drain_on(self, signals: Iterable[int]) -> None:
         """Have signals drain the server, also while the main thread transforms. Call it on the main thread."""
-        self._drain_signals = frozenset(signals)
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for number in signals:
-            signal.signal(number, lambda *_: self.drain())
+        self._waker.wake_on(signals, self.drain)
 
     def drain(self) -> None:
         """Stop accepting; what has begun is answered, and idle connections close."""
         self._uvicorn.should_exit = True
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
-            self._waker.send(b"\0")
+        self._waker.wake()
 
     def _wake_up(self) -> None:
         """Do what connections' thread was woken for: a signal has come, if its handler has not run yet, or has."""
-        if self._drain_signals.intersection(self._wakeup.recv(READ_BYTES)):
+        if self._waker.take():
             self._uvicorn.should_exit = True
         if self._uvicorn.should_exit and not self._taken.is_draining:
             self._taken.drain()
