@@ -46,9 +46,35 @@ What it does not do: authenticate its callers (the cluster's network does), spea
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
+import threading
+import types
 
-if __name__ == "__main__":  # what is loaded now stays, so that collecting takes a sixth of the start and finds nothing
-    gc.disable()
+if __name__ == "__main__":
+    gc.disable()  # what is loaded now stays: collecting would take a sixth of the start and find nothing
+
+    class LateModule(types.ModuleType):
+        """Stand in for a module that is loaded when something of it is first asked for, or set.
+
+        Whoever has imported it until then keeps this, which passes all on; later imports find the module itself.
+        """
+
+        _lock = threading.Lock()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._load(), name)
+
+        def __setattr__(self, name: str, value: object) -> None:
+            setattr(self._load(), name, value)
+
+        def _load(self) -> types.ModuleType:
+            with self._lock:  # no other thread may take the module itself away
+                if sys.modules.get(self.__name__) is self:
+                    del sys.modules[self.__name__]
+            return importlib.import_module(self.__name__)
+
+    sys.modules.setdefault("ssl", LateModule("ssl"))  # few pods need it, and it takes a tenth of the start and of the memory
 
 import codecs
 import collections
@@ -58,7 +84,6 @@ import errno
 import functools
 import http.client
 import http.server
-import importlib
 import importlib.machinery
 import io
 import itertools
@@ -78,10 +103,7 @@ import socketserver
 import ssl
 import stat
 import struct
-import sys
-import threading
 import time
-import types
 from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
@@ -1557,7 +1579,10 @@ class NodeConnection:
         self._silence_seconds = request.silence_seconds
         self.socket: socket.socket = socket.create_connection((hop.host, hop.port), request.connect_seconds)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)  # what a socket says that does not block
+        self._is_tls = tls is not None
         if tls is not None:
+            self._not_now += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self.socket.close)
                 self.socket = tls.wrap_socket(self.socket, server_hostname=hop.host, suppress_ragged_eofs=False)
@@ -1589,7 +1614,7 @@ class NodeConnection:
         """Send what the node takes, or wait until it takes or answers something."""
         try:
             return self.socket.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        except self._not_now:
             if not is_ready(self.socket, select.POLLIN | select.POLLOUT, self._silence_seconds):
                 raise TimeoutError(f"took nothing for {self._silence_seconds:.0f} s") from None
         return 0
@@ -1600,11 +1625,11 @@ class NodeConnection:
             return True
         if not is_ready(self.socket, select.POLLIN):
             return False
-        if not isinstance(self.socket, ssl.SSLSocket):
+        if not self._is_tls:
             return True
         try:
             self.input.fill()
-        except ssl.SSLWantReadError:  # what is readable is TLS's own
+        except self._not_now:  # what is readable is TLS's own
             return False
         return True
 
@@ -3409,10 +3434,15 @@ def relay(body: NodeBody) -> Iterator[bytes]:
         yield from iter(lambda: body.read(READ_BYTES) or b"", b"")
 
 
+def is_of_certificate(error: BaseException) -> bool:
+    """Tell an error of a certificate; where TLS is not even loaded there is none."""
+    return "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError)
+
+
 def is_hopeless(error: Optional[BaseException]) -> bool:
     """Tell an error that will come again: nobody listens, or the certificate is wrong; requests wraps them deeply."""
     while error is not None:
-        if isinstance(error, (ConnectionRefusedError, ssl.SSLCertVerificationError)):
+        if isinstance(error, ConnectionRefusedError) or is_of_certificate(error):
             return True
         inner = error.args[0] if error.args else None
         causes = (getattr(error, "reason", None), getattr(inner, "reason", None), inner, error.__cause__)
@@ -6575,6 +6605,8 @@ def prepare(settings: Settings) -> None:
     configure_logging(settings)
     if settings.client_ca or settings.client_cert:
         tls_context(settings)
+    if settings.target.startswith("https:"):
+        logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)  # loaded here, it is shared by all workers
     install_os_packages(settings.os_packages)
     install_python_packages(settings.packages)
 

@@ -12,13 +12,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 import pytest
 
 from ais_runtime_min import HOOKS, Exit
-from harness import ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, run_to_end
+from harness import ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, make_payload, run_to_end
 
 StartRuntime = Callable[..., Runtime]
 SECRET_TARGET = "http://127.0.0.1:9/v1/etl/_object/startup-test/T0pS3cr3t"
@@ -800,6 +801,79 @@ def test_an_option_among_the_packages_is_refused_before_anything_is_installed(
     assert name in done.last_line and text.split(",")[-1] in done.last_line
     assert not (tmp_path / "arguments").exists()
     assert_no_traceback(done)
+
+
+# == TLS, which is loaded when it is needed ==
+
+CURIOUS = '''
+import http.client, ssl, sys, threading
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+
+class Curious(HTTPMultiThreadedServer):
+    """Does what the arguments tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.barrier = threading.Barrier(8)
+
+    def transform(self, data, path, etl_args):
+        return getattr(self, etl_args)().encode()
+
+    def look(self):
+        return "loaded" if "_ssl" in sys.modules else "not loaded"
+
+    def use(self):
+        self.barrier.wait(30)
+        context = ssl.create_default_context()
+        import ssl as now
+        connection = http.client.HTTPSConnection("127.0.0.1", 9, context=context)
+        assert type(context) is now.SSLContext is http.client.ssl.SSLContext is sys.modules["ssl"].SSLContext
+        return "%s %s" % (context.verify_mode == now.CERT_REQUIRED, now.__name__)
+
+    def turn_off(self):
+        ssl._create_default_https_context = ssl._create_unverified_context
+        import ssl as now
+        return str(now._create_default_https_context is now._create_unverified_context
+                   is http.client.ssl._create_default_https_context)
+
+    def ask_for_nothing(self):
+        try:
+            return str(ssl.nothing_of_that_name)
+        except AttributeError as error:
+            return str(error)
+'''
+
+
+def do(runtime: Runtime, what: str) -> str:
+    """Have the class do something."""
+    return runtime.request("PUT", "/bucket/object?etl_args=" + what, b"x").body.decode()
+
+
+@pytest.fixture
+def start_curious(start_runtime: StartRuntime) -> StartRuntime:
+    """A function that starts one worker of the class."""
+    return lambda **env: start_runtime(make_payload(CURIOUS, "Curious"), {"NUM_WORKERS": "1", **env})
+
+
+def test_tls_is_loaded_by_many_threads_at_once(start_curious: StartRuntime) -> None:
+    runtime = start_curious()
+    assert do(runtime, "look") == "not loaded"
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(functools.partial(do, runtime), ["use"] * 8)) == {"True ssl"}
+    assert do(runtime, "look") == "loaded"
+
+
+@pytest.mark.parametrize("what, answer", [
+    ("turn_off", "True"), ("ask_for_nothing", "module 'ssl' has no attribute 'nothing_of_that_name'"),
+])
+def test_what_a_class_sets_or_asks_of_tls_is_that_of_the_module_itself(
+    start_curious: StartRuntime, what: str, answer: str
+) -> None:
+    assert do(start_curious(), what) == answer
+
+
+def test_workers_share_tls_where_the_target_speaks_it(start_curious: StartRuntime) -> None:
+    assert do(start_curious(AIS_TARGET_URL="https" + SECRET_TARGET[4:]), "look") == "loaded"
 
 
 # == Signals ==
