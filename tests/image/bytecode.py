@@ -5,8 +5,8 @@
 The official image has no bytecode of the library, and a pod that is not root can write none. Which modules a pod imports the
 interpreter itself tells: below PYTHONPYCACHEPREFIX it writes the bytecode of each one, in whichever process of the pod and
 however late it is imported. So a real pod is run for a moment. It loads a pickled class, transforms what it is sent and what
-it reads from its target, delivers to another stage, logs an error, is asked for its health, and stops. The build ends where
-it does any of that wrong.
+it reads from its target, delivers to another stage, uses TLS, logs an error, is asked for its health, and stops. The build ends
+where it does any of that wrong.
 
 The bytecode is left beside the sources. It is the common one, of no optimization, with two differences: it is valid whatever
 time a builder gives to the sources (PEP 552), and that of the library and of the runtime is without docstrings, which are a
@@ -68,6 +68,10 @@ def payload(runtime: Path, base_name: str) -> str:
         def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
             if not data:
                 raise ValueError("an empty object")
+            if etl_args == "tls":
+                import ssl
+
+                ssl.create_default_context()
             return data.upper()
 
     return base64.b64encode(cloudpickle.dumps(Trial)).decode()
@@ -85,6 +89,7 @@ def try_pod(command: List[str], variables: Mapping[str, str]) -> None:
             check("an object of the target", ask(port, "GET"), (200, b"AN OBJECT"))
             hop = {"Ais-Node-Url": "http://localhost:%d" % port}  # itself, as in a pipeline of two stages
             check("a delivery", ask(port, "PUT", b"an object", hop), (200, b"AN OBJECT"))
+            check("TLS", ask(port, "PUT", b"an object", arguments="?etl_args=tls"), (200, b"AN OBJECT"))
             check("an error", ask(port, "PUT", b"")[0], 500)
             pod.terminate()
             check("its end", pod.wait(SECONDS), 0)
@@ -103,10 +108,12 @@ def port_of(log: IO[str]) -> int:
     raise SystemExit("the pod did not start:\n" + "".join(lines))
 
 
-def ask(port: int, method: str, body: Optional[bytes] = None, headers: Mapping[str, str] = {}) -> Answer:
+def ask(
+    port: int, method: str, body: Optional[bytes] = None, headers: Mapping[str, str] = {}, arguments: str = ""
+) -> Answer:
     """Send the pod one request for the one object."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-    connection.request(method, "/bucket/object", body, dict(headers))
+    connection.request(method, "/bucket/object" + arguments, body, dict(headers))
     answer = connection.getresponse()
     return answer.status, answer.read()
 
