@@ -167,6 +167,7 @@ HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must
 QUICK_SECONDS = 0.001  # for one object over WebSocket; slower ones of a connection are transformed by several threads
 BATCH_TURN_SECONDS = 0.03  # until a connection goes ahead while another transforms: several of `BATCH_SECONDS`
 BATCH_SECONDS = 0.001  # that a result waits for others to leave with it
+BATCH_CALL_SECONDS = 0.005  # for objects that the main thread transforms in one go: it may be the leader
 FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its WebSocket connections ends
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
@@ -3626,6 +3627,7 @@ class Service:
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self._transforms = Transforms(server, slots)
         self.transforms_where_asked = isinstance(slots, ThreadSlots)
+        self.run_in_slot = slots.run
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
@@ -4077,6 +4079,7 @@ class ObjectExchange:
         self._awaited: Optional[ETLRequest] = None  # an object whose bytes are the next message
         self._pending: Deque[Exchanged] = collections.deque()
         self._bytes = 0  # of those
+        self._batch: Deque[Exchanged] = collections.deque()  # small ones for the main thread: going there is dear
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
         self._has_turn = False
@@ -4111,9 +4114,16 @@ class ObjectExchange:
 
     def wait(self) -> None:
         """Wait until all that was taken is answered."""
+        self.answer_batch()
         self.give_turn()
         with self._change:
             self._change.wait_for(lambda: not self._pending)
+
+    def answer_batch(self) -> None:
+        """Have the main thread answer what was put off until there is more; call it before waiting for that."""
+        while self._batch:
+            for reply in self._service.run_in_slot(self._answer_some):
+                self._send_in_turn(reply)
 
     def give_turn(self) -> None:
         """Let other connections transform, on the thread of `take`, before that waits for anything."""
@@ -4124,7 +4134,10 @@ class ObjectExchange:
     def _take_object(self, exchanged: Exchanged) -> None:
         """Have an object answered, here or on another thread."""
         if self._pace is not None and self._pace.is_quick(time.monotonic()):
-            return self._send_in_turn(self._answer_here(exchanged, self._pace))
+            if self._service.transforms_where_asked or exchanged.request.pipeline:
+                return self._send_in_turn(self._answer_here(exchanged, self._pace))
+            return self._put_off(exchanged)
+        self.answer_batch()
         self.give_turn()
         with self._change:
             self._change.wait_for(lambda: not self.is_full)
@@ -4135,9 +4148,9 @@ class ObjectExchange:
 
     def _answer_here(self, exchanged: Exchanged, pace: MessagePace) -> Reply:
         """Answer an object here, after all before it; in a turn, unless it waits for another node or thread."""
-        if self._pending:
+        if self._pending or self._batch:
             self.wait()
-        if exchanged.request.pipeline or not self._service.transforms_where_asked:
+        if exchanged.request.pipeline:
             self.give_turn()
         elif not self._has_turn:
             self._has_turn = pace.take_turn()
@@ -4146,6 +4159,24 @@ class ObjectExchange:
         end = time.monotonic()
         pace.note(end - begin, end)
         return reply
+
+    def _put_off(self, exchanged: Exchanged) -> None:
+        """Keep an object for the main thread, after all before it, while those that are kept are few and small."""
+        if self._pending:
+            self.wait()
+        self._batch.append(exchanged)
+        if exchanged.size > UNMASK_BYTES or len(self._batch) >= AHEAD_LIMIT_MESSAGES:  # a large one takes room from others
+            self.answer_batch()
+
+    def _answer_some(self) -> List[Reply]:
+        """Answer objects of the batch, on the main thread: others have work for it too, and replies take memory."""
+        replies: List[Reply] = []
+        begin = now = time.monotonic()
+        while self._batch and now - begin < BATCH_CALL_SECONDS and sum(len(reply.data) for reply in replies) < WRITE_BYTES:
+            replies.append(self._answer(self._batch.popleft()))
+            before, now = now, time.monotonic()
+            cast(Pace, self._pace).note(now - before, now)
+        return replies
 
     def _run(self, exchanged: Exchanged) -> None:
         """Answer an object on another thread, and send what is ready."""
@@ -4231,7 +4262,7 @@ class WebSocket:
     def __init__(self, connection: socket.socket, ahead: bytes, owner: WebSockets) -> None:
         self._connection = connection
         self._owner = owner
-        self._source = MessageInput(connection, ahead, self._prepare, self._flush)
+        self._source = MessageInput(connection, ahead, self._prepare, self._answer_and_flush)
         self._reader = MessageReader(self._source, owner.service.message_room, self._put)
         self._exchange = ObjectExchange(owner.service, self._reply, owner.hand_over, owner.pace)
         self._thread = threading.get_ident()
@@ -4297,7 +4328,7 @@ class WebSocket:
 
     def _prepare(self) -> bool:
         """Get ready to wait for the client; False where nothing more is to be read."""
-        self._flush()
+        self._answer_and_flush()
         if self._owner.is_draining and time.monotonic() > self._owner.drain_deadline:
             raise RequestError("the pod is stopping")
         if self._is_over or self._is_within_object:
@@ -4344,6 +4375,11 @@ class WebSocket:
         if now >= self._flush_at or threading.get_ident() != self._thread:
             self._flush_at = now + BATCH_SECONDS
             self._flush()
+
+    def _answer_and_flush(self) -> None:
+        """Leave nothing undone before waiting for the client."""
+        self._exchange.answer_batch()
+        self._flush()
 
     def _put(self, *parts: bytes) -> None:
         """Keep parts to be sent; send them where they are many or large."""

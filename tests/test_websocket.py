@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 from urllib.parse import quote
@@ -438,10 +439,52 @@ def test_a_client_may_send_all_before_it_reads(start_runtime: StartRuntime) -> N
         assert [each.payload for each in peer.rest()] == [b"%d" % number for number in range(2000)]
 
 
-# == Deliveries ==
-
+# == Objects for the main thread, which takes several at a time ==
 
 FINAL = "/ais%2F@%23%2Fdst%2Fobj?uuid=x&owt=0"
+ECHO_ON_MAIN = ECHO.replace("Echo(HTTPMultiThreadedServer)", "Echo(FastAPIServer)")
+
+
+@pytest.fixture
+def on_main(start_runtime: StartRuntime) -> Runtime:
+    """One worker whose class is called on the main thread alone."""
+    return start_runtime(make_payload(ECHO_ON_MAIN, "Echo"), {"NUM_WORKERS": "1"}, expect_traceback=True)
+
+
+def test_objects_of_all_sizes_for_the_main_thread_are_answered_in_order(on_main: Runtime, target: StandInTarget) -> None:
+    sizes = [0, 10, 1000, UNMASK_BYTES, UNMASK_BYTES + 1, MIB, 100000] * 30
+    objects = [bytes([number % 256]) * size for number, size in enumerate(sizes)]
+    with Peer(on_main) as peer, ThreadPoolExecutor(1) as sender:
+        sending = sender.submit(peer.send, *(object_frames(each, path="o") for each in objects))
+        assert all(peer.result() == each for each in objects)
+        sending.result()
+        peer.send(*(object_frames(b"%d" % number, path="o", etl_args="sleep 0.01") for number in range(50)),
+                  *(object_frames(b"%d" % number, path="o", pipeline=target.root + FINAL) for number in range(20)),
+                  *(object_frames(b"%d" % number, path="o") for number in range(50)))
+        answers = [each.payload for each in peer.objects(120)]
+        assert answers[:50] == answers[70:] == [b"%d" % number for number in range(50)]
+        assert answers[50:70] == [b"%d" % len(str(number)) for number in range(20)]
+
+
+def test_the_main_thread_answers_what_came_before_half_an_object(on_main: Runtime) -> None:
+    with Peer(on_main) as peer:
+        half = object_frames(b"the rest comes later", path="o")
+        for end in range(1, len(half)):
+            peer.send(object_frames(b"first", path="o"), object_frames(b"second", path="o"), half[:end])
+            assert [peer.result(), peer.result()] == [b"first", b"second"]
+            peer.send(half[end:])
+            assert peer.result() == b"the rest comes later"
+
+
+def test_objects_behind_one_that_fails_on_the_main_thread_are_not_answered(on_main: Runtime) -> None:
+    with Peer(on_main) as peer:
+        good = [object_frames(b"%d" % number, path="o") for number in range(20)]
+        peer.send(*good, object_frames(b"", path="o", etl_args="fail on purpose"), *good)
+        assert [peer.result() for _ in good] == [b"%d" % number for number in range(20)]
+        assert peer.break_reason() == (1011, "Processing error: on purpose")
+
+
+# == Deliveries ==
 
 
 def test_a_direct_put_is_told_by_its_length(start_runtime: StartRuntime, target: StandInTarget) -> None:
