@@ -1179,19 +1179,22 @@ def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
 
 
-def send_parts(connection: socket.socket, parts: Sequence[bytes]) -> None:
-    """Send parts in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
-    sent = connection.sendmsg(parts)
+def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -> Sequence[Any]:
+    """Send parts in one system call; return what the kernel has not taken."""
+    sent = connection.sendmsg(parts, (), flags)
     if sent == sum(map(len, parts)):
-        return
+        return ()
     views = [memoryview(part) for part in parts]
-    while True:
-        while views and sent >= len(views[0]):
-            sent -= len(views.pop(0))
-        if not views:
-            return
-        views[0] = views[0][sent:]
-        sent = connection.sendmsg(views)
+    while sent >= len(views[0]):
+        sent -= len(views.pop(0))
+    views[0] = views[0][sent:]
+    return views
+
+
+def send_parts(connection: socket.socket, parts: Sequence[Any]) -> None:
+    """Send parts, in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
+    while parts:
+        parts = send_some(connection, parts)
 
 
 class Whose(NamedTuple):
@@ -4525,6 +4528,15 @@ class ETLHTTPServer(http.server.HTTPServer):
     websockets: WebSockets
     is_draining = False
     has_quick_lead = False  # whether its leader serves small requests, so that no thread needs to wait for them
+    reads_files_at_once = True  # whether its leader may wait for a disk
+
+    def is_prompt(self, head: Head) -> bool:
+        """Tell whether a request, once its body is here, can be answered without waiting for other nodes."""
+        if "ais-node-url" in head.fields or "upgrade" in head.fields:
+            return False
+        if QPARAM_FQN in head.target:
+            return self.reads_files_at_once and QPARAM_LATEST not in head.target
+        return head.method == "PUT" or head.target == "/health"
 
 
 @functools.lru_cache(maxsize=1)
@@ -4557,13 +4569,6 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     return "".join([status_line(status), "Date: ", http_date(int(time.time())), "\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
-def is_prompt(head: Head) -> bool:
-    """Tell whether a request, once its body is here, can be answered without waiting for other nodes."""
-    if "ais-node-url" in head.fields or "upgrade" in head.fields:
-        return False
-    return head.method == "PUT" or QPARAM_FQN in head.target or head.target == "/health"
-
-
 def log_cut(name: str, error: BaseException) -> None:
     """Log why an answer ended half-way."""
     error = getattr(error, "error", error)
@@ -4590,6 +4595,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
     needs_thread = False
     is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
     since = 0.0  # when it became idle, in time of time.monotonic()
+    unsent: Sequence[Any] = ()  # of an answer, what the leader could not send without waiting
     serving = ""  # the path of the request that is being answered
 
     def __init__(self, request: socket.socket, client_address: Any, server: ETLHTTPServer) -> None:
@@ -4603,21 +4609,29 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.input = ConnectionInput(self.connection)
         self._receive_timeout = 0.0
+        self._send_flags = 0
+        self._goes_on = False  # whether requests are served behind what is unsent
         set_timeout(self.connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
 
     def handle(self) -> None:
         """Serve requests, and wait for them, until the connection is to be closed or parked."""
         self.is_idle = self.needs_thread = False
-        while self._guard(self._serve_one):
-            pass
+        self._send_flags = 0
+        goes_on = self._guard(self._send_rest) if self.unsent else True
+        while goes_on:
+            goes_on = self._guard(self._serve_one)
 
     def serve_at_once(self) -> None:
         """Serve what a readable connection brings as far as that can be done without waiting."""
         self.is_idle = self.needs_thread = False
+        self._send_flags = socket.MSG_DONTWAIT
         goes_on = self._guard(self._receive_at_once)
-        while goes_on and self.input.ahead:
+        while goes_on and self.input.ahead and not self.unsent:
             goes_on = self._guard(self._serve_prompt)
-        self._rest(goes_on)
+        if self.unsent:
+            self.needs_thread, self._goes_on = True, goes_on
+        else:
+            self._rest(goes_on)
 
     @property
     def has_input(self) -> bool:
@@ -4625,7 +4639,9 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         return is_ready(self.connection, select.POLLIN)
 
     def peek(self) -> bytes:
-        """Look at what has come, without waiting; b"" where that fails."""
+        """Look at what has come, without waiting; b"" where that fails, or an answer must be sent before."""
+        if self.unsent:
+            return b""
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
         return self.input.peek(READ_BYTES) + (attempt(self.connection.recv, READ_BYTES, flags).value or b"")
 
@@ -4641,6 +4657,12 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         forget_traceback(error)
         return False
 
+    def _send_rest(self) -> bool:
+        """Send what the leader could not; False when this thread is done with the connection."""
+        rest, self.unsent = self.unsent, ()
+        self._send(*rest)
+        return self._goes_on
+
     def _receive_at_once(self) -> bool:
         try:
             return self.input.fill(socket.MSG_DONTWAIT)
@@ -4655,7 +4677,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             body = body_of(head, self.input)
         except UnframedRequest:
             head = UNKNOWN_HEAD
-        if head is UNKNOWN_HEAD or not is_prompt(head) or body.size is None or end + 4 + body.size > self.input.ahead:
+        if head is UNKNOWN_HEAD or not self.server.is_prompt(head) or body.size is None or end + 4 + body.size > self.input.ahead:
             self.needs_thread = True
             return False
         self.input.take(end + 4)
@@ -4671,7 +4693,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
             return False
         head, body = framed
         keeps = self._respond(head, body)
-        if not keeps or self.input.ahead or not (self.server.has_quick_lead and body.is_small and is_prompt(head)):
+        if not keeps or self.input.ahead or not (self.server.has_quick_lead and body.is_small and self.server.is_prompt(head)):
             return keeps
         self._rest(True)  # the leader serves the next one, which will be like this
         return False
@@ -4814,7 +4836,13 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         self.is_broken = False
 
     def _send(self, *parts: bytes) -> None:
-        send_parts(self.connection, parts)
+        """Send parts, or as much of them as the leader can."""
+        if not self._send_flags:
+            return send_parts(self.connection, parts)
+        try:
+            self.unsent = send_some(self.connection, parts, self._send_flags)
+        except BlockingIOError:
+            self.unsent = parts
 
     def _send_continue(self) -> None:
         self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -5008,6 +5036,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         self.socket = listener
         self.service = service
         self._main = main_thread
+        self.reads_files_at_once = main_thread is None  # no transform must wait for the disk, or for an object in chunks
         self.websockets = websockets_of(service)
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()

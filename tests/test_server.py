@@ -471,7 +471,7 @@ import threading, time
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
 
 class Meeting(HTTPMultiThreadedServer):
-    """Is quick, unless the arguments say: meet (wait for all who do), spin or burn (compute, long or briefly)."""
+    """Is quick, unless the arguments say: meet (wait for all who do), spin or burn (compute, long or briefly), large."""
 
     def __init__(self):
         super().__init__()
@@ -484,9 +484,10 @@ class Meeting(HTTPMultiThreadedServer):
             end = time.monotonic() + (0.5 if etl_args == "spin" else 0.0003)
             while time.monotonic() < end:
                 pass
-        return data
+        return bytes(32 << 20) if etl_args == "large" else data
 '''
 MEETING_SIZE = 8
+VERY_LARGE_BYTES = 32 << 20  # more than the buffers of a connection ever hold
 PUT_HELLO = b"PUT /bucket/object%s HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 WHOLE_ANSWER = b"\r\n\r\nhello"
 
@@ -586,16 +587,16 @@ import threading, time
 from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
 
 class Alone(FastAPIServer):
-    """Sees to it that it is called on the main thread, one object at a time; sleeps for as long as the arguments say."""
+    """Sees to it that it is called on the main thread, one object at a time; arguments: seconds to sleep, or "large"."""
 
     is_busy = False
 
     def transform(self, data, path, etl_args):
         assert threading.current_thread() is threading.main_thread() and not self.is_busy
         self.is_busy = True
-        time.sleep(float(etl_args or 0))
+        time.sleep(float(etl_args or 0) if etl_args != "large" else 0)
         self.is_busy = False
-        return data
+        return bytes(32 << 20) if etl_args == "large" else data
 '''
 
 
@@ -653,6 +654,48 @@ def test_small_and_large_bodies_take_turns_on_the_main_thread(alone: Runtime) ->
         for each in asking:
             each.result()
     assert min(counts) >= 5
+
+
+def test_a_client_that_does_not_read_keeps_nobody_from_the_main_thread(alone: Runtime) -> None:
+    with alone.connect(timeout=40) as client, contextlib.ExitStack() as stack:
+        be_quick(client)
+        for _ in range(3):
+            silent = stack.enter_context(alone.connect())
+            silent.sendall(PUT_HELLO % b"?etl_args=large")
+            assert select.select([silent], [], [], PROBE_SECONDS)[0]  # its answer has begun
+            client.settimeout(PROBE_SECONDS)
+            be_quick(client)
+
+
+@pytest.mark.parametrize("where", ["alone", "meeting"])
+def test_an_answer_that_is_too_large_to_be_sent_at_once_is_whole(request: pytest.FixtureRequest, where: str) -> None:
+    server: Runtime = request.getfixturevalue(where)
+    with server.connect(timeout=40) as client:
+        for _ in range(3):
+            be_quick(client)
+            client.sendall(PUT_HELLO % b"?etl_args=large" + PUT_HELLO % b"")
+            data = bytearray()
+            while not data.endswith(WHOLE_ANSWER):
+                received = client.recv(1 << 20)
+                assert received, "the connection ended after %d bytes" % len(data)
+                data += received
+            head, _, body = data.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ") and body.startswith(bytes(VERY_LARGE_BYTES) + b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("request_line", [
+    b"GET /bucket/object?etl_fqn=/x&latest-ver=true", b"GET /bucket/object?etl_fqn=", b"GET /bucket/etl_fqn",
+    b"POST /download?original_url=%b/x&object_to=etl_fqn"])
+def test_another_node_that_is_silent_keeps_nobody_from_the_main_thread(request_line: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://127.0.0.1:%d" % silent.getsockname()[1]
+        env = {"ETL_CLASS_PAYLOAD": make_payload(ALONE, "Alone"), "NUM_WORKERS": "1", "AIS_TARGET_URL": url + "/v1/etl/x"}
+        with Runtime(env=env) as runtime, runtime.connect(timeout=PROBE_SECONDS) as client, runtime.connect() as other:
+            be_quick(client)
+            line = request_line.replace(b"%b", url.encode())
+            other.sendall(line + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            assert select.select([silent], [], [], PROBE_SECONDS)[0]  # it is asked
+            be_quick(client)
 
 
 @pytest.mark.parametrize("seconds", [b"0", b"0.5"])
