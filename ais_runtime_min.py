@@ -2992,6 +2992,16 @@ class Sources:
             return self._as_wanted(self._fetch(request.raw_path, request.query), wants_path)
         return Source(body)
 
+    def load(self, request: ETLRequest) -> Optional[LoadedObject]:
+        """Read a small object by its path; None where there is no such file, or the class is to get the path."""
+        if self._settings.direct_fqn:
+            return None
+        file = attempt(self._turns.call, open_object_file, self._locate(request.fqn), self._settings.fqn_roots).value
+        if file is None or isinstance(file, LoadedObject):
+            return file
+        file.close()
+        return None
+
     def close_idle(self) -> None:
         """Close connections that have been idle for too long, those to the outside world too."""
         self._pool.close_idle()
@@ -3649,6 +3659,11 @@ class Service:
         """The memory for messages that wait for their transforms."""
         return self._transforms.message_room
 
+    def load(self, request: ETLRequest) -> Optional[ReceivedObject]:
+        """Read the object of a message that names a small file; None for any other, which `answer_message` reads."""
+        loaded = attempt(self._sources.load, request).value
+        return None if loaded is None else ReceivedObject(loaded.getvalue())
+
     def answer_message(self, request: ETLRequest, body: ReceivedObject) -> Tuple[Answer, bytes]:
         """Answer one object that came over WebSocket, whatever happens: the answer, and its body whole."""
         with self.answer(request, body) as answer:
@@ -4139,7 +4154,7 @@ class ObjectExchange:
         if self._pace is not None and self._pace.is_quick(time.monotonic()):
             if self._service.transforms_where_asked or exchanged.request.pipeline:
                 return self._send_in_turn(self._answer_here(exchanged, self._pace))
-            return self._put_off(exchanged)
+            return self._put_off(exchanged, self._pace)
         self.answer_batch()
         self.give_turn()
         with self._change:
@@ -4153,7 +4168,7 @@ class ObjectExchange:
         """Answer an object here, after all before it; in a turn, unless it waits for another node or thread."""
         if self._pending or self._batch:
             self.wait()
-        if exchanged.request.pipeline:
+        if exchanged.request.pipeline or not self._service.transforms_where_asked:
             self.give_turn()
         elif not self._has_turn:
             self._has_turn = pace.take_turn()
@@ -4163,8 +4178,16 @@ class ObjectExchange:
         pace.note(end - begin, end)
         return reply
 
-    def _put_off(self, exchanged: Exchanged) -> None:
-        """Keep an object for the main thread, after all before it, while those that are kept are few and small."""
+    def _put_off(self, exchanged: Exchanged, pace: MessagePace) -> None:
+        """Keep an object for the main thread, after all before it, while those that are kept are few and small.
+
+        It is read here: the main thread is for the class's own code, and must not wait for a disk or for another node.
+        """
+        if exchanged.request.fqn:
+            loaded = self._service.load(exchanged.request)
+            if loaded is None:
+                return self._send_in_turn(self._answer_here(exchanged, pace))
+            exchanged = Exchanged(exchanged.request._replace(fqn=""), loaded)
         if self._pending:
             self.wait()
         self._batch.append(exchanged)
@@ -5155,7 +5178,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._share.publish(self._connections)
             ready = [] if self._ready else self._selector.select(self._seconds_to_wait)
             self._ready.extend(key.data for key, _ in ready if key.data is not None)
-            if self._offers_the_lead() or not self._serve_ready(term):
+            if self._passes_the_lead() or not self._serve_ready(term):
                 return False
             self._attend([key.fileobj for key, _ in ready if key.data is None], len(ready) > ACCEPT_TURNS)
         return True
@@ -5168,9 +5191,9 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
             self._accept_some(EXCESS_LIMIT if is_crowded else 0)
         self._close_expired()
 
-    def _offers_the_lead(self) -> bool:
-        """Pass the lead to the main thread where that should serve; False if this one goes on."""
-        if self._calls is self._main or not self.has_quick_lead:
+    def _passes_the_lead(self) -> bool:
+        """Pass the lead to the main thread where that should serve, and away from it where not; False to go on."""
+        if (self._calls is not None) == (self._main is not None and self.has_quick_lead):
             return False
         self._term += 1
         self._pass_the_lead()
@@ -5213,6 +5236,7 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         """Make a call that another thread waits for; False if the lead was lost meanwhile."""
         self._begin_turn(None)
         main_thread.make_next()
+        self._pace.note(QUICK_REQUEST_SECONDS, time.monotonic())  # as slow: it is quicker where the main thread does not lead
         return self._end_turn(term) and not main_thread.is_over
 
     def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
@@ -5228,11 +5252,15 @@ class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
         if not self._end_turn(term):
             self._settle(handler)
             return False
-        self._pace.note(handler.since - began, handler.since)
+        self._pace.note(max(handler.since - began, self._least_seconds(handler)), handler.since)
         if not handler.is_idle:
             self._selector.unregister(handler.connection)
             self._settle(handler)
         return True
+
+    def _least_seconds(self, handler: ETLRequestHandler) -> float:
+        """As how long a turn counts at least: it is in vain where the main thread leads, and another one must serve."""
+        return QUICK_REQUEST_SECONDS if handler.needs_thread and self._main is not None else 0.0
 
     def _accept_some(self, excess: int) -> None:
         """Accept connections while no other worker has less, by more than `excess`; but one in any case."""

@@ -442,6 +442,7 @@ def test_a_client_may_send_all_before_it_reads(start_runtime: StartRuntime) -> N
 # == Objects for the main thread, which takes several at a time ==
 
 FINAL = "/ais%2F@%23%2Fdst%2Fobj?uuid=x&owt=0"
+LOM_OF_A_GIB = b"\x01\x01" + bytes(8) + b"\x00\x03" + (1 << 30).to_bytes(8, "big")  # AIStore's attribute of a file
 ECHO_ON_MAIN = ECHO.replace("Echo(HTTPMultiThreadedServer)", "Echo(FastAPIServer)")
 
 
@@ -464,6 +465,38 @@ def test_objects_of_all_sizes_for_the_main_thread_are_answered_in_order(on_main:
         answers = [each.payload for each in peer.objects(120)]
         assert answers[:50] == answers[70:] == [b"%d" % number for number in range(50)]
         assert answers[50:70] == [b"%d" % len(str(number)) for number in range(20)]
+
+
+def test_objects_by_path_and_by_message_for_the_main_thread_are_answered_in_order(on_main: Runtime, tmp_path: Path) -> None:
+    small, large = (object_file(tmp_path / str(size), os.urandom(size)) for size in (1000, MIB))
+    small_path, large_path, none_path = (quote(str(path), safe="") for path in (small, large, small.with_name("none")))
+    with Peer(on_main) as peer:
+        for _ in range(5):
+            peer.send(*[object_frames(b"%d" % number, path="o") for number in range(10)],
+                      *[object_frames(None, path="o", fqn=small_path)] * 10,
+                      object_frames(None, path="o", fqn=large_path), object_frames(b"last", path="o"))
+            assert [peer.result() for _ in range(10)] == [b"%d" % number for number in range(10)]
+            assert [peer.result() for _ in range(12)] == [small.read_bytes()] * 10 + [large.read_bytes(), b"last"]
+        peer.send(object_frames(None, path="o", fqn=small_path), object_frames(None, path="o", fqn=none_path))
+        assert peer.result() == small.read_bytes()
+        assert peer.break_reason() == (1011, "the object's file is not there")
+
+
+def test_a_target_that_is_silent_keeps_no_connection_from_the_main_thread(start_runtime: StartRuntime, tmp_path: Path) -> None:
+    chunk = object_file(tmp_path, b"the first chunk")
+    try:
+        os.setxattr(str(chunk), "user.ais.lom", LOM_OF_A_GIB)
+    except (OSError, AttributeError):
+        pytest.skip("the file system here has no attributes of users")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://127.0.0.1:%d/v1/etl/x" % silent.getsockname()[1]
+        server = start_runtime(make_payload(ECHO_ON_MAIN, "Echo"), {"NUM_WORKERS": "1", "AIS_TARGET_URL": url})
+        with Peer(server) as waiting, Peer(server) as other:
+            waiting.send(object_frames(None, path="o", fqn=quote(str(chunk), safe="")))
+            assert select.select([silent], [], [], 30)[0]  # it is asked for the whole object
+            other.send(object_frames(b"hello", path="o"))
+            assert other.result() == b"hello"
+            assert server.request("PUT", "/bucket/object", b"plain").body == b"plain"
 
 
 def test_the_main_thread_answers_what_came_before_half_an_object(on_main: Runtime) -> None:
