@@ -4197,11 +4197,16 @@ class ObjectExchange:
     def _answer_some(self) -> List[Reply]:
         """Answer objects of the batch, on the main thread: others have work for it too, and replies take memory."""
         replies: List[Reply] = []
-        begin = now = time.monotonic()
-        while self._batch and now - begin < BATCH_CALL_SECONDS and sum(len(reply.data) for reply in replies) < WRITE_BYTES:
-            replies.append(self._answer(self._batch.popleft()))
+        size, begin = 0, time.monotonic()
+        now = begin
+        while self._batch and now - begin < BATCH_CALL_SECONDS and size < WRITE_BYTES:
+            reply = self._answer(self._batch.popleft())
             before, now = now, time.monotonic()
             cast(Pace, self._pace).note(now - before, now)
+            replies.append(reply)
+            size += len(reply.data)
+            if reply.opcode == OP_CLOSE:  # all behind it is lost
+                break
         return replies
 
     def _run(self, exchanged: Exchanged) -> None:
