@@ -152,7 +152,8 @@ def test_http_1_0_is_kept_where_it_asks_and_never_gets_chunks(server: Server) ->
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("body", [bytes(range(256)) * (LARGE_BYTES // 256), [b"x" * 70000, b"y" * LARGE_BYTES, b"z"]])
+@pytest.mark.parametrize("body", [bytes(range(256)) * (LARGE_BYTES // 256), [b"x" * 70000, b"y" * LARGE_BYTES, b"z"]],
+                         ids=["whole", "chunked"])  # the name of a test is in the environment, which must be small
 def test_a_large_object_comes_whole_and_goes_whole(server: Server, body: Body) -> None:
     response = server.request("PUT", "/bucket/object", body)
     assert response.status == 200
