@@ -195,7 +195,7 @@ LEAD_SECONDS = 0.01  # until a leader that is held up by one request has lost it
 WATCH_LIMIT = 100  # looks at a leader that has nothing to serve, before one waits to be told that it has
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
 CROWD_LIMIT = 64  # connections that are accepted at once, or of idle ones closed when no more can be opened
-ACCEPT_TURNS = 32  # requests that the leader serves before it looks for new connections: at most 16 ms
+ACCEPT_TURNS = 32  # requests that the leader serves before it looks for new connections: 16 ms, where they are quick
 EXCESS_LIMIT = 8  # connections that a busy worker may accept beyond what another has, which may be as busy
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
@@ -2635,16 +2635,11 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
     return target[:mark], target[mark + 1:]
 
 
-def decode_path(text: str, errors: str) -> str:
-    """Decode a raw path."""
+def decode_escapes(text: str, errors: str = "replace") -> str:
+    """Decode the escapes of a raw path, or of a query that has no `+`."""
     if "%" not in text and text.isascii():
         return text
     return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
-
-
-def decode_escapes(text: str) -> str:
-    """Decode a text of a query."""
-    return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8", "replace")
 
 
 FOLDER_LIMIT = 1024  # characters of what is kept decoded
@@ -2653,11 +2648,10 @@ decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)  # objects of a
 
 def decode_query(text: str) -> str:
     """Decode a name or a value of a query; what is no UTF-8 is replaced."""
-    if "%" not in text and "+" not in text and text.isascii():
-        return text
+    text = text.replace("+", " ")
     folder, slash, name = text.rpartition("%2F")
     if slash and len(folder) < FOLDER_LIMIT:
-        return decode_folder(folder) + "/" + decode_query(name)
+        return decode_folder(folder) + "/" + decode_escapes(name)
     return decode_escapes(text)
 
 
@@ -2731,14 +2725,14 @@ class ETLRequest(NamedTuple):
         """The decoded path, without the first slash."""
         if self.object_to or self.is_message:
             return self.object_to
-        return decode_path(self.raw_path, "replace")[1:]
+        return decode_escapes(self.raw_path)[1:]
 
     @property
     def decoded_path(self) -> str:
         """The decoded path with its first slash, from which every byte of the raw one can be made again."""
         if self.object_to or self.is_message:
             return "/" + self.object_to.lstrip("/")
-        return decode_path(self.raw_path, "surrogateescape")
+        return decode_escapes(self.raw_path, "surrogateescape")
 
     @property
     def name(self) -> str:
@@ -2993,10 +2987,10 @@ class Sources:
         return Source(body)
 
     def load(self, request: ETLRequest) -> Optional[LoadedObject]:
-        """Read a small object by its path; None where there is no such file, or the class is to get the path."""
+        """Read a small object by its path, as `open` does; None for a large one, or where the class gets the path."""
         if self._settings.direct_fqn:
             return None
-        file = attempt(self._turns.call, open_object_file, self._locate(request.fqn), self._settings.fqn_roots).value
+        file = self._turns.call(open_object_file, self._locate(request.fqn), self._settings.fqn_roots)
         if file is None or isinstance(file, LoadedObject):
             return file
         file.close()
@@ -4172,6 +4166,10 @@ class ObjectExchange:
             self.give_turn()
         elif not self._has_turn:
             self._has_turn = pace.take_turn()
+        return self._answer_noted(exchanged, pace)
+
+    def _answer_noted(self, exchanged: Exchanged, pace: MessagePace) -> Reply:
+        """Answer an object, and take note of how long that took."""
         begin = time.monotonic()
         reply = self._answer(exchanged)
         end = time.monotonic()
@@ -4197,12 +4195,9 @@ class ObjectExchange:
     def _answer_some(self) -> List[Reply]:
         """Answer objects of the batch, on the main thread: others have work for it too, and replies take memory."""
         replies: List[Reply] = []
-        size, begin = 0, time.monotonic()
-        now = begin
-        while self._batch and now - begin < BATCH_CALL_SECONDS and size < WRITE_BYTES:
-            reply = self._answer(self._batch.popleft())
-            before, now = now, time.monotonic()
-            cast(Pace, self._pace).note(now - before, now)
+        size, deadline = 0, time.monotonic() + BATCH_CALL_SECONDS
+        while self._batch and size < WRITE_BYTES and time.monotonic() < deadline:
+            reply = self._answer_noted(self._batch.popleft(), cast(MessagePace, self._pace))
             replies.append(reply)
             size += len(reply.data)
             if reply.opcode == OP_CLOSE:  # all behind it is lost

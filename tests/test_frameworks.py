@@ -594,6 +594,12 @@ def test_a_class_that_leaves_threads_when_it_is_loaded_is_served_by_fresh_proces
     assert runtime.terminate() == Exit.OK
 
 
+def test_an_object_that_no_memory_holds_is_refused_before_it_comes(start: StartRuntime) -> None:
+    with start("fastapi").connect() as client:
+        client.sendall(b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (1 << 50))
+        assert client.recv(PIECE_BYTES).startswith(b"HTTP/1.1 413 ")
+
+
 BEGINS_SLOWLY = VARIANTS + '''
 class Delay:
     def __reduce__(self):
@@ -602,12 +608,6 @@ class Delay:
 class SlowToFork(RegistersRoutes):
     DELAY = Delay()
 '''
-
-
-def test_an_object_that_no_memory_holds_is_refused_before_it_comes(start: StartRuntime) -> None:
-    with start("fastapi").connect() as client:
-        client.sendall(b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (1 << 50))
-        assert client.recv(PIECE_BYTES).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_worker_that_has_just_been_forked_hears_of_the_end(start_runtime: StartRuntime, sdk_python: str) -> None:

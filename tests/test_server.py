@@ -490,6 +490,7 @@ class Meeting(HTTPMultiThreadedServer):
 MEETING_SIZE = 8
 VERY_LARGE_BYTES = 32 << 20  # more than the buffers of a connection ever hold
 PUT_HELLO = b"PUT /bucket/object%s HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
+PUT_HELLO_CHUNKED = b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
 WHOLE_ANSWER = b"\r\n\r\nhello"
 
 
@@ -554,12 +555,10 @@ def test_a_request_that_holds_the_interpreter_lock_does_not_hold_up_a_probe(meet
 
 
 def test_a_row_of_requests_of_all_kinds_on_one_connection_is_answered_in_order(meeting: Server) -> None:
-    chunked = (b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-               b"5\r\nhello\r\n0\r\n\r\n")
     whole = PUT_HELLO % b""
     with meeting.connect(timeout=40) as client:
         be_quick(client)
-        client.sendall((whole + chunked) * 20 + whole[:30])
+        client.sendall((whole + PUT_HELLO_CHUNKED) * 20 + whole[:30])
         read_answers(client, 40)
         client.sendall(whole[30:] + whole)
         read_answers(client, 2)
@@ -610,11 +609,10 @@ def alone() -> Iterator[Runtime]:
 
 def test_the_main_thread_serves_requests_of_all_kinds_in_order(alone: Runtime) -> None:
     slow = PUT_HELLO % b"?etl_args=0.02"  # which loses the lead
-    chunked = b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
     with alone.connect(timeout=40) as client:
         for _ in range(3):
             be_quick(client)
-            client.sendall((PUT_HELLO % b"" + chunked + slow) * 5)
+            client.sendall((PUT_HELLO % b"" + PUT_HELLO_CHUNKED + slow) * 5)
             read_answers(client, 15)
             time.sleep(1.2)  # the main thread leads again
 

@@ -828,6 +828,3 @@ def test_a_result_that_nobody_reads_does_not_hold_up_others(echo: Server) -> Non
                 sent = 0
         peer.send(object_frames(b"served", path="o"))
         assert peer.result() == b"served"
-
-
-# == The pace ==
