@@ -3760,6 +3760,7 @@ CONTROL_OPCODES = (OP_CLOSE, OP_PING, OP_PONG)
 CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
 CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1000, 1001, 1002, 1005
 CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
+Unmasking = Callable[[memoryview, bytes], None]
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))  # that may be sent, of IANA's; 3000 to 4999 too
 
 
@@ -3827,14 +3828,56 @@ def unmasked(data: Any, mask: bytes) -> bytes:
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
 
 
-def unmask(data: memoryview, mask: bytes) -> bytes:
-    """Undo the mask of data where it lies; return the mask for what follows it."""
+def unmask_by_numbers(data: memoryview, mask: bytes) -> None:
+    """Undo the mask of data where it lies, by whole numbers of `UNMASK_BYTES`."""
     whole = len(data) - len(data) % UNMASK_BYTES
     pad = int.from_bytes(mask * (UNMASK_BYTES // 4), "little") if whole else 0
     for start in range(0, whole, UNMASK_BYTES):
         piece = data[start:start + UNMASK_BYTES]
         piece[:] = (int.from_bytes(piece, "little") ^ pad).to_bytes(UNMASK_BYTES, "little")
     data[whole:] = unmasked(data[whole:], mask)
+
+
+def unmasking_by_openssl() -> Unmasking:
+    """Make a function that undoes masks in C, nine times as fast as by numbers; raise where Python's OpenSSL is not to be had.
+
+    Output feedback (NIST SP 800-38A, 6.4) encrypts a block again and again, and XORs data with what comes out. By a cipher that
+    leaves the block as it is, that is one block over and over: what RFC 6455 does with a mask.
+    """
+    import _hashlib
+    import ctypes
+
+    encrypt = ctypes.CDLL(_hashlib.__file__).CRYPTO_ofb128_encrypt  # of openssl/modes.h; found in what the module is linked to
+    address = ctypes.c_void_p
+    encrypt.argtypes = [address, address, ctypes.c_size_t, address, address, address, address]
+    encrypt.restype = None
+    identity = ctypes.cast(ctypes.memmove, address)  # called with the block, the block, and the key: how many bytes to move
+
+    def unmask_by_openssl(data: memoryview, mask: bytes) -> None:
+        start = ctypes.byref(ctypes.c_char.from_buffer(data))
+        encrypt(start, start, len(data), None, ctypes.create_string_buffer(mask * 4, 16), ctypes.byref(ctypes.c_int(0)), identity)
+
+    trial = bytearray(range(37))
+    unmask_by_openssl(memoryview(trial), b"mask")
+    if trial != unmasked(bytes(range(37)), b"mask"):
+        raise NotImplementedError("OpenSSL's output feedback is another")
+    return unmask_by_openssl
+
+
+@functools.lru_cache(maxsize=None)
+def fastest_unmasking() -> Unmasking:
+    """Return the fastest of these functions that this interpreter has."""
+    by_openssl = attempt(unmasking_by_openssl)
+    if by_openssl.error is None:
+        return cast(Unmasking, by_openssl.value)
+    logger.debug("large WebSocket messages are unmasked by numbers: %s", describe(by_openssl.error))
+    return unmask_by_numbers
+
+
+def unmask(data: memoryview, mask: bytes) -> bytes:
+    """Undo the mask of data where it lies; return the mask for what follows it."""
+    function = fastest_unmasking() if len(data) > UNMASK_BYTES else unmask_by_numbers
+    function(data, mask)
     turn = len(data) % 4
     return mask[turn:] + mask[:turn]
 

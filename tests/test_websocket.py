@@ -23,7 +23,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.sync.client import connect as connect_sync
 
-from ais_runtime_min import DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, unmask
+from ais_runtime_min import (DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, Unmasking, unmask, unmask_by_numbers,
+                             unmasking_by_openssl)
 from harness import Runtime, Server, make_payload
 from peer import BINARY, CLOSE, PING, PONG, TEXT, Frame, Peer, frame, handshake, object_frames
 from standin import At, Behaviour, StandInTarget
@@ -34,7 +35,7 @@ MIB = 1 << 20
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 HEAD = '''
-import os, threading, time, zlib
+import os, sys, threading, time, zlib
 from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
 from aistore.sdk.etl.webserver.flask_server import FlaskServer
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
@@ -59,6 +60,9 @@ class Echo(HTTPMultiThreadedServer):
 
     def fail(self, text, data, path):
         raise ValueError(text)
+
+    def has(self, module, data, path):
+        return str(module in sys.modules)
 
     def quote_target(self, _, data, path):
         raise ValueError("cannot reach " + self.host_target)
@@ -210,6 +214,37 @@ def test_a_mask_is_undone_whatever_the_size_of_the_pieces(size: int) -> None:
         rest = unmask(buffer[:cut], mask)
         unmask(buffer[cut:], rest)
         assert bytes(buffer) == expected
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000, UNMASK_BYTES + 5, MIB - 1])
+@pytest.mark.parametrize("make", [unmasking_by_openssl, lambda: unmask_by_numbers], ids=["openssl", "numbers"])
+def test_a_mask_is_undone_in_its_place_wherever_that_begins(make: Callable[[], Unmasking], size: int) -> None:
+    data, mask = os.urandom(size), os.urandom(4)
+    expected = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    for start in range(9):
+        buffer = bytearray(start) + data + b"after"
+        make()(memoryview(buffer)[start:start + size], mask)
+        assert buffer == bytes(start) + expected + b"after"
+
+
+def test_only_a_message_that_is_not_small_loads_what_undoes_masks_in_c(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    with Peer(server) as peer:
+        for size, is_loaded in ((UNMASK_BYTES, b"False"), (UNMASK_BYTES + 1, b"True")):
+            peer.send(object_frames(bytes(size), path="o", etl_args="has ctypes"))
+            assert peer.result() == is_loaded
+
+
+@pytest.mark.parametrize("source", ["raise ImportError('no libffi')", "", "CDLL = lambda name: None"])
+def test_large_messages_are_unmasked_without_ctypes_too(start_runtime: StartRuntime, tmp_path: Path, source: str) -> None:
+    (tmp_path / "ctypes.py").write_text(source)
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1", "PYTHONPATH": str(tmp_path), "LOG_LEVEL": "DEBUG"})
+    objects = [os.urandom(size) for size in (UNMASK_BYTES + 1, MIB, 3 * MIB + 1)]
+    with Peer(server) as peer:
+        for each in objects:
+            peer.send(object_frames(each, path="o"))
+            assert peer.result() == each
+    server.wait_for_line("large WebSocket messages are unmasked by numbers: ")
 
 
 # == The handshake ==

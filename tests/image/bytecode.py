@@ -5,8 +5,8 @@
 The official image has no bytecode of the library, and a pod that is not root can write none. Which modules a pod imports the
 interpreter itself tells: below PYTHONPYCACHEPREFIX it writes the bytecode of each one, in whichever process of the pod and
 however late it is imported. So a real pod is run for a moment. It loads a pickled class, transforms what it is sent and what
-it reads from its target, delivers to another stage, uses TLS, logs an error, is asked for its health, and stops. The build ends
-where it does any of that wrong.
+it reads from its target, delivers to another stage, uses TLS, logs an error, is sent a large object over WebSocket, is asked for
+its health, and stops. The build ends where it does any of that wrong.
 
 The bytecode is left beside the sources. It is the common one, of no optimization, with two differences: it is valid whatever
 time a builder gives to the sources (PEP 552), and that of the library and of the runtime is without docstrings, which are a
@@ -19,6 +19,7 @@ import importlib
 import marshal
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ UNCHECKED_HASH = (1).to_bytes(4, "little")  # the flags of bytecode that holds f
 SERVING = re.compile(r"serving .* on http://\S+:([0-9]+) ")
 OF_THE_BUILD = ("PYTHONDONTWRITEBYTECODE", "OS_PACKAGES", "PACKAGES")  # what the pod must not have
 EXTRAS = [name for name in os.environ.get("EXTRAS", "").split(",") if name]
+HANDSHAKE = (b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
 BASES = {"": "HTTPMultiThreadedServer", "fastapi": "FastAPIServer", "flask": "FlaskServer"}  # by the extra that they are for
 
 Answer = Tuple[int, bytes]
@@ -91,6 +94,8 @@ def try_pod(command: List[str], variables: Mapping[str, str]) -> None:
             check("a delivery", ask(port, "PUT", b"an object", hop), (200, b"AN OBJECT"))
             check("TLS", ask(port, "PUT", b"an object", arguments="?etl_args=tls"), (200, b"AN OBJECT"))
             check("an error", ask(port, "PUT", b"")[0], 500)
+            if variables["ETL_SERVER"] != "flask":  # gunicorn has none
+                check("WebSocket", ask_websocket(port, b"an object" * 10_000), b"AN OBJECT" * 10_000)
             pod.terminate()
             check("its end", pod.wait(SECONDS), 0)
         finally:
@@ -116,6 +121,17 @@ def ask(
     connection.request(method, "/bucket/object" + arguments, body, dict(headers))
     answer = connection.getresponse()
     return answer.status, answer.read()
+
+
+def ask_websocket(port: int, data: bytes) -> bytes:
+    """Send the pod an object of over 64 KiB by WebSocket, masked by zeros; return as much of its result."""
+    frames = (b'\x82\x8d%b{"path": "o"}' % bytes(4), b"\x82\xff%b%b" % (len(data).to_bytes(8, "big"), bytes(4)), data)
+    with socket.create_connection(("127.0.0.1", port), SECONDS) as connection, connection.makefile("rb") as answers:
+        connection.sendall(HANDSHAKE)
+        while answers.readline().strip():
+            pass
+        connection.sendall(b"".join(frames))
+        return answers.read(10 + len(data))[10:]
 
 
 def check(what: str, found: object, expected: object) -> None:
