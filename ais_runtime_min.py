@@ -3839,10 +3839,11 @@ def unmask_by_numbers(data: memoryview, mask: bytes) -> None:
 
 
 def unmasking_by_openssl() -> Unmasking:
-    """Make a function that undoes masks in C, nine times as fast as by numbers; raise where Python's OpenSSL is not to be had.
+    """Make a function that undoes masks in the C of OpenSSL; raise where there is none.
 
-    Output feedback (NIST SP 800-38A, 6.4) encrypts a block again and again, and XORs data with what comes out. By a cipher that
-    leaves the block as it is, that is one block over and over: what RFC 6455 does with a mask.
+    That is nine times as fast as by numbers, and the OpenSSL is the one that Python's hashlib is linked to. Output feedback (NIST
+    SP 800-38A, 6.4) encrypts a block again and again, and XORs data with what comes out. By a cipher that leaves the block as
+    it is, that is one block over and over: what RFC 6455 does with a mask.
     """
     import _hashlib
     import ctypes
