@@ -1,6 +1,7 @@
 """Payloads of the real SDK are served, and each mistake at the start has its exit code and one clear last line."""
 import base64
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional, Sequence
+from urllib.parse import quote
 
 import pytest
 
@@ -803,10 +805,10 @@ def test_an_option_among_the_packages_is_refused_before_anything_is_installed(
     assert_no_traceback(done)
 
 
-# == TLS, which is loaded when it is needed ==
+# == Modules that are loaded when they are needed, TLS first of all ==
 
 CURIOUS = '''
-import http.client, ssl, sys, threading
+import html, http.client, inspect, ipaddress, mimetypes, shutil, ssl, sys, threading
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
 
 class Curious(HTTPMultiThreadedServer):
@@ -817,7 +819,34 @@ class Curious(HTTPMultiThreadedServer):
         self.barrier = threading.Barrier(8)
 
     def transform(self, data, path, etl_args):
-        return getattr(self, etl_args)().encode()
+        word, *names = etl_args.split()
+        return getattr(self, word)(*names).encode()
+
+    def list(self):
+        late = (html, inspect, ipaddress, mimetypes, shutil, ssl)
+        return " ".join(module.__name__ for module in late if type(module) is not type(sys))
+
+    def specify(self, name):
+        import importlib.util
+        return importlib.util.find_spec(name).origin
+
+    def take_all(self, name):
+        names = {}
+        exec("from %s import *" % name, names)
+        module = sys.modules[name]
+        public = getattr(module, "__all__", [each for each in dir(module) if not each.startswith("_")])
+        return str(set(public) == names.keys() - {"__builtins__"} and type(module) is type(sys))
+
+    def show(self, name):
+        return str(dir(globals()[name]) == dir(sys.modules[name]) and len(dir(sys.modules[name])) > 9)
+
+    def parse(self):
+        import html.parser
+        from html.entities import name2codepoint
+        return str(html.parser.unescape is html.unescape is globals()["html"].unescape and len(name2codepoint) > 200)
+
+    def escape(self):
+        return html.escape("<") + " " + type(sys.modules["html"]).__name__
 
     def look(self):
         return "loaded" if "_ssl" in sys.modules else "not loaded"
@@ -846,7 +875,7 @@ class Curious(HTTPMultiThreadedServer):
 
 def do(runtime: Runtime, what: str) -> str:
     """Have the class do something."""
-    return runtime.request("PUT", "/bucket/object?etl_args=" + what, b"x").body.decode()
+    return runtime.request("PUT", "/bucket/object?etl_args=" + quote(what), b"x").body.decode()
 
 
 @pytest.fixture
@@ -874,6 +903,27 @@ def test_what_a_class_sets_or_asks_of_tls_is_that_of_the_module_itself(
 
 def test_workers_share_tls_where_the_target_speaks_it(start_curious: StartRuntime) -> None:
     assert do(start_curious(AIS_TARGET_URL="https" + SECRET_TARGET[4:]), "look") == "loaded"
+
+
+LATE = ["html", "inspect", "ipaddress", "mimetypes", "shutil", "ssl"]
+
+
+def test_what_few_classes_need_is_loaded_by_none_that_do_not(start_curious: StartRuntime) -> None:
+    runtime = start_curious()
+    assert do(runtime, "list").split() == LATE
+    assert do(runtime, "escape") == "&lt; module"
+    assert do(runtime, "list").split() == LATE  # the class keeps what it has imported
+
+
+@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("what", ["specify", "take_all", "show"])
+def test_a_module_that_is_not_loaded_yet_is_like_any_other(start_curious: StartRuntime, what: str, name: str) -> None:
+    expected = importlib.util.find_spec(name).origin if what == "specify" else "True"  # type: ignore[union-attr]
+    assert do(start_curious(), "%s %s" % (what, name)) == expected
+
+
+def test_modules_of_a_package_that_is_not_loaded_yet_are_found(start_curious: StartRuntime) -> None:
+    assert do(start_curious(), "parse") == "True"
 
 
 # == Signals ==
