@@ -835,3 +835,23 @@ def test_what_a_class_needs_is_installed_and_then_it_is_served(
         if name == "Imports":
             assert runtime.request("PUT", "/bucket/object", b"hello").status == 418
         assert runtime.terminate() == Exit.OK
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@both
+def test_all_of_an_application_works_where_its_packages_were_just_installed(
+    target: StandInTarget, index: Environ, own_python: str, kind: str
+) -> None:
+    env = {**index, "ETL_CLASS_PAYLOAD": make_payload(*CLASSES[kind]), "AIS_TARGET_URL": target.url, "NUM_WORKERS": "1"}
+    with Runtime(env=env, python=own_python, expect_traceback=True, start_seconds=300) as runtime:
+        runtime.wait_for_line("installing Python packages: %s" % kind)
+        runtime.wait_for_line(r"serving \w+ \(%s\)" % BY[kind])
+        for test in (test_objects_and_health_probes_are_answered_as_for_any_class, test_routes_and_routers_come_before_objects,
+                     test_middleware_and_hooks_see_objects_too, test_dependencies_hooks_and_exception_handlers_work,
+                     test_an_http_exception_of_transform_gives_its_status):
+            test(lambda *_, **__: runtime, kind)
+        if kind == "fastapi":
+            test_a_transform_may_run_a_loop_of_its_own(lambda *_: runtime)
+            test_a_class_s_own_websocket_routes_work(lambda *_: runtime)
+        assert runtime.terminate() == Exit.OK

@@ -78,7 +78,7 @@ SCENARIOS = (
     *(_load("ws", "WebSocket, in the message,", size, 8, ("ours", "ours-fastapi", "fastapi")) for size in (KIB, MIB)),
     *(_load("ws-fqn", "WebSocket, by FQN,", size, 8, ("ours", "ours-fastapi", "fastapi")) for size in (KIB, MIB)),
     Scenario("start", "exec to the first healthy answer, 4 workers", "start", 0, 0,
-             ("ours", "ours-script", "fastapi", "threaded", "imports")),
+             ("ours", "ours-fastapi", "ours-script", "fastapi", "threaded", "imports")),
     Scenario("memory", "memory (PSS) when idle, 4 workers", "memory", 0, 0, DELIVERING),
     Scenario("stream-memory", "growth of memory over a streamed GiB", "growth", GIB, 1, ("ours", "fastapi")),
 )
@@ -98,6 +98,7 @@ BARS = (
     Bar("start", "ours", False, 0.25, "threaded"),
     Bar("start", "ours", False, 0.08, "fastapi"),
     Bar("start", "ours", False, 2.5, "imports"),
+    Bar("start", "ours-fastapi", False, 0.08, "fastapi"),
     Bar("memory", "ours", False, 0.15, "fastapi"),
     Bar("memory", "ours", False, 0.6, "threaded"),
     Bar("stream-memory", "ours", False, 32, None),
