@@ -3647,7 +3647,7 @@ class Service:
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self._transforms = Transforms(server, slots)
         self.transforms_where_asked = isinstance(slots, ThreadSlots)
-        self.run_in_slot = slots.run
+        self.main_thread = slots if isinstance(slots, MainThreadSlots) else None
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
@@ -4098,8 +4098,11 @@ class MessagePace(Pace):
 
     def __init__(self) -> None:
         super().__init__(QUICK_SECONDS)
+        self.answered = 0  # objects, on the main thread
         self._turn = threading.Lock()
         self._kept_until = 0.0  # nobody waits for the turn before: whoever has it keeps it for long
+        self._alarm = threading.Event()
+        self._is_watched = True
 
     def take_turn(self) -> bool:
         """Wait for the turn, but shortly, and no more while it is known to be kept; False to go ahead without it."""
@@ -4113,6 +4116,19 @@ class MessagePace(Pace):
     def give_turn(self) -> None:
         """Let another connection have the turn."""
         self._turn.release()
+
+    def begin(self) -> None:
+        """Tell whoever watches that there is something to be watched."""
+        if not self._is_watched:
+            self._alarm.set()
+
+    def wait_for_begin(self, has_begun: Callable[[], bool]) -> None:
+        """Wait until there is something to be watched: a process without work should not wake up."""
+        self._is_watched = False
+        self._alarm.clear()
+        if not has_begun():  # else it has perhaps seen that it was watched
+            self._alarm.wait()
+        self._is_watched = True
 
 
 class Exchanged:
@@ -4129,10 +4145,15 @@ class ObjectExchange:
     """AIStore's protocol on one connection, whatever carries the messages: pairs them, and has their objects answered.
 
     An object is one message of JSON, and if that has no `fqn`, a second one with the bytes. Messages go in by `take`, on
-    one thread; replies come out by `send`, one for each object and in their order, on any thread but never two at once. It
-    must not raise. `hand_over` has a function called with an argument on another thread; objects are handed over unless
-    there is a `pace` that wants them on the thread of `take`. The protocol has no word for failure; what a failed object is
-    answered follows from what a target (AIStore 5.0) makes of each answer:
+    one thread at a time; replies come out by `send`, one for each object and in their order, on any thread but never two at
+    once. It must not raise. `hand_over` has a function called with an argument on another thread.
+
+    While objects are quick, they are answered on the thread of `take`, or for it by the main thread, several at a time. One
+    that takes long must hold up neither those that were answered before it nor those that come behind it: it becomes
+    pending, as all are while `pace` does not find them quick, and others are handed over.
+
+    The protocol has no word for failure; what a failed object is answered follows from what a target (AIStore 5.0) makes of
+    each answer:
 
     * an object bound for another target: a binary message, which the target takes for that object's failure
     * any other: the connection must be closed, which fails the object; all behind it is lost
@@ -4140,7 +4161,7 @@ class ObjectExchange:
     """
 
     def __init__(self, service: Service, send: Callable[[Reply], None],
-                 hand_over: Callable[[Callable[[Any], None], Any], None], pace: Optional[MessagePace] = None) -> None:
+                 hand_over: Callable[[Callable[[Any], None], Any], None], pace: MessagePace) -> None:
         self._service = service
         self._send = send
         self._hand_over = hand_over
@@ -4149,10 +4170,16 @@ class ObjectExchange:
         self._pending: Deque[Exchanged] = collections.deque()
         self._bytes = 0  # of those
         self._batch: Deque[Exchanged] = collections.deque()  # small ones for the main thread: going there is dear
+        self._round = 0  # of answering the batch: a call that the main thread makes too late must not touch the next one
+        self._is_batch_over = False
+        self.current: Optional[Exchanged] = None  # what is being answered, here or of the batch, and is not pending
+        self.held_up_by: Optional[Exchanged] = None  # what is being answered on the thread of `take`
+        self._answered: List[Exchanged] = []  # what was, and is to be sent
+        self.is_lent = False  # whether another thread takes messages, since the one that did answers one that takes long
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
         self._has_turn = False
-        self._change = threading.Condition()
+        self._change = threading.Condition(threading.Lock())
 
     @property
     def is_between_objects(self) -> bool:
@@ -4190,85 +4217,173 @@ class ObjectExchange:
 
     def answer_batch(self) -> None:
         """Have the main thread answer what was put off until there is more; call it before waiting for that."""
-        while self._batch:
-            for reply in self._service.run_in_slot(self._answer_some):
-                self._send_in_turn(reply)
+        while self._batch and self._service.main_thread is not None:
+            self._round += 1
+            self._is_batch_over = False
+            self._service.main_thread.put(functools.partial(self._answer_some, self._round))
+            while not self._is_answered_soon():
+                if self.make_pending(self.current):
+                    return self.send_ready()
+            self._send_answered()
+
+    def _is_answered_soon(self) -> bool:
+        """Wait for the main thread; False once it has answered nothing at all for a while, of any connection."""
+        answered = -1
+        with self._change:
+            while answered != self._pace.answered:
+                answered = self._pace.answered
+                if self._change.wait_for(lambda: self._is_batch_over, LEAD_SECONDS):
+                    return True
+        return False
 
     def give_turn(self) -> None:
         """Let other connections transform, on the thread of `take`, before that waits for anything."""
-        if self._has_turn and self._pace is not None:
+        if self._has_turn:
             self._has_turn = False
             self._pace.give_turn()
 
+    def make_pending(self, current: Optional[Exchanged], lends: bool = False) -> bool:
+        """Wait no more for what is being answered, and for the batch; False if something else is being answered now.
+
+        Call it on the thread of `take`, or, where that is the one that answers, to lend the taking to another.
+        """
+        with self._change:
+            if self.current is not current or (current is None and self._is_batch_over):
+                return False
+            rest = list(self._batch)
+            self._pending += [*self._answered, *([] if current is None else [current]), *rest]  # there was nothing before
+            self._bytes = sum(exchanged.size for exchanged in self._pending)
+            self._batch.clear()
+            self._round += 1
+            self._answered, self.current = [], None
+            self.is_lent = lends
+            self.give_turn()
+        self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+        for exchanged in rest:
+            self._hand_on(exchanged)
+        return True
+
+    def send_ready(self, _: Any = None) -> None:
+        """Send replies of pending objects, as far as they are there; it may wait for the client."""
+        while self._send_first():
+            pass
+
     def _take_object(self, exchanged: Exchanged) -> None:
         """Have an object answered, here or on another thread."""
-        if self._pace is not None and self._pace.is_quick(time.monotonic()):
-            if self._service.transforms_where_asked or exchanged.request.pipeline:
-                return self._send_in_turn(self._answer_here(exchanged, self._pace))
-            return self._put_off(exchanged, self._pace)
+        if self._is_quick() and (self._put_off(exchanged) or self._answer_here(exchanged)):
+            return
         self.answer_batch()
         self.give_turn()
         with self._change:
             self._change.wait_for(lambda: not self.is_full)
             self._pending.append(exchanged)
             self._bytes += exchanged.size
-        if attempt(self._hand_over, self._run, exchanged).error is not None:  # there is no other thread
-            self._run(exchanged)
+        self._hand_on(exchanged)
 
-    def _answer_here(self, exchanged: Exchanged, pace: MessagePace) -> Reply:
-        """Answer an object here, after all before it; in a turn, unless it waits for another node or thread."""
-        if self._pending or self._batch:
-            self.wait()
-        if exchanged.request.pipeline or not self._service.transforms_where_asked:
-            self.give_turn()
-        elif not self._has_turn:
-            self._has_turn = pace.take_turn()
-        return self._answer_noted(exchanged, pace)
+    def _is_quick(self) -> bool:
+        """Whether the next object is to be answered at once: not where others before it take long."""
+        if self.is_lent or not self._pace.is_quick(time.monotonic()):
+            return False
+        if not self._pending:
+            return True
+        with self._change:
+            is_quick = self._change.wait_for(lambda: not self._pending, LEAD_SECONDS)
+        if not is_quick:
+            self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+        return is_quick
 
-    def _answer_noted(self, exchanged: Exchanged, pace: MessagePace) -> Reply:
-        """Answer an object, and take note of how long that took."""
-        begin = time.monotonic()
-        reply = self._answer(exchanged)
-        end = time.monotonic()
-        pace.note(end - begin, end)
-        return reply
-
-    def _put_off(self, exchanged: Exchanged, pace: MessagePace) -> None:
-        """Keep an object for the main thread, after all before it, while those that are kept are few and small.
+    def _put_off(self, exchanged: Exchanged) -> bool:
+        """Keep an object for the main thread while those that are kept are few and small; False if it is not for that.
 
         It is read here: the main thread is for the class's own code, and must not wait for a disk or for another node.
         """
+        if self._service.transforms_where_asked or exchanged.request.pipeline:
+            return False
         if exchanged.request.fqn:
             loaded = self._service.load(exchanged.request)
             if loaded is None:
-                return self._send_in_turn(self._answer_here(exchanged, pace))
+                return False
             exchanged = Exchanged(exchanged.request._replace(fqn=""), loaded)
-        if self._pending:
-            self.wait()
         self._batch.append(exchanged)
         if exchanged.size > UNMASK_BYTES or len(self._batch) >= AHEAD_LIMIT_MESSAGES:  # a large one takes room from others
             self.answer_batch()
+        return True
 
-    def _answer_some(self) -> List[Reply]:
+    def _answer_here(self, exchanged: Exchanged) -> bool:
+        """Answer an object here, in a turn, unless it waits for another node or thread; False if one before it takes long."""
+        self.answer_batch()
+        if self._pending:
+            return False
+        if exchanged.request.pipeline or not self._service.transforms_where_asked:
+            self.give_turn()
+        elif not self._has_turn:
+            self._has_turn = self._pace.take_turn()
+        self.current = self.held_up_by = exchanged
+        self._pace.begin()
+        if self._answer_noted(exchanged):
+            self._send_answered()
+        else:
+            self.send_ready()
+        self.held_up_by = None
+        return True
+
+    def _answer_noted(self, exchanged: Exchanged) -> bool:
+        """Answer the current object, and take note of how long that took; False if it has become pending meanwhile."""
+        begin = time.monotonic()
+        reply = self._answer(exchanged)
+        end = time.monotonic()
+        self._pace.note(end - begin, end)
+        return self._keep(exchanged, reply)
+
+    def _keep(self, exchanged: Exchanged, reply: Reply) -> bool:
+        """Keep the reply of an object; False if it is pending."""
+        with self._change:
+            is_current = self.current is exchanged
+            if is_current:
+                self.current = None
+                self._answered.append(exchanged)
+            else:
+                self._bytes += len(reply.data) - exchanged.size
+            exchanged.size, exchanged.reply = len(reply.data), reply
+        return is_current
+
+    def _answer_some(self, number: int) -> None:
         """Answer objects of the batch, on the main thread: others have work for it too, and replies take memory."""
-        replies: List[Reply] = []
         size, deadline = 0, time.monotonic() + BATCH_CALL_SECONDS
-        while self._batch and size < WRITE_BYTES and time.monotonic() < deadline:
-            reply = self._answer_noted(self._batch.popleft(), cast(MessagePace, self._pace))
-            replies.append(reply)
-            size += len(reply.data)
-            if reply.opcode == OP_CLOSE:  # all behind it is lost
-                break
-        return replies
+        while True:
+            with self._change:
+                if number != self._round:
+                    return
+                if not self._batch or size >= WRITE_BYTES or time.monotonic() >= deadline:
+                    self._is_batch_over = True
+                    return self._change.notify_all()
+                self.current = exchanged = self._batch.popleft()
+            if not self._answer_noted(exchanged):
+                return self._send_elsewhere()
+            self._pace.answered += 1
+            is_last = cast(Reply, exchanged.reply).opcode == OP_CLOSE  # all behind it is lost
+            size += WRITE_BYTES if is_last else exchanged.size
+
+    def _send_answered(self) -> None:
+        """Send replies, while nothing is pending."""
+        answered, self._answered = self._answered, []
+        for exchanged in answered:
+            self._send_in_turn(cast(Reply, exchanged.reply))
+
+    def _send_elsewhere(self) -> None:
+        """Have what is ready sent by another thread, if there is one: the main thread must wait for no client."""
+        if attempt(self._hand_over, self.send_ready, None).error is not None:
+            self.send_ready()
+
+    def _hand_on(self, exchanged: Exchanged) -> None:
+        """Have a pending object answered on another thread, if there is one."""
+        if attempt(self._hand_over, self._run, exchanged).error is not None:
+            self._run(exchanged)
 
     def _run(self, exchanged: Exchanged) -> None:
-        """Answer an object on another thread, and send what is ready."""
-        reply = self._answer(exchanged)
-        with self._change:
-            self._bytes += len(reply.data) - exchanged.size
-            exchanged.size, exchanged.reply = len(reply.data), reply
-        while self._send_first():
-            pass
+        """Answer a pending object, and send what is ready."""
+        self._keep(exchanged, self._answer(exchanged))
+        self.send_ready()
 
     def _send_first(self) -> bool:
         """Send the reply of the first pending object, if it is there and nobody else is sending."""
@@ -4354,7 +4469,9 @@ class WebSocket:
         self._size = 0  # of that, in bytes
         self._flush_at = 0.0
         self._is_over = False  # whether nothing is to be read or sent any more
-        self._bell, self._ringer = socket.socketpair()  # wakes the thread while it waits for the client
+        self._bell, self._ringer = socket.socketpair()  # wakes whoever waits for the client
+        self._is_recalled = False  # whether a thread that reads meanwhile is to give that back
+        self._given_back: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # by that thread
 
     def serve(self) -> None:
         """Serve to the end, at which the client may just have ended the connection, or not even know of it."""
@@ -4382,12 +4499,43 @@ class WebSocket:
 
     def _converse(self) -> Sequence[bytes]:
         """Take messages until no more come; return the frames that end the connection."""
-        while not self._is_over:
+        while not (self._is_over or self._is_recalled):
             message = self._reader.read()
             if message is None:
                 break
+            if self._exchange.is_full:
+                self._flush()
             self._exchange.take(message)
+            if self._exchange.is_lent and threading.get_ident() == self._thread:
+                self._take_back()
         return [close_frame(CLOSE_GOING_AWAY)] if self._owner.is_draining else []
+
+    @property
+    def held_up_by(self) -> Optional[Exchanged]:
+        """The object that is being answered on the connection's own thread, which reads nothing meanwhile."""
+        return self._exchange.held_up_by
+
+    def lend(self, current: Exchanged) -> None:
+        """Have another thread read on, if it is still that object which holds up the connection's own."""
+        if self._exchange.make_pending(current, lends=True):
+            if attempt(self._owner.lend, self._read_meanwhile).error is not None:
+                self._given_back.put(Outcome(None, None))
+
+    def _read_meanwhile(self) -> None:
+        """Read on until the connection's own thread is there again, on another thread."""
+        self._flush()
+        self._given_back.put(attempt(self._converse))
+
+    def _take_back(self) -> None:
+        """Have the other thread stop between two messages; its failures are this one's."""
+        self._flush()
+        self._is_recalled = True
+        self.ring()
+        outcome = self._given_back.get()
+        self._bell.recv(1)
+        self._is_recalled = self._exchange.is_lent = False
+        if outcome.error is not None:
+            raise outcome.error
 
     def _ending_for(self, error: BaseException) -> Sequence[bytes]:
         """Return the frames that end the connection for an error of reading; an object's failure is told as such."""
@@ -4493,10 +4641,13 @@ class WebSockets:
     are limited to half of the pool's threads, so that other requests find one.
     """
 
-    def __init__(self, service: Service, hand_over: Callable[[Callable[[Any], None], Any], None]) -> None:
+    def __init__(self, service: Service, hand_over: Callable[[Callable[[Any], None], Any], None],
+                 lend: Callable[[Callable[[], None]], None]) -> None:
         self.service = service
         self.hand_over = hand_over
+        self.lend = lend
         self.pace = MessagePace()
+        self._is_watched = False
         self.is_draining = False
         self.drain_deadline = 0.0
         self._open: Set[WebSocket] = set()
@@ -4511,6 +4662,7 @@ class WebSockets:
         """Serve a connection to its end; its client has sent `ahead` behind its handshake."""
         websocket = WebSocket(connection, ahead, self)
         self._change(self._open.add, websocket)
+        self._start_watching()
         report(REPORT_OPENED)
         try:
             if self.is_draining:
@@ -4531,6 +4683,33 @@ class WebSockets:
     def _change(self, change: Callable[[WebSocket], None], websocket: WebSocket) -> None:
         with self._lock:
             change(websocket)
+
+    def _start_watching(self) -> None:
+        """Start the thread that watches connections, with the first of them; without it objects that take long hold up others."""
+        with self._lock:
+            if not self._is_watched:
+                watcher = threading.Thread(target=self._watch, name="etl-watch", daemon=True)
+                self._is_watched = attempt(watcher.start).error is None
+
+    def _watch(self) -> None:
+        """Have another thread read where one object holds up a connection for long."""
+        before: Dict[WebSocket, Exchanged] = {}
+        idle = 0
+        while True:
+            time.sleep(LEAD_SECONDS)
+            held_up = self._held_up()
+            for websocket, current in held_up.items():
+                if before.get(websocket) is current:
+                    websocket.lend(current)
+            before = held_up
+            idle = 0 if held_up else idle + 1
+            if idle > WATCH_LIMIT:
+                self.pace.wait_for_begin(lambda: bool(self._held_up()))
+
+    def _held_up(self) -> Dict[WebSocket, Exchanged]:
+        """Tell which connections are held up, and by what."""
+        with self._lock:
+            return {websocket: current for websocket in self._open for current in [websocket.held_up_by] if current is not None}
 
 
 # == 15. HTTP ==
@@ -5030,7 +5209,8 @@ class ThreadPool:
 
 def websockets_of(service: Service) -> WebSockets:
     """Make what serves WebSocket connections, with threads of its own for slow objects."""
-    return WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit)
+    return WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit,
+                      ThreadPool(WEBSOCKET_LIMIT, lambda read: read()).submit)
 
 
 class ThreadPoolMixIn(socketserver.ThreadingMixIn):
