@@ -52,6 +52,11 @@ class Echo(HTTPMultiThreadedServer):
         time.sleep(float(seconds))
         return data
 
+    def wait(self, path, data, _):
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        return data
+
     def fill(self, size, data, path):
         return bytes(int(size))
 
@@ -450,6 +455,35 @@ def test_slow_objects_of_a_connection_are_transformed_at_once_and_answered_in_or
         assert 2 <= int(results[-1][1]) <= 8
         peer.send(object_frames(b"slow", path="o", etl_args="0.5"), frame(PING, b"meanwhile"))
         assert [each.opcode for each in peer.objects(2)] == [PONG, BINARY]
+
+
+@pytest.mark.parametrize("base", ["HTTPMultiThreadedServer", "FastAPIServer"])
+@pytest.mark.parametrize("before", [0, 3, 300])
+def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_what_is_sent_behind_it(
+        start_runtime: StartRuntime, tmp_path: Path, base: str, before: int) -> None:
+    source = ECHO.replace("Echo(HTTPMultiThreadedServer)", "Echo(%s)" % base)
+    server = start_runtime(make_payload(source, "Echo"), {"NUM_WORKERS": "1"})
+    gate = tmp_path / "gate"
+    with Peer(server) as peer, Peer(server) as other:
+        quick = [object_frames(b"%d" % number, path="o") for number in range(before)]
+        results = [b"%d" % number for number in range(before)]
+        for is_first in (True, False, False):  # later objects are handed over from the first, and may be transformed in any order
+            peer.send(*quick)
+            received = [] if is_first else [peer.result() for _ in results]
+            peer.send(object_frames(b"held up", path="o", etl_args="wait %s" % gate), object_frames(b"behind", path="o"))
+            assert (received or [peer.result() for _ in results]) == results
+            peer.send(frame(PING, b"still there?"))
+            assert peer.receive() == Frame(PONG, b"still there?")
+            other.send(frame(PING, b"you too?"), object_frames(b"", path="o", etl_args="fill 5"))
+            assert other.receive() == Frame(PONG, b"you too?")
+            peer.send(object_frames(bytes(12 * MIB), path="o"), *(object_frames(b"%d" % number, path="o") for number in range(20)))
+            gate.touch()
+            assert [peer.result() for _ in range(2)] == [b"held up", b"behind"]
+            assert peer.result() == bytes(12 * MIB)
+            assert [peer.result() for _ in range(20)] == [b"%d" % number for number in range(20)]
+            assert other.result() == bytes(5)
+            gate.unlink()
+            time.sleep(1.1)  # longer than objects are handed over after that
 
 
 def test_clients_that_do_not_read_hold_up_no_other(start_runtime: StartRuntime) -> None:
