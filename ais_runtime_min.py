@@ -3258,7 +3258,8 @@ class Room:
 class WaitingBody(io.RawIOBase):
     """A body that is read into memory as there is room for it; `close` leaves the stream open.
 
-    Room is taken for as much again as has come, so that a client which announces a lot and sends a little holds little.
+    Room is taken for as much again as has come, so that a client which announces a lot and sends a little holds little. Of
+    a file all is there.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3279,7 +3280,9 @@ class WaitingBody(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end."""
-        step = min(len(buffer), max(READ_BYTES, min(self._count, WRITE_BYTES)))
+        step = len(buffer)
+        if not isinstance(self._stream, ObjectFile):
+            step = min(step, max(READ_BYTES, min(self._count, WRITE_BYTES)))
         self._room.take(self, step)
         count = self._stream.readinto(memoryview(buffer)[:step]) or 0
         if count < step:
@@ -4179,7 +4182,8 @@ class ObjectExchange:
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
         self._has_turn = False
-        self._change = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # of the above, where several threads use it
+        self._change = threading.Condition(self._lock)
 
     @property
     def is_between_objects(self) -> bool:
@@ -4337,7 +4341,7 @@ class ObjectExchange:
 
     def _keep(self, exchanged: Exchanged, reply: Reply) -> bool:
         """Keep the reply of an object; False if it is pending."""
-        with self._change:
+        with self._lock:
             is_current = self.current is exchanged
             if is_current:
                 self.current = None
@@ -4351,7 +4355,7 @@ class ObjectExchange:
         """Answer objects of the batch, on the main thread: others have work for it too, and replies take memory."""
         size, deadline = 0, time.monotonic() + BATCH_CALL_SECONDS
         while True:
-            with self._change:
+            with self._lock:
                 if number != self._round:
                     return
                 if not self._batch or size >= WRITE_BYTES or time.monotonic() >= deadline:

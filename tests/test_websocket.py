@@ -476,11 +476,12 @@ def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_what_i
             assert peer.receive() == Frame(PONG, b"still there?")
             other.send(frame(PING, b"you too?"), object_frames(b"", path="o", etl_args="fill 5"))
             assert other.receive() == Frame(PONG, b"you too?")
-            peer.send(object_frames(bytes(12 * MIB), path="o"), *(object_frames(b"%d" % number, path="o") for number in range(20)))
+            few = [b"%d" % number for number in range(20)]
+            peer.send(object_frames(bytes(12 * MIB), path="o"), *(object_frames(each, path="o") for each in few))
             gate.touch()
             assert [peer.result() for _ in range(2)] == [b"held up", b"behind"]
             assert peer.result() == bytes(12 * MIB)
-            assert [peer.result() for _ in range(20)] == [b"%d" % number for number in range(20)]
+            assert [peer.result() for _ in few] == few
             assert other.result() == bytes(5)
             gate.unlink()
             time.sleep(1.1)  # longer than objects are handed over after that
