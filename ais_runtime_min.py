@@ -4159,8 +4159,8 @@ class ObjectExchange:
     each answer:
 
     * an object bound for another target: a binary message, which the target takes for that object's failure
-    * any other: the connection must be closed, which fails the object; all behind it is lost
-    * with ETL_WS_FAILURE=empty: the text that tells a delivery; the object is empty or missing, and the job goes on
+    * any other: the connection must be closed, which fails the object; all behind it is lost. With ETL_WS_FAILURE=empty it
+      is the text that tells a delivery: the object is empty or missing, and the job goes on
     """
 
     def __init__(self, service: Service, send: Callable[[Reply], None],
@@ -4425,12 +4425,12 @@ class ObjectExchange:
 
     def _failure(self, request: ETLRequest, reason: str) -> Reply:
         """Tell a failure in the one way that reaches the user."""
-        if self._service.settings.ws_failure == "empty":
-            logger.error("%s: %s; answered as if it were delivered", request.name, reason)
-            return Reply(OP_TEXT, b"0")
         if is_bound_elsewhere(request.pipeline):
             logger.error("%s: %s; reported to the target", request.name, reason)
             return Reply(OP_BINARY, cast(bytes, error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, {}).body))
+        if self._service.settings.ws_failure == "empty":
+            logger.error("%s: %s; answered as if it were delivered", request.name, reason)
+            return Reply(OP_TEXT, b"0")
         logger.error("%s: %s; its WebSocket connection is closed", request.name, reason)
         return Reply(OP_CLOSE, reason.encode("utf-8", "replace"))
 
@@ -4512,7 +4512,13 @@ class WebSocket:
             self._exchange.take(message)
             if self._exchange.is_lent and threading.get_ident() == self._thread:
                 self._take_back()
+        if self._owner.is_late and not self._exchange.is_between_objects:
+            raise RequestError("the pod is stopping")
         return [close_frame(CLOSE_GOING_AWAY)] if self._owner.is_draining else []
+
+    def end_reading(self) -> None:
+        """Have whoever reads, or waits for the rest of an object, find the end."""
+        attempt(self._connection.shutdown, socket.SHUT_RD)
 
     @property
     def held_up_by(self) -> Optional[Exchanged]:
@@ -4546,8 +4552,10 @@ class WebSocket:
         if isinstance(error, Closed):
             return [close_frame(error.code)]
         if isinstance(error, (ShortBody, OSError)):
-            logger.debug("a WebSocket connection broke off: %s", error)
-            return []
+            if not self._owner.is_late:
+                logger.debug("a WebSocket connection broke off: %s", error)
+                return []
+            error = RequestError("the pod is stopping")
         if isinstance(error, MessageError):
             logger.warning("a WebSocket connection is closed: %s", error)
             return [close_frame(error.code, str(error))]
@@ -4564,7 +4572,7 @@ class WebSocket:
     def _prepare(self) -> bool:
         """Get ready to wait for the client; False where nothing more is to be read."""
         self._answer_and_flush()
-        if self._owner.is_draining and time.monotonic() > self._owner.drain_deadline:
+        if self._owner.is_late:
             raise RequestError("the pod is stopping")
         if self._is_over or self._is_within_object:
             return not self._is_over
@@ -4676,13 +4684,24 @@ class WebSockets:
             self._change(self._open.discard, websocket)
             websocket.close()
 
+    @property
+    def is_late(self) -> bool:
+        """Whether clients that still send are to be told that the pod stops."""
+        return self.is_draining and time.monotonic() > self.drain_deadline
+
     def drain(self) -> None:
         """Let each connection end as soon as all that its client has sent is answered."""
         self.drain_deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
         self.is_draining = True
+        self._tell_all(WebSocket.ring)
+        timer = threading.Timer(WEBSOCKET_DRAIN_SECONDS + LEAD_SECONDS, self._tell_all, [WebSocket.end_reading])
+        timer.daemon = True
+        attempt(timer.start)  # without it a client that pauses within an object keeps its connection until the pod's end
+
+    def _tell_all(self, tell: Callable[[WebSocket], None]) -> None:
         with self._lock:
             for websocket in self._open:
-                websocket.ring()
+                tell(websocket)
 
     def _change(self, change: Callable[[WebSocket], None], websocket: WebSocket) -> None:
         with self._lock:
@@ -4854,6 +4873,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
 
     server: ETLHTTPServer
     is_single = False  # whether the connection is closed after one request
+    is_for_upgrade = False  # likewise, unless that makes it one of WebSocket
     is_idle = False
     needs_thread = False
     is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
@@ -5080,7 +5100,7 @@ class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
         """
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
             return True
-        if head.wants_close or self.server.is_draining or self.is_single:
+        if head.wants_close or self.server.is_draining or self.is_single or self.is_for_upgrade:
             return False
         if isinstance(answer.body, bytes):
             return body.is_at_end and body.failure is None
@@ -6057,6 +6077,7 @@ class TakenConnections(ETLHTTPServer):
             handler = attempt(lambda: ETLRequestHandler(connection, connection.getpeername(), self)).value
             if handler is not None:  # else the client is gone already
                 handler.input = ConnectionInput(connection, head)
+                handler.is_for_upgrade = True  # other requests are the application's
                 handler.handle()
 
 
@@ -6837,6 +6858,7 @@ class Supervisor:
             worker = self._workers.pop(pid, None)
             if worker is not None:
                 worker.read_reports()
+                self._breakage = worker.breakage or self._breakage
                 if worker.websockets:
                     self._breakage = f"worker {pid} {how_it_died(status)}"
                 with contextlib.suppress(KeyError):

@@ -22,6 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 from ais_runtime_min import FRAMEWORKS, Exit
 from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, children_of, exact_environment, interpreter,
                      make_payload, run_to_end)
+from peer import handshake
 from standin import BASE_PATH, StandInTarget
 
 StartRuntime = Callable[..., Runtime]
@@ -658,6 +659,13 @@ def test_a_failure_over_websocket_under_uvicorn_is_told_as_a_target_understands_
     assert closed.value.rcvd and closed.value.rcvd.code == 1011
     assert closed.value.rcvd.reason == "Processing error: short and stout"
     assert closed.value.sent and closed.value.sent.code == 1002  # since the close frame came within a message
+
+
+def test_a_connection_whose_handshake_is_refused_serves_no_more_requests(start: StartRuntime) -> None:
+    refused = handshake(Sec_WebSocket_Version="8")
+    answer = start("fastapi").raw([refused, b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])  # which is the application's
+    assert answer.startswith(b"HTTP/1.1 426 ") and b"\r\nConnection: close\r\n" in answer
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_class_s_own_websocket_routes_work(start: StartRuntime) -> None:

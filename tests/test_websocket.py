@@ -25,7 +25,7 @@ from websockets.sync.client import connect as connect_sync
 
 from ais_runtime_min import (DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, Unmasking, unmask, unmask_by_numbers,
                              unmasking_by_openssl)
-from harness import Runtime, Server, make_payload
+from harness import Runtime, Server, children_of, make_payload
 from peer import BINARY, CLOSE, PING, PONG, TEXT, Frame, Peer, frame, handshake, object_frames
 from standin import At, Behaviour, StandInTarget
 
@@ -725,7 +725,9 @@ def test_failures_may_be_answered_as_if_they_were_deliveries(start_runtime: Star
     with Peer(server) as peer:
         peer.send(object_frames(b"x", path="bad", etl_args="fail it"),
                   object_frames(b"x", path="bad", etl_args="fail it", pipeline=ELSEWHERE), object_frames(b"good", path="o"))
-        assert peer.objects(3) == [Frame(TEXT, b"0"), Frame(TEXT, b"0"), Frame(BINARY, b"good")]
+        empty, reported, good = peer.objects(3)
+        assert (empty, good) == (Frame(TEXT, b"0"), Frame(BINARY, b"good"))
+        assert (reported.opcode, json.loads(reported.payload)) == (BINARY, {"detail": "Processing error: it"})
         server.wait_for_line("ERROR - bad: Processing error: it")
 
 
@@ -755,6 +757,21 @@ def test_a_pod_whose_connections_were_closed_by_failures_ends_with_the_last_reas
         peers[-1].socket.close()
         assert server.wait(FORSAKEN_SECONDS + 20) == os.EX_SOFTWARE
     assert re.match("ais_runtime_min: Processing error: number 6 ", server.lines[-1])
+
+
+@ON_LINUX
+@pytest.mark.slow
+def test_a_worker_that_dies_right_after_a_failure_takes_no_reason_with_it(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"}, expect_traceback=True)
+    worker, = children_of(server.pid)
+    with Peer(server) as peer:
+        os.kill(server.pid, signal.SIGSTOP)  # so that it sees the failure and the death at once
+        peer.send(object_frames(b"x", path="o", etl_args="fail for good"))
+        assert peer.break_reason()[0] == 1011
+    os.kill(worker, signal.SIGKILL)
+    os.kill(server.pid, signal.SIGCONT)
+    assert server.wait(FORSAKEN_SECONDS + 20) == os.EX_SOFTWARE
+    assert re.match("ais_runtime_min: Processing error: for good ", server.lines[-1])
 
 
 @pytest.mark.slow
@@ -842,6 +859,19 @@ def test_a_client_that_never_stops_sending_is_told_that_the_pod_stops(start_runt
     assert {each.payload for each in results} == {b"x" * 1000}
     assert (first, last) == (Frame(BINARY, b"", False), Frame(CLOSE, b"\x03\xf3the pod is stopping"))
     assert server.wait() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 34], ids=["bytes", "head"])
+def test_a_client_that_pauses_within_an_object_is_told_that_the_pod_stops(start_runtime: StartRuntime, cut: int) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    with Peer(server) as peer:
+        peer.send(object_frames(b"whole", path="o"), object_frames(bytes(30), path="half")[:-cut])
+        assert peer.result() == b"whole"
+        server.process.send_signal(signal.SIGTERM)
+        assert peer.rest() == [Frame(BINARY, b"", False), Frame(CLOSE, b"\x03\xf3the pod is stopping")]
+    assert server.wait() == 0
+    server.wait_for_line("ERROR - half: the pod is stopping; its WebSocket connection is closed")
 
 
 def test_a_client_that_just_goes_away_leaves_no_line(start_runtime: StartRuntime) -> None:
