@@ -100,6 +100,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import pickle
@@ -3818,10 +3819,15 @@ def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
     return struct.pack("!BBH", first, 126, size) if size < 1 << 16 else struct.pack("!BBQ", first, 127, size)
 
 
+def cut_reason(reason: str) -> str:
+    """Cut a reason to what fits into a frame that closes, of whole characters."""
+    return reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore")
+
+
 def close_frame(code: int, reason: str = "") -> bytes:
-    """Write a frame that closes: its reason is cut to what fits, of whole characters."""
+    """Write a frame that closes."""
     payload = b"" if code == CLOSE_NO_CODE else struct.pack("!H", code)
-    payload += reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
+    payload += cut_reason(reason).encode()
     return frame_head(OP_CLOSE, len(payload)) + payload
 
 
@@ -4314,7 +4320,10 @@ class ObjectExchange:
         return True
 
     def _answer_here(self, exchanged: Exchanged) -> bool:
-        """Answer an object here, in a turn, unless it waits for another node or thread; False if one before it takes long."""
+        """Answer an object here; False if one before it takes long.
+
+        It is answered in a turn, unless it waits for another node or thread.
+        """
         self.answer_batch()
         if self._pending:
             return False
@@ -4708,7 +4717,10 @@ class WebSockets:
             change(websocket)
 
     def _start_watching(self) -> None:
-        """Start the thread that watches connections, with the first of them; without it objects that take long hold up others."""
+        """Start the thread that watches connections, with the first of them.
+
+        Without it, where the system has no other thread, objects that take long hold up others.
+        """
         with self._lock:
             if not self._is_watched:
                 watcher = threading.Thread(target=self._watch, name="etl-watch", daemon=True)
@@ -5943,6 +5955,49 @@ class StarletteAnswers:
         return response
 
 
+class StarletteMessages:
+    """Serve AIStore's protocol over Starlette's WebSocket, where a class's own server lets nobody have its connections.
+
+    ASGI cannot send half a message, so a failed object is told by a bare close. Nothing but the server bounds what is read.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._threads = ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument))
+        self._pace = MessagePace()
+        self._pace.hand_over(math.inf, time.monotonic())  # nothing may be transformed on the loop's thread
+
+    async def __call__(self, websocket: Any) -> None:
+        """Serve one connection to its end."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+
+        def send(reply: Reply) -> None:
+            attempt(asyncio.run_coroutine_threadsafe(self._send(websocket, reply), loop).result)  # the client may be gone
+
+        exchange = ObjectExchange(self._service, send, self._threads.submit, self._pace)
+        await websocket.accept()
+        message = await websocket.receive()
+        while message["type"] == "websocket.receive":
+            data = message.get("bytes") or (message.get("text") or "").encode()
+            outcome = await loop.run_in_executor(None, attempt, exchange.take, ReceivedObject(data))
+            if outcome.error is not None:
+                reason = self._service.settings.redact(describe(outcome.error))
+                logger.error("%s: %s; its WebSocket connection is closed", exchange.next_name, reason)
+                await loop.run_in_executor(None, exchange.wait)
+                return await self._send(websocket, Reply(OP_CLOSE, reason.encode("utf-8", "replace")))
+            message = await websocket.receive()
+
+    async def _send(self, websocket: Any, reply: Reply) -> None:
+        if reply.opcode == OP_CLOSE:
+            await websocket.close(CLOSE_FAILED, cut_reason(reply.data.decode("utf-8")))
+        elif reply.opcode == OP_TEXT:
+            await websocket.send_text(reply.data.decode())
+        else:
+            await websocket.send_bytes(reply.data)
+
+
 def add_fastapi_routes(server: FastAPIServer, service: Service, main_thread: Optional[MainLoop] = None) -> None:
     """Let a class's application answer requests for objects, where none of its own routes does."""
     from starlette.responses import Response
@@ -5955,6 +6010,7 @@ def add_fastapi_routes(server: FastAPIServer, service: Service, main_thread: Opt
     async def answer(request: Any) -> Any:
         return await server._handle_request(request.path_params.get("path", ""), request, request.method == "GET")
 
+    server.app.router.add_websocket_route("/ws", StarletteMessages(service).__call__)
     server.app.router.add_route("/health", health, methods=["GET"], include_in_schema=False)
     server.app.router.add_route("/download", answer, methods=["POST"], include_in_schema=False)
     server.app.router.add_route("/{path:path}", answer, methods=["GET", "PUT"], include_in_schema=False)

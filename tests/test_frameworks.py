@@ -13,7 +13,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 from websockets.exceptions import ConnectionClosedError
@@ -420,12 +420,13 @@ def test_a_flask_class_may_answer_health_probes_itself(start_variant: StartRunti
     assert start_variant("OwnHealth").request("GET", "/health").body == b"as well as can be"
 
 
-@pytest.mark.parametrize("name", ["StartsFast", "StartsFlask"])
-def test_a_class_may_start_a_server_of_its_own(sdk_python: str, name: str) -> None:
+@contextlib.contextmanager
+def served_by_its_own(python: str, name: str, expect_traceback: bool = False) -> Iterator[Server]:
+    """Start a class that starts a server of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     variables = {"ETL_CLASS_PAYLOAD": make_payload(VARIANTS, name), "PORT": str(port)}
-    with Server([sdk_python, str(RUNTIME)], exact_environment(sdk_python, variables)) as server:
+    with Server([python, str(RUNTIME)], exact_environment(python, variables), expect_traceback) as server:
         server.port = port
 
         def is_healthy() -> bool:
@@ -434,8 +435,30 @@ def test_a_class_may_start_a_server_of_its_own(sdk_python: str, name: str) -> No
             return False
 
         wait_until(is_healthy, "its server answers")
+        yield server
+
+
+@pytest.mark.parametrize("name", ["StartsFast", "StartsFlask"])
+def test_a_class_may_start_a_server_of_its_own(sdk_python: str, name: str) -> None:
+    with served_by_its_own(sdk_python, name) as server:
         assert server.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
         assert json.loads(server.request("GET", "/made").body) == "for its start"
+
+
+@pytest.mark.parametrize("last, reason", [
+    ([b'{"path": "bucket/teapot"}', b"hello"], "Processing error: short and stout"), ([b"{no JSON"], "it must be a JSON object")])
+def test_a_server_of_its_own_takes_objects_over_websocket_and_tells_a_failure_by_a_close(
+        sdk_python: str, last: List[bytes], reason: str) -> None:
+    with served_by_its_own(sdk_python, "StartsFast", expect_traceback=True) as server, open_websocket(server) as client:
+        for number in range(200):
+            client.send(json.dumps({"path": "object%d" % number}).encode())
+            client.send(b"hello" * number)
+        for message in last:
+            client.send(message)
+        assert [client.recv() for _ in range(200)] == [b"HELLO" * number + b" object%d" % number for number in range(200)]
+        with pytest.raises(ConnectionClosedError) as closed:
+            client.recv()
+    assert closed.value.rcvd and closed.value.rcvd.code == 1011 and reason in closed.value.rcvd.reason
 
 
 # == Bodies ==
@@ -634,7 +657,7 @@ def test_sigterm_ends_an_installation_that_was_found_necessary_late(start_runtim
 # == WebSocket ==
 
 
-def open_websocket(runtime: Runtime, path: str = "/ws") -> ClientConnection:
+def open_websocket(runtime: Server, path: str = "/ws") -> ClientConnection:
     """Open a WebSocket connection."""
     return connect("ws://127.0.0.1:%d%s" % (runtime.port, path), compression=None)
 
