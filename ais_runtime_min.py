@@ -46,7 +46,7 @@ What it does not do: authenticate its callers (the cluster's network does), spea
 from __future__ import annotations
 
 import gc
-import importlib.machinery
+import importlib
 import sys
 import threading
 import types
@@ -57,26 +57,16 @@ if __name__ == "__main__":
     class LateModule(types.ModuleType):
         """Stand in for a module that is loaded when something of it is first asked for, or set.
 
-        Whoever has imported it until then keeps this, which passes all on; later imports find the module itself.
+        What of the library has imported it keeps this, which passes all on. The class's code finds the module itself.
         """
 
         _lock = threading.Lock()
 
-        def __init__(self, name: str) -> None:
-            super().__init__(name)
-            self.__dict__["__spec__"] = importlib.machinery.PathFinder.find_spec(name)  # each import looks at it
-
         def __getattr__(self, name: str) -> object:
-            module = self._load()
-            if name == "__all__":  # `import *` would look in here, where a module has none
-                return getattr(module, name, [each for each in vars(module) if not each.startswith("_")])
-            return getattr(module, name)
+            return getattr(self._load(), name)
 
         def __setattr__(self, name: str, value: object) -> None:
             setattr(self._load(), name, value)
-
-        def __dir__(self) -> Iterable[str]:
-            return dir(self._load())
 
         def _load(self) -> types.ModuleType:
             with self._lock:  # no other thread may take the module itself away
@@ -85,8 +75,9 @@ if __name__ == "__main__":
             return importlib.import_module(self.__name__)
 
     # The library and cloudpickle import these for what few pods do. They take a fifth of the start and of the memory.
-    for late_name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress"):
-        sys.modules.setdefault(late_name, LateModule(late_name))
+    late_modules: Dict[str, types.ModuleType] = {
+        name: LateModule(name) for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress")}
+    sys.modules.update({**late_modules, **sys.modules})
 
 import codecs
 import collections
@@ -96,6 +87,7 @@ import errno
 import functools
 import http.client
 import http.server
+import importlib.machinery
 import io
 import itertools
 import json
@@ -128,6 +120,8 @@ if TYPE_CHECKING:
 
 if __name__ == "__main__":  # classes that import this file by its name must meet the same ETLServer
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
+else:
+    late_modules = {}
 
 __version__ = "0.1.0"
 
@@ -2423,6 +2417,14 @@ def install_sdk_names() -> None:
         sys.meta_path.append(cast(Any, DefaultImageHint()))
 
 
+def leave_late_modules() -> None:
+    """Let imports find modules themselves from now on, and no stand-ins: a class may do with a module what it likes."""
+    for name, stand_in in late_modules.items():
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+    late_modules.clear()
+
+
 class ForeignBytecode(Exception):
     """A code object that another minor version of Python compiled; running it could crash the interpreter."""
 
@@ -2611,6 +2613,8 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     """
     pickled = decode_payload(settings)
     install_sdk_names()
+    attempt(importlib.import_module, "cloudpickle")  # where it is missing, unpickling says so
+    leave_late_modules()
     cls, error = attempt(PayloadUnpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
         raise PayloadError(f"{FAILED}: it was pickled by another Python than this {sys.version_info[0]}."
@@ -7100,6 +7104,7 @@ def class_from_file(text: str) -> Type[ETLServer]:
     if not os.path.isfile(path):
         raise UsageError(f"there is no file {path!r}")
     install_sdk_names()
+    leave_late_modules()
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     name = os.path.splitext(os.path.basename(path))[0]
     spec = importlib.util.spec_from_file_location(name if name not in sys.modules else f"etl_{name}", path)
