@@ -4613,8 +4613,8 @@ class WebSocket:
         if is_ready(self._bell, select.POLLIN):
             self._bell.recv(READ_BYTES)
         deadline = time.monotonic() + DRAIN_SECONDS
-        while self._wait_for_client(deadline - time.monotonic()):  # the bell ends it too, when a drain begins
-            if not self._connection.recv(READ_BYTES):
+        while self._wait_for_client(deadline - time.monotonic()) and time.monotonic() < deadline:
+            if not self._connection.recv(READ_BYTES) or is_ready(self._bell, select.POLLIN):  # a drain has begun
                 return
 
     def _reply(self, reply: Reply) -> None:
