@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
     # The library and cloudpickle import these for what few pods do. They take a fifth of the start and of the memory.
     late_modules: Dict[str, types.ModuleType] = {
-        name: LateModule(name) for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress")}
+        name: LateModule(name) for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid", "dis")}
     sys.modules.update({**late_modules, **sys.modules})
 
 import codecs
@@ -3297,6 +3297,9 @@ class WaitingBody(io.RawIOBase):
 
     def readall(self) -> bytes:
         """Read to the end."""
+        if isinstance(self._stream, ObjectFile) and self._stream.size <= WRITE_BYTES:
+            self._room.take(self, self._stream.size)
+            return self._stream.read(self._stream.size) or b""  # in one system call, after which a thread goes on for itself
         if isinstance(self._stream, BoundedReader):
             self._stream.receive_flags = socket.MSG_WAITALL
         return read_to_end(self, self._stream.size)
@@ -4272,7 +4275,8 @@ class ObjectExchange:
             self._answered, self.current = [], None
             self.is_lent = lends
             self.give_turn()
-        self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+        if not lends:  # else it shows when the thread is back how long it took
+            self._pace.hand_over(QUICK_SECONDS, time.monotonic())
         for exchanged in rest:
             self._hand_on(exchanged)
         return True
@@ -4303,7 +4307,7 @@ class ObjectExchange:
         with self._change:
             is_quick = self._change.wait_for(lambda: not self._pending, LEAD_SECONDS)
         if not is_quick:
-            self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+            self._pace.hand_over(QUICK_SECONDS, time.monotonic())
         return is_quick
 
     def _put_off(self, exchanged: Exchanged) -> bool:
