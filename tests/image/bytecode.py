@@ -38,7 +38,8 @@ HANDSHAKE = (b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConn
              b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
 BASES = {"": "HTTPMultiThreadedServer", "fastapi": "FastAPIServer", "flask": "FlaskServer"}  # by the extra that they are for
 
-LATE = ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid", "dis")  # which the runtime leaves to the classes that want them
+# What the runtime leaves to the classes that want it.
+LATE = ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid", "dis")
 
 Answer = Tuple[int, bytes]
 
