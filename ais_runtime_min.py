@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
     # The library and cloudpickle import these for what few pods do. They take a fifth of the start and of the memory.
     late_modules: Dict[str, types.ModuleType] = {
-        name: LateModule(name) for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid", "dis")}
+        name: LateModule(name) for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")}
     sys.modules.update({**late_modules, **sys.modules})
 
 import codecs

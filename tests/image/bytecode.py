@@ -39,7 +39,7 @@ HANDSHAKE = (b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConn
 BASES = {"": "HTTPMultiThreadedServer", "fastapi": "FastAPIServer", "flask": "FlaskServer"}  # by the extra that they are for
 
 # What the runtime leaves to the classes that want it.
-LATE = ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid", "dis")
+LATE = ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")
 
 Answer = Tuple[int, bytes]
 
