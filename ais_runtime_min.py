@@ -68,6 +68,12 @@ if __name__ == "__main__":
         def __setattr__(self, name: str, value: object) -> None:
             setattr(self._load(), name, value)
 
+        def __delattr__(self, name: str) -> None:
+            delattr(self._load(), name)
+
+        def __dir__(self) -> Iterable[str]:
+            return dir(self._load())
+
         def _load(self) -> types.ModuleType:
             with self._lock:  # no other thread may take the module itself away
                 if sys.modules.get(self.__name__) is self:
@@ -610,6 +616,11 @@ class RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
         return self._settings.redact(super().format(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802, the library's name
+        """Format a traceback; where that fails, as it may while files run out, the line says at least what was raised."""
+        text = attempt(super().formatException, ei).value
+        return text if isinstance(text, str) else f"{type(ei[1]).__name__}: {describe(ei[1])}"
 
 
 def configure_logging(settings: Settings) -> None:
@@ -2910,6 +2921,20 @@ def is_whole(descriptor: int, size: int) -> bool:
     return match is None or int.from_bytes(match[1], "big") == size
 
 
+def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
+    """Read all of a file, most often by one call; OSError where that fails, or less is there than was.
+
+    A file system that cannot read on gives what it has first, and tells the failure to the next call.
+    """
+    data = read(size)
+    while len(data) < size:
+        more = read(size - len(data))
+        if not more:
+            raise OSError(errno.EIO, f"the object's file ends after {len(data)} of {size} bytes")
+        data += more
+    return data
+
+
 def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[ObjectFile, LoadedObject, None]:
     """Open an object by path, and read it if it is small; None where the file is not all of the object."""
     descriptor = open_object_path(path, roots)
@@ -2921,7 +2946,7 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[Objec
         if not is_whole(descriptor, status.st_size):
             return None
         if status.st_size <= READ_BYTES:
-            return LoadedObject(os.read(descriptor, status.st_size + 1))
+            return LoadedObject(read_whole(functools.partial(os.read, descriptor), status.st_size))
         is_kept = True
         return ObjectFile(descriptor, status.st_size)
     finally:
@@ -3297,12 +3322,18 @@ class WaitingBody(io.RawIOBase):
 
     def readall(self) -> bytes:
         """Read to the end."""
-        if isinstance(self._stream, ObjectFile) and self._stream.size <= WRITE_BYTES:
-            self._room.take(self, self._stream.size)
-            return self._stream.read(self._stream.size) or b""  # in one system call, after which a thread goes on for itself
+        if isinstance(self._stream, ObjectFile):
+            return read_whole(self._read_file, self._stream.size)
         if isinstance(self._stream, BoundedReader):
             self._stream.receive_flags = socket.MSG_WAITALL
         return read_to_end(self, self._stream.size)
+
+    def _read_file(self, size: int) -> bytes:
+        """Read from a file, as much as there is at once: each system call less is a change of threads less."""
+        if size > WRITE_BYTES:
+            return read_to_end(self, size)
+        self._room.take(self, size)
+        return cast(ObjectFile, self._stream).read(size)
 
     def before(self, function: Callable[..., T]) -> Callable[..., T]:
         """Make a function that gives the room back and then calls another: the body waits no more."""
@@ -5303,6 +5334,7 @@ class Waker:
         self.readable.setblocking(False)
         self._writable.setblocking(False)
         self._signals: FrozenSet[int] = frozenset()
+        self._forking = threading.local()  # the signals that a thread had masked before it forked
 
     def wake(self) -> None:
         """Wake the thread."""
@@ -5315,6 +5347,21 @@ class Waker:
         signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
         for number in signals:
             signal.signal(number, lambda *_: handle())
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._leave)
+
+    # What a process gets that the class has forked is for that, from its first moment on: signals wait until it has let go.
+
+    def _before_fork(self) -> None:
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+
+    def _after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
+    def _leave(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in self._signals:
+            signal.signal(number, signal.SIG_DFL)
+        self._after_fork()
 
     def take(self) -> bool:
         """Take what has come; True if one of those signals was there, whose handler may not have run yet."""
@@ -5998,6 +6045,8 @@ class StarletteMessages:
             message = await websocket.receive()
 
     async def _send(self, websocket: Any, reply: Reply) -> None:
+        if websocket.application_state.name != "CONNECTED":
+            return  # a failure before has closed it
         if reply.opcode == OP_CLOSE:
             await websocket.close(CLOSE_FAILED, cut_reason(reply.data.decode("utf-8")))
         elif reply.opcode == OP_TEXT:

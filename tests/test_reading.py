@@ -8,9 +8,12 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -20,7 +23,7 @@ from urllib.parse import quote, unquote
 
 import pytest
 
-from ais_runtime_min import is_whole
+from ais_runtime_min import is_whole, read_whole
 from harness import ROOT, Environ, Response, Runtime, make_payload
 from standin import BASE_PATH, At, Behaviour, Certificates, Recorded, StandInTarget
 
@@ -1067,3 +1070,72 @@ def test_a_target_whose_certificate_is_of_an_unknown_authority_is_502(
     target = start_target(certificates.server_context())
     assert pods("buffered", AIS_TARGET_URL=target.url).ask("GET", UNAME).status == 502
     assert target.requests == []
+
+
+# == A file system that fails ==
+
+FAILING = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+ssize_t read(int fd, void *data, size_t size)  /* reads up to a bad page, and fails behind it */
+{
+    static ssize_t (*real)(int, void *, size_t);
+    char link[64], path[4096];
+    ssize_t length;
+    off_t at;
+
+    if (!real)
+        real = (ssize_t (*)(int, void *, size_t))dlsym(RTLD_NEXT, "read");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    if (!strstr(path, "/%ob/"))
+        return real(fd, data, size);
+    at = lseek(fd, 0, SEEK_CUR);
+    if (at >= 20000) {
+        errno = EIO;
+        return -1;
+    }
+    return real(fd, data, at + size > 20000 ? 20000 - at : size);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def failing_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that makes objects' files fail at byte 20,000."""
+    if shutil.which("cc") is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler, and Linux")
+    folder = tmp_path_factory.mktemp("failing")
+    (folder / "failing.c").write_text(FAILING)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "failing.so", "failing.c", "-ldl"], cwd=str(folder), check=True)
+    return folder / "failing.so"
+
+
+@pytest.mark.parametrize("kind", ["buffered", "streaming"])
+def test_a_file_that_cannot_be_read_to_its_end_is_never_taken_for_whole(
+        target: StandInTarget, tmp_path: Path, failing_library: Path, kind: str) -> None:
+    pod = Pod(kind, target, tmp_path, {"LD_PRELOAD": str(failing_library)})
+    with pod.runtime as runtime:
+        runtime.expect_traceback = True
+        for size in (20_000, 20_001, 32 << 10, 256 << 10, 1 << 20, 3 << 20):
+            file = tmp_path / "@ais" / "bck" / "%ob" / str(size)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"x" * size)
+            response = runtime.request("PUT", "/bck/%d?etl_fqn=%s" % (size, quote(quote(str(file)), safe="")), b"")
+            assert response.status == (200 if size == 20_000 else 500), size
+        assert b"Input/output error" in response.body
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 64, 1000])
+def test_a_file_that_comes_in_pieces_is_put_together_and_one_that_has_become_shorter_fails(step: int) -> None:
+    file = io.BytesIO(os.urandom(1000))
+    assert read_whole(lambda size: file.read(min(size, step)), 1000) == file.getvalue()
+    file.seek(0)
+    with pytest.raises(OSError, match="ends after 1000 of 1001 bytes"):
+        read_whole(lambda size: file.read(min(size, step)), 1001)

@@ -1,5 +1,6 @@
 """The environment becomes one frozen value, or one error that tells all that is wrong with it."""
 import logging
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 from urllib.parse import urlsplit
@@ -321,3 +322,13 @@ def test_the_log_of_the_users_own_modules_is_redacted_too(capsys: pytest.Capture
         root.setLevel(before[1])
     printed = capsys.readouterr().out
     assert "of.a.user - INFO - token ***" in printed
+
+
+def test_a_log_line_tells_what_was_raised_where_its_traceback_cannot_be_formatted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "traceback", None)  # as where no file can be opened to load what it needs
+    try:
+        raise ValueError("out of files with s3cr3t")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "object %s", ("o",), sys.exc_info())
+    line = RedactingFormatter(Settings(token="s3cr3t")).format(record)
+    assert "object o\nValueError: out of files with" in line and "s3cr3t" not in line

@@ -48,6 +48,14 @@ class Obedient(HTTPMultiThreadedServer):
         time.sleep(float(seconds or 0))
         return b"%d" % os.getpid()
 
+    def fork(self, _):
+        import multiprocessing
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(10)
+        return "%s %d" % (child.exitcode, os.getpid())
+
     def die(self, survivor):
         """Be an object that kills every worker but one, which says that it is the one."""
         if os.getpid() != int(survivor):
@@ -763,3 +771,12 @@ def test_a_start_of_the_class_that_serves_by_itself_is_honoured() -> None:
         begun = time.monotonic()
         assert server.terminate(5) == 0
         assert time.monotonic() - begun < AT_ONCE_SECONDS
+
+
+@ON_LINUX
+def test_a_process_that_a_class_forks_takes_its_own_signals(start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(OBEDIENT, "Obedient"), {"NUM_WORKERS": "1"})
+    worker, = children_of(server.pid)
+    for _ in range(20):
+        assert server.request("PUT", "/bck/o?etl_args=fork", b"").body == b"-15 %d" % worker
+    assert server.terminate() == 0
