@@ -618,7 +618,7 @@ class RedactingFormatter(logging.Formatter):
         return self._settings.redact(super().format(record))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, the library's name
-        """Format a traceback; where that fails, as it may while files run out, the line says at least what was raised."""
+        """Format a traceback; at least what was raised, where that fails, as it may while files run out."""
         text = attempt(super().formatException, ei).value
         return text if isinstance(text, str) else f"{type(ei[1]).__name__}: {describe(ei[1])}"
 
