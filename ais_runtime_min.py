@@ -3969,12 +3969,13 @@ def next_frame(source: ConnectionInput) -> Optional[Frame]:
     """Read the head of a frame, strictly; None where the connection ends before it."""
     if not source.need(2):
         return None
-    first, second = source.take(2)
+    first, second = source.peek(2)
     check_frame(first, second)
     size = second & 0x7F
     more = {126: 2, 127: 8}.get(size, 0)
-    if not source.need(more + 4):
+    if not source.need(2 + more + 4):  # nothing is taken before: another thread may read on
         return None
+    source.take(2)
     if more:
         size = int.from_bytes(source.take(more), "big")
         if not (126 if more == 2 else 1 << 16) <= size < 1 << 63:
@@ -4164,6 +4165,10 @@ class MessagePace(Pace):
         """Let another connection have the turn."""
         self._turn.release()
 
+    def hold(self) -> None:
+        """Have objects handed over for a moment, and no shorter than they would be."""
+        self._hands_over_until = max(self._hands_over_until, time.monotonic() + 100 * QUICK_SECONDS)
+
     def begin(self) -> None:
         """Tell whoever watches that there is something to be watched."""
         if not self._is_watched:
@@ -4307,7 +4312,7 @@ class ObjectExchange:
             self.is_lent = lends
             self.give_turn()
         if not lends:  # else it shows when the thread is back how long it took
-            self._pace.hand_over(QUICK_SECONDS, time.monotonic())
+            self._pace.hold()
         for exchanged in rest:
             self._hand_on(exchanged)
         return True
@@ -4338,7 +4343,7 @@ class ObjectExchange:
         with self._change:
             is_quick = self._change.wait_for(lambda: not self._pending, LEAD_SECONDS)
         if not is_quick:
-            self._pace.hand_over(QUICK_SECONDS, time.monotonic())
+            self._pace.hold()
         return is_quick
 
     def _put_off(self, exchanged: Exchanged) -> bool:
@@ -4372,17 +4377,18 @@ class ObjectExchange:
             self._has_turn = self._pace.take_turn()
         self.current = self.held_up_by = exchanged
         self._pace.begin()
-        if self._answer_noted(exchanged):
+        is_current = self._answer_noted(exchanged)
+        self.held_up_by = None
+        if is_current:
             self._send_answered()
         else:
             self.send_ready()
-        self.held_up_by = None
         return True
 
     def _answer_noted(self, exchanged: Exchanged) -> bool:
         """Answer the current object, and take note of how long that took; False if it has become pending meanwhile."""
         begin = time.monotonic()
-        reply = self._answer(exchanged)
+        reply = self._reply_to(exchanged)
         end = time.monotonic()
         self._pace.note(end - begin, end)
         return self._keep(exchanged, reply)
@@ -4396,6 +4402,7 @@ class ObjectExchange:
                 self._answered.append(exchanged)
             else:
                 self._bytes += len(reply.data) - exchanged.size
+                self._change.notify_all()  # it may not be full any more
             exchanged.size, exchanged.reply = len(reply.data), reply
         return is_current
 
@@ -4434,7 +4441,7 @@ class ObjectExchange:
 
     def _run(self, exchanged: Exchanged) -> None:
         """Answer a pending object, and send what is ready."""
-        self._keep(exchanged, self._answer(exchanged))
+        self._keep(exchanged, self._reply_to(exchanged))
         self.send_ready()
 
     def _send_first(self) -> bool:
@@ -4458,8 +4465,12 @@ class ObjectExchange:
             self._is_broken = reply.opcode == OP_CLOSE
             self._send(reply)
 
+    def _reply_to(self, exchanged: Exchanged) -> Reply:
+        """Have an object answered, whatever happens: memory may be short for the answer itself."""
+        reply, error = attempt(self._answer, exchanged)
+        return reply if error is None else Reply(OP_CLOSE, type(error).__name__.encode())
+
     def _answer(self, exchanged: Exchanged) -> Reply:
-        """Have an object answered, whatever happens."""
         request = exchanged.request
         if self._is_broken:
             return Reply(OP_CLOSE, b"")
@@ -4522,6 +4533,7 @@ class WebSocket:
         self._flush_at = 0.0
         self._is_over = False  # whether nothing is to be read or sent any more
         self._bell, self._ringer = socket.socketpair()  # wakes whoever waits for the client
+        self._claim = threading.Lock()  # held by whoever came first: the thread that is to read meanwhile, or the own one
         self._is_recalled = False  # whether a thread that reads meanwhile is to give that back
         self._given_back: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # by that thread
 
@@ -4557,9 +4569,11 @@ class WebSocket:
                 break
             if self._exchange.is_full:
                 self._flush()
-            self._exchange.take(message)
-            if self._exchange.is_lent and threading.get_ident() == self._thread:
-                self._take_back()
+            try:
+                self._exchange.take(message)
+            finally:
+                if self._exchange.is_lent and threading.get_ident() == self._thread:
+                    self._take_back()
         if self._owner.is_late and not self._exchange.is_between_objects:
             raise RequestError("the pod is stopping")
         return [close_frame(CLOSE_GOING_AWAY)] if self._owner.is_draining else []
@@ -4575,22 +4589,30 @@ class WebSocket:
 
     def lend(self, current: Exchanged) -> None:
         """Have another thread read on, if it is still that object which holds up the connection's own."""
+        if self._exchange.is_lent:
+            return
+        self._claim = claim = threading.Lock()
         if self._exchange.make_pending(current, lends=True):
-            if attempt(self._owner.lend, self._read_meanwhile).error is not None:
-                self._given_back.put(Outcome(None, None))
+            attempt(self._owner.lend, functools.partial(self._read_meanwhile, claim))  # in vain where there is no thread
 
-    def _read_meanwhile(self) -> None:
-        """Read on until the connection's own thread is there again, on another thread."""
+    def _read_meanwhile(self, claim: threading.Lock) -> None:
+        """Read on until the connection's own thread is there again, on another thread, unless it is there already."""
+        if claim.acquire(blocking=False):
+            self._given_back.put(attempt(self._read_on))
+
+    def _read_on(self) -> None:
         self._flush()
-        self._given_back.put(attempt(self._converse))
+        self._converse()
 
     def _take_back(self) -> None:
-        """Have the other thread stop between two messages; its failures are this one's."""
+        """Have the other thread stop between two messages, if it has begun; its failures are this one's."""
         self._flush()
-        self._is_recalled = True
-        self.ring()
-        outcome = self._given_back.get()
-        self._bell.recv(1)
+        outcome = Outcome(None, None)
+        if not self._claim.acquire(blocking=False):
+            self._is_recalled = True
+            self.ring()
+            outcome = self._given_back.get()
+            self._bell.recv(1)
         self._is_recalled = self._exchange.is_lent = False
         if outcome.error is not None:
             raise outcome.error
@@ -4771,14 +4793,18 @@ class WebSockets:
         idle = 0
         while True:
             time.sleep(LEAD_SECONDS)
-            held_up = self._held_up()
-            for websocket, current in held_up.items():
-                if before.get(websocket) is current:
-                    websocket.lend(current)
-            before = held_up
-            idle = 0 if held_up else idle + 1
+            before = self._lend(before)
+            idle = 0 if before else idle + 1
             if idle > WATCH_LIMIT:
                 self.pace.wait_for_begin(lambda: bool(self._held_up()))
+
+    def _lend(self, before: Dict[WebSocket, Exchanged]) -> Dict[WebSocket, Exchanged]:
+        """Have others read for connections that are held up by what held them up before; return what does now."""
+        held_up = self._held_up()
+        for websocket, current in held_up.items():
+            if before.get(websocket) is current:
+                websocket.lend(current)
+        return held_up
 
     def _held_up(self) -> Dict[WebSocket, Exchanged]:
         """Tell which connections are held up, and by what."""
@@ -6017,7 +6043,10 @@ class StarletteMessages:
     """
 
     def __init__(self, service: Service) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         self._service = service
+        self._takers = ThreadPoolExecutor(WEBSOCKET_LIMIT, "etl")  # for each connection one may wait for objects before
         self._threads = ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument))
         self._pace = MessagePace()
         self._pace.hand_over(math.inf, time.monotonic())  # nothing may be transformed on the loop's thread
@@ -6036,11 +6065,11 @@ class StarletteMessages:
         message = await websocket.receive()
         while message["type"] == "websocket.receive":
             data = message.get("bytes") or (message.get("text") or "").encode()
-            outcome = await loop.run_in_executor(None, attempt, exchange.take, ReceivedObject(data))
+            outcome = await loop.run_in_executor(self._takers, attempt, exchange.take, ReceivedObject(data))
             if outcome.error is not None:
                 reason = self._service.settings.redact(describe(outcome.error))
                 logger.error("%s: %s; its WebSocket connection is closed", exchange.next_name, reason)
-                await loop.run_in_executor(None, exchange.wait)
+                await loop.run_in_executor(self._takers, exchange.wait)
                 return await self._send(websocket, Reply(OP_CLOSE, reason.encode("utf-8", "replace")))
             message = await websocket.receive()
 

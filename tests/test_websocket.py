@@ -487,6 +487,40 @@ def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_what_i
             time.sleep(1.1)  # longer than objects are handed over after that
 
 
+def hold_up(peer: Peer, gate: Path) -> None:
+    """Have an object hold up a connection until the gate is there, and another thread read on."""
+    peer.send(object_frames(b"held up", path="o", etl_args="wait %s" % gate), frame(PING, b"still there?"))
+    assert peer.receive() == Frame(PONG, b"still there?")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 7])
+def test_a_head_that_has_begun_to_come_when_an_object_ends_is_read_whole(
+        start_runtime: StartRuntime, tmp_path: Path, cut: int) -> None:
+    gate = tmp_path / "gate"
+    with Peer(start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})) as peer:
+        hold_up(peer, gate)
+        frames = object_frames(b"behind" * 100, path="o")
+        peer.send(frames[:cut])
+        time.sleep(0.05)  # so that it is read before the object ends; else the test passes for nothing
+        gate.touch()
+        assert peer.result() == b"held up"
+        time.sleep(0.05)  # likewise, so that the thread of the connection has its reading back
+        peer.send(frames[cut:])
+        assert peer.result() == b"behind" * 100
+
+
+def test_results_that_are_small_make_room_for_more_objects_behind_one_that_takes_long(
+        start_runtime: StartRuntime, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with Peer(start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})) as peer:
+        hold_up(peer, gate)
+        peer.send(object_frames(bytes(20 * MIB), path="o", etl_args="checksum"), object_frames(b"behind", path="o"),
+                  frame(PING, b"goes on?"))
+        assert peer.receive() == Frame(PONG, b"goes on?")
+        gate.touch()
+        assert [peer.result()[:8] for _ in range(3)] == [b"held up", b"20971520", b"behind"]
+
+
 def test_clients_that_do_not_read_hold_up_no_other(start_runtime: StartRuntime) -> None:
     server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
     with contextlib.ExitStack() as stack:
