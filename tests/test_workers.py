@@ -247,10 +247,18 @@ def wait_for_workers(server: Server, count: int) -> Set[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process runs: a zombie does not."""
+    """Tell whether a process runs. A zombie does not, but its other threads may, and these keep its sockets open."""
     with contextlib.suppress(OSError):
-        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[0] != "Z"
+        return any(state_of(thread) != "Z" for thread in Path("/proc/%d/task" % pid).iterdir())
     return False
+
+
+def state_of(thread: Path) -> str:
+    """Return the state letter of a thread by its folder in /proc: a zombie's for one that has ended meanwhile."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
