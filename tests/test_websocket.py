@@ -23,8 +23,8 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.sync.client import connect as connect_sync
 
-from ais_runtime_min import (DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, Unmasking, unmask, unmask_by_numbers,
-                             unmasking_by_openssl)
+from ais_runtime_min import (DRAIN_SECONDS, FORSAKEN_SECONDS, UNMASK_BYTES, WEBSOCKET_LIMIT, Unmasking, memory_limit, unmask,
+                             unmask_by_numbers, unmasking_by_openssl)
 from harness import Runtime, Server, children_of, make_payload
 from peer import BINARY, CLOSE, PING, PONG, TEXT, Frame, Peer, frame, handshake, object_frames
 from standin import At, Behaviour, StandInTarget
@@ -382,6 +382,48 @@ def test_a_gibibyte_comes_whole_and_takes_no_more_than_its_size(start_runtime: S
         length, crc, pid = bytes(websocket.recv()).split()
     assert (int(length), int(crc, 16)) == (size, checksum)
     assert peak_mib(int(pid)) < (1024 if fragments == 1 else 1152) + 100  # a size that is not known takes an eighth more
+
+
+def announcement(opcode: int, size: int, is_last: bool = True) -> bytes:
+    """Make the head of a frame that is to have so many bytes; its mask is of zeros."""
+    return bytes([opcode | (0x80 if is_last else 0), 0xFF]) + size.to_bytes(8, "big") + bytes(4)
+
+
+@ON_LINUX
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_sixteen_gibibytes_may_be_announced_and_take_no_memory_before_they_come(
+    start_runtime: StartRuntime, fragments: int
+) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    size = min(16 << 30, memory_limit())  # a smaller machine could never hold them
+    worker = children_of(server.pid)[0]
+    before = peak_mib(worker)
+    with Peer(server) as large, Peer(server) as small:
+        large.send(frame(BINARY, b'{"path": "large"}'))
+        if fragments == 1:
+            large.send(announcement(BINARY, size), bytes(MIB))
+        else:
+            large.send(frame(BINARY, b"begin", is_last=False), announcement(0, size - 5), bytes(MIB))
+        for _ in range(20):
+            small.send(object_frames(b"x" * 100_000, path="small"))
+            assert small.result() == b"x" * 100_000
+        assert not select.select([large.socket], [], [], 0.5)[0], "it is refused"
+    assert peak_mib(worker) - before < 32
+
+
+@ON_LINUX
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_more_than_the_memory_of_the_container_is_refused_when_it_is_announced(failing: Runtime, fragments: int) -> None:
+    size = memory_limit() + 1
+    with Peer(failing) as peer:
+        peer.send(frame(BINARY, b'{"path": "huge"}'))
+        if fragments == 1:
+            peer.send(announcement(BINARY, size))
+        else:
+            peer.send(frame(BINARY, b"begin", is_last=False), announcement(0, size - 5))
+        code, reason = peer.break_reason()
+    assert code == 1009
+    assert "%d bytes" % size in reason and "memory" in reason
 
 
 def test_the_real_client_may_ping_between_fragments(echo: Server) -> None:

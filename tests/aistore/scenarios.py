@@ -41,6 +41,7 @@ MIB = 1 << 20
 JOB_SECONDS = 150
 CUT = "unexpected EOF"  # what AIStore says of a stream that failed on its way to it
 STARTS_AT_ONCE = 4
+READS_AT_ONCE = 16
 INIT_TIMEOUT = "1m"  # AIStore looks at a new pod at intervals of a 64th of it, a second at least
 LOG_LINES = 60  # of each pod, in the report of a failure
 SIZES = (0, 1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, MIB, 64 * MIB)
@@ -313,8 +314,10 @@ def must_hold(bucket: Bucket, expected: Dict[str, bytes], what: object) -> None:
     names = {entry.name for entry in bucket.list_all_objects()}
     missing, unwanted = sorted(set(expected) - names), sorted(names - set(expected))
     assert not missing and not unwanted, "missing: %s, not wanted: %s, %s" % (missing, unwanted, what)
-    for name, content in expected.items():
-        must_equal(bucket.object(name).get_reader().read_all(), content, "%s, %s" % (name, what))
+    with concurrent.futures.ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        contents = pool.map(lambda name: bucket.object(name).get_reader().read_all(), expected)
+        for (name, content), got in zip(expected.items(), contents):
+            must_equal(got, content, "%s, %s" % (name, what))
 
 
 def must_equal(got: bytes, expected: bytes, what: str) -> None:
@@ -446,18 +449,19 @@ def jobs_of_streams_by_ws(world: World) -> None:
 
 
 def a_job_of_many_small_objects_by_ws(world: World) -> None:
+    check_many_small_objects(world, Inverter)
+
+
+def check_many_small_objects(world: World, served: Type[ETLServer]) -> None:
+    """Transform many small objects by WebSocket, and compare every one."""
     objects = {"dir/object-%d" % number: b"%d " % number + b"x" * (number % 50) for number in range(2000)}
     source = world.bucket()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda name: source.object(name).get_writer().put_content(objects[name]), objects))
-    for started in world.start_each([Inverter], [WS], [True]):
+    for started in world.start_each([served], [WS], [True]):
         with world.destination() as destination:
             world.transform(source, started.etl, destination).must_succeed(started)
-            names = {entry.name for entry in destination.list_all_objects()}
-            assert names == set(objects), "%d of %d objects are there" % (len(names), len(objects))
-            some = random.Random(5).sample(sorted(objects), 200)
-            for name in some:
-                must_equal(destination.object(name).get_reader().read_all(), objects[name].translate(INVERT), name)
+            must_hold(destination, inverted(objects), started)
 
 
 def check_parts(world: World, served: Type[ETLServer], **variables: str) -> None:
@@ -596,10 +600,11 @@ def check_failures(world: World, served: Type[ETLServer], comm: str) -> None:
             world.notes.append("%s: %s: %s" % (started, outcome.error, outcome.failed))
             must_hold(destination, {name: content.upper() for name, content in good.items()}, started)
         assert set(outcome.failed) == set(bad), "told as failed: %s, %s" % (outcome.failed, started)
-        reasons = ["validation failed"] if served is Validator else ["validation failed", CUT]
+        is_cut = served is StreamValidator
+        reasons = ["validation failed", CUT] if is_cut else ["validation failed"]
         silent = {name: text for name, text in outcome.failed.items() if not any(reason in text for reason in reasons)}
         assert not silent, "no reason told: %s, %s" % (silent, started)
-        if served is Validator:  # an hpush target passes a stream that was cut to its client as a whole one
+        if not is_cut:  # an hpush target passes a stream that was cut to its client as a whole one
             with expected_error() as errors:
                 world.inline(source, "bad-0", started.etl)
             assert "validation failed" in str(errors[0]), errors
@@ -648,10 +653,15 @@ def places_of(bucket: Bucket) -> Dict[str, str]:
 
 
 def failing_objects_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_on(world: World) -> None:
+    check_failures_bound_elsewhere(world, Validator)
+
+
+def check_failures_bound_elsewhere(world: World, served: Type[ETLServer]) -> None:
+    """Run a job by WebSocket in which objects fail on their way to another target."""
     good = {"good-%d" % number: b"good %d" % number for number in range(100)}
     bad = {"bad-%d" % number: b"bad" for number in range(40)}
     source = world.filled_bucket({**good, **bad})
-    started = world.start_each([Validator], [WS], [True])[0]
+    started = world.start_each([served], [WS], [True])[0]
     with world.destination() as destination:
         for name in bad:  # to see where each belongs
             destination.object(name).get_writer().put_content(b"")
@@ -672,9 +682,14 @@ def failing_objects_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_o
 
 
 def a_pod_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
+    check_end_with_last_connection(world, Validator)
+
+
+def check_end_with_last_connection(world: World, served: Type[ETLServer]) -> None:
+    """Read objects that fail by WebSocket, one for each connection of the pods and more."""
     bad = {"bad-%d" % number: b"bad" for number in range(12)}
     source = world.filled_bucket(bad)
-    etl = world.start(Validator, WS, True)
+    etl = world.start(served, WS, True)
     reads = [threading.Thread(target=attempt, args=(world.inline, source, name, etl), daemon=True) for name in bad]
     for read in reads:
         read.start()
@@ -849,12 +864,37 @@ class UvicornStage(Routed, FastAPIServer):
         return b"" if path.endswith("emptied-" + number) else data + number.encode()
 
 
+class GunicornStage(Routed, FlaskServer):
+    """Appends its number, but makes nothing of the object that is named after it; has a route of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app.add_url_rule("/version", view_func=lambda: "1")
+
+    def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+        number = os.environ["STAGE"]
+        return b"" if path.endswith("emptied-" + number) else data + number.encode()
+
+
 class UvicornValidator(Routed, FastAPIServer):
     """Refuses objects that begin with "bad"; has a route of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.app.add_api_route("/version", lambda: "1")
+
+    def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+        if data.startswith(b"bad"):
+            raise ValueError("validation failed")
+        return data.upper()
+
+
+class GunicornValidator(Routed, FlaskServer):
+    """Refuses objects that begin with "bad"; has a route of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app.add_url_rule("/version", view_func=lambda: "1")
 
     def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
         if data.startswith(b"bad"):
@@ -897,6 +937,21 @@ def jobs_of_streams_under_uvicorn_by_hpush(world: World) -> None:
     must_be_served_by(world, "uvicorn")
 
 
+def jobs_of_streams_under_uvicorn_by_hpull(world: World) -> None:
+    check_jobs(world, UvicornStreamInverter, HPULL)
+    must_be_served_by(world, "uvicorn")
+
+
+def jobs_of_streams_under_uvicorn_by_ws(world: World) -> None:
+    check_jobs(world, UvicornStreamInverter, WS)
+    must_be_served_by(world, "uvicorn")
+
+
+def a_job_of_many_small_objects_under_uvicorn_by_ws(world: World) -> None:
+    check_many_small_objects(world, UvicornInverter)
+    must_be_served_by(world, "uvicorn")
+
+
 def jobs_under_gunicorn_by_hpush(world: World) -> None:
     check_jobs(world, GunicornInverter, HPUSH)
     must_be_served_by(world, "gunicorn")
@@ -911,8 +966,48 @@ def pipelines_through_uvicorn_by_hpush(world: World) -> None:
     check_pipeline(world, HPUSH, [UvicornStage, StreamStage, UvicornStage])
 
 
+def pipelines_through_uvicorn_by_hpull(world: World) -> None:
+    check_pipeline(world, HPULL, [UvicornStage, UvicornStage, Stage])
+
+
+def pipelines_through_uvicorn_by_ws(world: World) -> None:
+    check_pipeline(world, WS, [UvicornStage, Stage, UvicornStage])
+
+
+def pipelines_through_gunicorn_by_hpush(world: World) -> None:
+    check_pipeline(world, HPUSH, [GunicornStage, UvicornStage, GunicornStage])
+
+
+def pipelines_through_gunicorn_by_hpull(world: World) -> None:
+    check_pipeline(world, HPULL, [GunicornStage, GunicornStage, StreamStage])
+
+
+def failing_objects_under_uvicorn_are_told_with_their_reason_by_hpush(world: World) -> None:
+    check_failures(world, UvicornValidator, HPUSH)
+
+
+def failing_objects_under_uvicorn_are_told_with_their_reason_by_hpull(world: World) -> None:
+    check_failures(world, UvicornValidator, HPULL)
+
+
+def failing_objects_under_gunicorn_are_told_with_their_reason_by_hpush(world: World) -> None:
+    check_failures(world, GunicornValidator, HPUSH)
+
+
+def failing_objects_under_gunicorn_are_told_with_their_reason_by_hpull(world: World) -> None:
+    check_failures(world, GunicornValidator, HPULL)
+
+
 def a_failed_inline_read_by_ws_under_uvicorn_is_told_at_once(world: World) -> None:
     check_failed_inline_read_by_ws(world, UvicornValidator)
+
+
+def failing_objects_under_uvicorn_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_on(world: World) -> None:
+    check_failures_bound_elsewhere(world, UvicornValidator)
+
+
+def a_pod_under_uvicorn_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
+    check_end_with_last_connection(world, UvicornValidator)
 
 
 # == Running them ==
