@@ -6,7 +6,7 @@ from typing import Callable, Iterator, Optional, Sequence
 
 import pytest
 
-from harness import Environ, Runtime, SDKServer, Server, interpreter
+from harness import QUICK_NUMBERS, Environ, Numbers, Runtime, SDKServer, Server, interpreter
 from standin import Certificates, StandInTarget
 
 StartRuntime = Callable[..., Runtime]
@@ -71,10 +71,10 @@ def start_runtime(servers: contextlib.ExitStack, target: StandInTarget) -> Start
 
     def start(
         payload: Optional[str] = None, env: Optional[Environ] = None, args: Sequence[str] = (),
-        python: Optional[str] = None, expect_traceback: bool = False,
+        python: Optional[str] = None, expect_traceback: bool = False, numbers: Numbers = QUICK_NUMBERS,
     ) -> Runtime:
         variables = {"AIS_TARGET_URL": target.url, "ETL_CLASS_PAYLOAD": payload, **(env or {})}
-        return servers.enter_context(Runtime(args, variables, python, expect_traceback))
+        return servers.enter_context(Runtime(args, variables, python, expect_traceback, numbers))
 
     return start
 

@@ -3,9 +3,12 @@
 `Server` is a child process that speaks HTTP, with ways to talk to it byte for byte; `Runtime` and `SDKServer` are its kinds.
 The interpreters come from `tests/run.py`, by environment variables; a test that lacks one is skipped.
 """
+import atexit
 import contextlib
 import functools
+import hashlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -16,18 +19,30 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Type, TypeVar, Union
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Tuple, Type, TypeVar, Union
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = ROOT / "ais_runtime_min.py"
+QUICK = ROOT / "tests" / "quick.py"
+QUICK_NUMBERS = {  # about a tenth of the runtime's own, for what a test would wait for
+    "DEATHS_SECONDS": 6.0,
+    "DRAIN_SECONDS": 1.0,
+    "FORSAKEN_SECONDS": 1.0,
+    "RESPAWN_DELAY_LIMIT_SECONDS": 0.5,
+    "RETRY_DELAY_LIMIT_SECONDS": 0.1,
+    "SWEEP_SECONDS": 0.5,
+    "TOOL_PROGRESS_SECONDS": 0.5,
+    "WEBSOCKET_DRAIN_SECONDS": 1.5,
+}
 START_SECONDS = 30.0
 SERVING = re.compile(r"serving .* on https?://\S*:(\d+)")
 UNUSED_TARGET = "http://127.0.0.1:9/v1/etl/_object/test-etl/s3cr3t"
 
 Body = Union[bytes, Iterable[bytes]]
 Environ = Mapping[str, Optional[str]]  # None leaves a variable out
+Numbers = Optional[Mapping[str, float]]  # constants of the runtime, see tests/quick.py; None runs its file itself
 AnyServer = TypeVar("AnyServer", bound="Server")
 
 
@@ -63,16 +78,45 @@ def interpreter(group: str) -> str:
 def make_payload(source: str, name: str, python: Optional[str] = None) -> str:
     """Return what the real SDK's `serialize_class` makes of class `name`, defined by `source` in a script of a user.
 
-    `python` is another interpreter that has the SDK, for payloads of another Python version.
+    `python` is another interpreter that has the SDK, for payloads of another Python version. Payloads are kept beside the
+    environment of the interpreter, and made anew when that changes.
     """
-    tail = "\n\nfrom aistore.sdk.etl.webserver import serialize_class as _serialize\nprint(_serialize(%s))\n" % name
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "user_script.py")
-        script.write_text(source + tail)
-        command = [python or interpreter("sdk"), str(script)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
-    assert done.returncode == 0, "cannot pickle %s:\n%s" % (name, done.stderr)
-    return done.stdout.splitlines()[-1]
+    python = python or interpreter("sdk")
+    environment = Path(python).parents[1]
+    made_from = (environment / "made-from").read_text()
+    key = hashlib.sha256("\0".join([made_from, name, source]).encode()).hexdigest()
+    kept = environment.parent / "payloads" / key
+    if not kept.exists():
+        payload = _pickler(python).pickle(source, name)
+        kept.parent.mkdir(exist_ok=True)
+        new = kept.with_name("%s.%d" % (key, os.getpid()))
+        new.write_text(payload)
+        new.replace(kept)
+    return kept.read_text()
+
+
+class _Pickler:
+    """A process that has the SDK loaded, and pickles one class after the other."""
+
+    def __init__(self, python: str) -> None:
+        self._process = subprocess.Popen(
+            [python, str(ROOT / "tests" / "pickler.py")], env=exact_environment(python, {}), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, encoding="utf-8")
+        atexit.register(self._process.kill)
+
+    def pickle(self, source: str, name: str) -> str:
+        """Return the payload of a class."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps({"source": source, "name": name}) + "\n")
+        self._process.stdin.flush()
+        done = json.loads(self._process.stdout.readline())
+        assert done["code"] == 0, "cannot pickle %s:\n%s" % (name, done["output"])
+        return str(done["output"].splitlines()[-1])
+
+
+@functools.lru_cache(maxsize=None)
+def _pickler(python: str) -> _Pickler:
+    return _Pickler(python)
 
 
 def exact_environment(python: str, given: Environ) -> Dict[str, str]:
@@ -85,13 +129,24 @@ def exact_environment(python: str, given: Environ) -> Dict[str, str]:
     return {name: value for name, value in {**defaults, **given}.items() if value is not None}
 
 
+def started(
+    python: str, args: Sequence[str], env: Environ, numbers: Numbers = QUICK_NUMBERS
+) -> Tuple[List[str], Dict[str, str]]:
+    """Return the command and the variables that start the runtime: the first two arguments of a `Server`."""
+    variables = exact_environment(python, env)
+    if numbers is None:
+        return [python, str(RUNTIME), *args], variables
+    return [python, str(QUICK), *args], {**variables, "TEST_NUMBERS": json.dumps(dict(numbers))}
+
+
 def run_to_end(
-    args: Sequence[str] = (), env: Optional[Environ] = None, timeout: float = 30.0, python: Optional[str] = None
+    args: Sequence[str] = (), env: Optional[Environ] = None, timeout: float = 30.0, python: Optional[str] = None,
+    numbers: Numbers = QUICK_NUMBERS,
 ) -> Finished:
     """Run the runtime where it is to stop by itself, as start-up errors make it."""
-    python = python or interpreter("slim")
+    command, variables = started(python or interpreter("slim"), args, env or {}, numbers)
     done = subprocess.run(
-        [python, str(RUNTIME), *args], env=exact_environment(python, env or {}), timeout=timeout,
+        command, env=variables, timeout=timeout,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
     )
     lines = done.stdout.splitlines()
@@ -271,14 +326,17 @@ def _read_until_quiet(connection: socket.socket, first: float, quiet: float) -> 
 
 
 class Runtime(Server):
-    """The runtime under test, started as its image starts it and ready to serve."""
+    """The runtime under test, ready to serve.
+
+    Its time limits are those of `QUICK_NUMBERS`, or of `numbers`; None starts its own file, as it is, as an image does.
+    """
 
     def __init__(
         self, args: Sequence[str] = (), env: Optional[Environ] = None,
-        python: Optional[str] = None, expect_traceback: bool = False, start_seconds: float = START_SECONDS,
+        python: Optional[str] = None, expect_traceback: bool = False, numbers: Numbers = QUICK_NUMBERS,
+        start_seconds: float = START_SECONDS,
     ) -> None:
-        python = python or interpreter("slim")
-        super().__init__([python, str(RUNTIME), *args], exact_environment(python, env or {}), expect_traceback)
+        super().__init__(*started(python or interpreter("slim"), args, env or {}, numbers), expect_traceback)
         try:
             self.port = int(self.wait_for_line(SERVING, start_seconds)[1])
         except BaseException:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the test environments and run the tests: `python3 tests/run.py [--all] [pytest arguments]`.
+"""Make the test environments and run the tests: `python3 tests/run.py [--all] [--slow] [pytest arguments]`.
 
 The Python that runs this file is the one that is tested. Four environments are made for it under `.venv/<X.Y>/`:
 
@@ -8,24 +8,39 @@ The Python that runs this file is the one that is tested. Four environments are 
     slim      cloudpickle alone, as in the image: the runtime under test runs here
     sdkcore   cloudpickle and `aistore` without its extras
 
-They are kept until the requirement files or the Python change. `--all` does it for every Python 3.9 to 3.13 that it finds on
-PATH or among pyenv's versions, the slow tests for the oldest and the newest alone. A fifth environment, `bench`, is made only for
-the benchmarks, tests/bench/run.py.
+They are kept until the requirement files or the Python change. A fifth environment, `bench`, is made only for the benchmarks,
+tests/bench/run.py.
+
+Tests run four at a time, since most of them wait; those that measure time or memory, marked `alone`, run one by one after them.
+`--slow` adds those that take long and those that build images; `-m` chooses by marks, and `-n 0` runs all one by one, as in
+pytest. `--all` does it for every Python 3.9 to 3.15 that it finds on PATH, among pyenv's versions, or can fetch
+(tests/pythons.py): all tests for the oldest and the newest, for those between what depends on the version. With `--slow` the
+oldest and the newest run the slow ones as well, and the Python of the image's stand-in those of the image.
 """
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence, Tuple
+
+import pythons
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "tests" / "requirements"
 GROUPS = ("test", "sdk", "slim", "sdkcore")
-VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13")
-UV = "uv==0.13.9"
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
+IMAGE_VERSION = "3.13"  # of tests/image/alpine.py
+OF_VERSION = [  # what depends on the Python, for the versions between the oldest and the newest
+    "tests/test_%s.py" % name for name in ("answers", "cli", "layout", "payloads", "sdk_names", "startup", "workers")]
+PROCESSES = "4"  # of tests at the same time, on two cores: most of them wait
+NOT_SLOW = "not slow and not image and not soak"
+ALL_BUT_SOAK = "not soak"
+NO_TESTS = 5  # the exit code of pytest that has found none
 STAMP = "made-from"  # written last, so an environment without it is half made
 INSTALL_SECONDS = 900  # the SDK's packages are about 40 MB
 
@@ -36,16 +51,38 @@ class EnvironmentFailure(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Run pytest here or, with `--all`, under every Python; return the exit code."""
-    arguments = [argument for argument in argv if argument != "--all"]
-    if len(arguments) < len(argv):
-        return run_everywhere(arguments)
+    arguments = [argument for argument in argv if argument not in ("--all", "--slow")]
+    if "--all" in argv:
+        return run_everywhere(arguments, "--slow" in argv)
     try:
         environments = make_environments()
     except EnvironmentFailure as failure:
         print("tests/run.py: %s" % failure, file=sys.stderr)
         return os.EX_UNAVAILABLE
-    command = [str(python_of(environments / "test")), "-m", "pytest", *arguments]
-    return subprocess.run(command, cwd=str(ROOT), env=test_variables(environments)).returncode
+    return run_tests(environments, *split_marks(arguments, ALL_BUT_SOAK if "--slow" in argv else NOT_SLOW))
+
+
+def split_marks(arguments: Sequence[str], marks: str) -> Tuple[List[str], str]:
+    """Take pytest's option `-m` out of its arguments; without one, `marks` chooses the tests."""
+    rest: List[str] = []
+    following = iter(arguments)
+    for argument in following:
+        if argument == "-m":
+            marks = next(following, marks)
+        elif argument.startswith("-m") and not argument.startswith("--"):
+            marks = argument[2:]
+        else:
+            rest.append(argument)
+    return rest, marks
+
+
+def run_tests(environments: Path, arguments: List[str], marks: str) -> int:
+    """Run the tests of these marks, first those that may run beside others; return the exit code of both runs."""
+    command = [str(python_of(environments / "test")), "-m", "pytest"]
+    runs = [["-n", PROCESSES, "--dist", "loadfile", "-m", "(%s) and not alone" % marks], ["-m", "(%s) and alone" % marks]]
+    codes = [subprocess.run([*command, *options, *arguments], cwd=str(ROOT), env=test_variables(environments)).returncode
+             for options in runs]
+    return next((code for code in codes if code not in (0, NO_TESTS)), min(codes))
 
 
 def test_variables(environments: Path) -> Dict[str, str]:
@@ -68,10 +105,10 @@ def make_environments(further: Sequence[str] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits for the first one to make them
-        for group in (*GROUPS, *further):  # "test" comes first: it holds the installer of all
+        for group in (*GROUPS, *further):
             if not is_made(folder / group):
                 print("tests/run.py: making %s" % (folder / group).relative_to(ROOT), flush=True)
-                make_environment(folder / group, folder / "test")
+                make_environment(folder / group)
     return folder
 
 
@@ -83,36 +120,34 @@ def is_made(environment: Path) -> bool:
 
 def fingerprint(group: str) -> str:
     """Return a digest of what an environment is made from: this Python, and its requirements or those of all four."""
-    digest = hashlib.sha256((sys.version + sys.base_prefix + UV).encode())
+    digest = hashlib.sha256((sys.version + sys.base_prefix).encode())
     for name in sorted(GROUPS) if group in GROUPS else [group]:
         digest.update((REQUIREMENTS / (name + ".txt")).read_bytes())
     return digest.hexdigest()
 
 
-def make_environment(environment: Path, installer: Path) -> None:
-    """Make one environment from nothing; `installer` is the environment that has pip and uv."""
+def make_environment(environment: Path) -> None:
+    """Make one environment from nothing."""
     shutil.rmtree(environment, ignore_errors=True)
-    call([sys.executable, "-m", "venv", str(environment)], environment.name)
-    if environment == installer:
-        install_uv(installer)
-    requirements = str(REQUIREMENTS / (environment.name + ".txt"))
-    call([*install_command(installer, environment), "-r", requirements], environment.name)
+    call([sys.executable, "-m", "venv", *([] if has_pip() else ["--without-pip"]), str(environment)], environment.name)
+    command = install_command(environment)
+    if not has_pip():
+        call([*command, "pip"], environment.name)
+    call([*command, "-r", str(REQUIREMENTS / (environment.name + ".txt"))], environment.name)
     (environment / STAMP).write_text(fingerprint(environment.name))
 
 
-def install_uv(installer: Path) -> None:
-    """Install uv, or say that pip is used in its place."""
+def has_pip() -> bool:
+    """Tell whether this Python puts pip into the environments that it makes: Debian's does not."""
+    return importlib.util.find_spec("ensurepip") is not None
+
+
+def install_command(environment: Path) -> List[str]:
+    """Return the command that installs into an environment, but for what it installs; uv is a tenth of pip's time."""
     try:
-        call([str(python_of(installer)), "-m", "pip", "install", "--quiet", UV], installer.name)
-    except EnvironmentFailure as failure:
-        print("tests/run.py: no uv, so pip installs, more slowly (%s)" % failure, flush=True)
-
-
-def install_command(installer: Path, environment: Path) -> List[str]:
-    """Return the command that installs into an environment, but for what it installs."""
-    uv = installer / "bin" / "uv"
-    if uv.exists():
-        return [str(uv), "pip", "install", "--quiet", "--python", str(python_of(environment))]
+        return [str(pythons.tool("uv")), "pip", "install", "--quiet", "--python", str(python_of(environment))]
+    except pythons.Missing as reason:
+        print("tests/run.py: no uv, so pip installs, more slowly (%s)" % reason, flush=True)
     return [str(python_of(environment)), "-m", "pip", "install", "--quiet"]
 
 
@@ -133,33 +168,40 @@ def call(command: List[str], group: str) -> None:
 # == All Pythons ==
 
 
-def run_everywhere(arguments: List[str]) -> int:
-    """Run this file under each Python that is there; return non-zero if one failed or none was found.
-
-    Tests that are slow mostly wait, on any Python alike: without arguments they run on the oldest and the newest alone.
-    """
+def run_everywhere(arguments: List[str], slow: bool) -> int:
+    """Run this file under each Python that is there; return non-zero if one failed or none was found."""
     results: Dict[str, str] = {}
     for version in VERSIONS:
-        interpreter = find_python(version)
-        if interpreter is None:
-            results[version] = "missing"
+        try:
+            interpreter = find_python(version)
+        except pythons.Missing as reason:
+            results[version] = "missing: %s" % reason
             continue
         print("tests/run.py: Python %s, %s" % (version, interpreter), flush=True)
-        chosen = arguments or ([] if version in (VERSIONS[0], VERSIONS[-1]) else ["-m", "not soak and not slow"])
-        code = subprocess.run([interpreter, str(Path(__file__).resolve()), *chosen]).returncode
-        results[version] = "passed" if code == 0 else "failed (exit code %d)" % code
+        begun, code = time.monotonic(), 0
+        for chosen in [arguments] if arguments else choices(version, slow):
+            code = code or subprocess.run([interpreter, str(Path(__file__).resolve()), *chosen]).returncode
+        results[version] = "%s in %.0f s" % ("failed (exit code %d)" % code if code else "passed", time.monotonic() - begun)
     for version, result in results.items():
         print("tests/run.py: Python %-4s %s" % (version, result))
-    outcomes = set(results.values()) - {"missing"}
+    outcomes = {result.split()[0] for result in results.values()} - {"missing:"}
     return 0 if outcomes == {"passed"} else 1
 
 
-def find_python(version: str) -> Optional[str]:
+def choices(version: str, slow: bool) -> List[List[str]]:
+    """Return the arguments of this file's runs for one of all Pythons."""
+    ends = (VERSIONS[0], VERSIONS[-1])
+    runs = [["-m", "not soak and not image"] if slow else []] if version in ends else [OF_VERSION]
+    return [*runs, ["-m", "image"]] if slow and version == IMAGE_VERSION else runs
+
+
+def find_python(version: str) -> str:
     """Return a working interpreter of this version, the one that runs this file before any other."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     candidates = [sys.executable, shutil.which("python" + version)]
     candidates += [str(python) for python in sorted(pyenv.glob("versions/%s.*/bin/python" % version))]
-    return next((python for python in candidates if python and version_of(python) == version), None)
+    found = next((python for python in candidates if python and version_of(python) == version), None)
+    return found or pythons.fetched_python(version)
 
 
 def version_of(interpreter: str) -> str:

@@ -7,6 +7,8 @@ from typing import Sequence
 
 import pytest
 
+import pythons
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,9 +22,10 @@ def test_a_linter_finds_nothing(command: Sequence[str]) -> None:
 
 def test_the_project_can_be_installed_and_its_script_runs(tmp_path: Path) -> None:
     folder = tmp_path / "installed"
-    uv = Path(sys.executable).parent / "uv"
-    if not uv.exists():
-        pytest.skip("uv is not installed beside this Python")
+    try:
+        uv = pythons.tool("uv")
+    except pythons.Missing as reason:
+        pytest.skip(str(reason))
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     source = tmp_path / "source"
     source.mkdir()
