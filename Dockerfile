@@ -3,7 +3,7 @@
 #   docker build -t ais-runtime-min:3.13 .                        one small layer on the official image, which others share
 #   docker build -t ais-runtime-min:3.13-flat --target flat .     one layer in all, without what no pod needs
 #
-# Build arguments: PYTHON_VERSION, 3.9 to 3.13, that of the interpreter that pickles the classes; EXTRAS, fastapi or flask;
+# Build arguments: PYTHON_VERSION, 3.9 to 3.15, that of the interpreter that pickles the classes; EXTRAS, fastapi or flask;
 # PACKAGES and OS_PACKAGES, as the pod's variables of these names.
 ARG PYTHON_VERSION=3.13
 

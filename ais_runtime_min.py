@@ -2447,12 +2447,12 @@ def is_foreign_wordcode(code: types.CodeType) -> bool:
     return (sum(table[::2]) == len(code.co_code)) != has_ranges
 
 
-def is_foreign_adaptive_code(code: types.CodeType) -> bool:
-    """Walk code of 3.11 or later: its instructions must be known here, with as many cache entries as here."""
+def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
+    """Walk bytecode of 3.11 or later: its instructions must be known here, with as many cache entries as here."""
     import opcode
 
-    entries: Any = getattr(opcode, "_inline_cache_entries", {})  # by number until 3.12, by name from 3.13
-    code_bytes, caches, resumed = code.co_code, 0, False
+    entries: Any = getattr(opcode, "_inline_cache_entries")  # private; by number until 3.12, by name from 3.13
+    caches, resumed = 0, False
     for offset in range(0, len(code_bytes), 2):
         number = code_bytes[offset]
         name = opcode.opname[number]
@@ -2461,21 +2461,33 @@ def is_foreign_adaptive_code(code: types.CodeType) -> bool:
                 return True
             caches -= 1
             continue
-        if name == "CACHE" or name.startswith("<"):
+        if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):  # nothing that a compiler makes
             return True
         resumed = resumed or name == "RESUME"
-        caches = entries.get(name, 0) if isinstance(entries, dict) else entries[number]
+        caches = entries.get(name, 0) if isinstance(entries, Mapping) else entries[number]
     return not resumed or bool(caches)
 
 
 def checked_code(*args: Any) -> types.CodeType:
-    """Make a code object; ForeignBytecode where this interpreter cannot have compiled it."""
+    """Make a code object; ForeignBytecode where this interpreter cannot have compiled it.
+
+    A later Python may have other tables than those that are looked at. Where they are missing, or this file's own code does
+    not pass, nothing can be judged, and all passes. From 3.11 on the bytes are judged before there is a code object: making
+    one of foreign bytes, or reading them back, may write beyond their end or crash.
+    """
+    if sys.version_info >= (3, 11):
+        try:
+            is_foreign = (is_foreign_adaptive_code(args[6])
+                          and not is_foreign_adaptive_code(checked_code.__code__.co_code))
+        except (AttributeError, LookupError, TypeError):
+            is_foreign = False
+        if is_foreign:
+            raise ForeignBytecode
     try:
         code = types.CodeType(*args)
     except (TypeError, ValueError):  # 3.8 to 3.10 describe a code object by 16 values, 3.11 and later by 18
         raise ForeignBytecode from None
-    is_foreign = is_foreign_wordcode if sys.version_info < (3, 11) else is_foreign_adaptive_code
-    if is_foreign(code):
+    if sys.version_info < (3, 11) and is_foreign_wordcode(code):
         raise ForeignBytecode
     return code
 
@@ -2784,6 +2796,23 @@ class ObjectFile(io.FileIO):
     def __init__(self, descriptor: int, size: int, mode: str = "r") -> None:
         super().__init__(descriptor, mode)
         self.size = size
+        self._is_cut = False
+
+    def close(self) -> None:
+        """Close it, which a class may do before `finish` is called."""
+        if not self.closed:
+            self._look_at_size()
+        super().close()
+
+    def finish(self) -> None:
+        """Raise OSError if the file has become shorter, since what was read may have ended early."""
+        if not self.closed:
+            self._look_at_size()
+        if self._is_cut:
+            raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
+
+    def _look_at_size(self) -> None:
+        self._is_cut = self._is_cut or os.fstat(self.fileno()).st_size < self.size
 
 
 class LoadedObject(io.BytesIO):
@@ -2847,7 +2876,7 @@ class Source(NamedTuple):
 
     def finish(self) -> None:
         """Raise if the object was not read whole and right, whatever the class made of it."""
-        if isinstance(self.stream, BodyStream):
+        if isinstance(self.stream, (BodyStream, ObjectFile)):
             self.stream.finish()
 
 

@@ -85,7 +85,9 @@ class Peer:
         assert not head[0] & 0x70 and not head[1] & 0x80, "reserved bits or a mask: %r" % head
         size = head[1]
         if size > 125:
+            least = 126 if size == 126 else 1 << 16
             size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+            assert size >= least, "%d takes fewer bytes" % size
         payload = self._take(size)
         assert len(payload) == size, "the connection ends within a frame"
         return Frame(head[0] & 15, payload, head[0] > 127)

@@ -36,7 +36,7 @@ GROUPS = ("test", "sdk", "slim", "sdkcore")
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 IMAGE_VERSION = "3.13"  # of tests/image/alpine.py
 OF_VERSION = [  # what depends on the Python, for the versions between the oldest and the newest
-    "tests/test_%s.py" % name for name in ("answers", "cli", "layout", "payloads", "sdk_names", "startup", "workers")]
+    "tests/test_%s.py" % name for name in ("answers", "cli", "layout", "payloads", "sdk_names", "startup", "versions", "workers")]
 PROCESSES = "4"  # of tests at the same time, on two cores: most of them wait
 NOT_SLOW = "not slow and not image and not soak"
 ALL_BUT_SOAK = "not soak"

@@ -1,6 +1,7 @@
 """The benchmarks run, and fail where they should; what they measure is no matter here."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import run
 from bench.load import LoadFailure, Request, run_wrk
 from bench.scenarios import BARS, SCENARIOS
 from conftest import StartTarget
+from harness import RUNTIME
 from standin import Behaviour
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not on PATH")
@@ -45,6 +47,11 @@ def test_without_wrk_one_line_says_how_to_get_it(tmp_path: Path) -> None:
     assert "apt install wrk" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_file_to_be_measured_against_must_be_there(tmp_path: Path) -> None:
+    done = run_bench("--against", str(tmp_path / "nothing.py"))
+    assert done.returncode == os.EX_USAGE and "nothing.py" in done.stderr
+
+
 @needs_wrk
 def test_a_load_that_meets_errors_has_no_figure(start_target: StartTarget) -> None:
     target = start_target()
@@ -57,9 +64,13 @@ def test_a_load_that_meets_errors_has_no_figure(start_target: StartTarget) -> No
 @needs_environment
 @pytest.mark.slow
 def test_a_quick_run_writes_its_results(tmp_path: Path) -> None:
-    done = run_bench("--quick", "--only", "^stream-1m", "--workers", "1", "--output", str(tmp_path))
+    other = tmp_path / "other.py"
+    other.write_text(RUNTIME.read_text() + "\n# another version\n")
+    done = run_bench("--quick", "--only", "^stream-1m", "--workers", "1", "--output", str(tmp_path), "--against", str(other))
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "results.json").read_text())["figures"]["stream-1m-16"]
-    assert all(figure["value"] > 0 for figure in figures.values())
+    assert list(figures) == ["ours", "before", "fastapi"] and all(figure["value"] > 0 for figure in figures.values())
+    row = re.search(r"\| streamed 1 MiB, 16 connections, requests/s +\| ours \| .* \| +([0-9.]+) \(", done.stdout)
+    assert row and 0.1 < float(row[1]) < 10
     assert "streamed 1 MiB" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "results.svg").read_text().startswith("<?xml")

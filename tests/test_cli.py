@@ -10,14 +10,14 @@ import subprocess
 import threading
 import zipfile
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Iterator, List, Optional, Sequence
 from urllib.parse import quote
 
 import pytest
 
 import ais_runtime_min
 from ais_runtime_min import WORKER_OPTION, Exit
-from harness import RUNTIME, Environ, Finished, Runtime, Server, exact_environment, interpreter, run_to_end
+from harness import RUNTIME, Environ, Finished, Runtime, Server, interpreter, run_to_end, started
 
 StartServe = Callable[..., Runtime]
 UPPER = "class Upper(HTTPMultiThreadedServer):\n    def transform(self, data, path, etl_args):\n        return data.upper()\n"
@@ -50,14 +50,31 @@ def serve(start_runtime: Callable[..., Runtime], bare_python: str) -> StartServe
     return start
 
 
-def serve_in_vain(python: str, *args: object, timeout: float = 15.0) -> Finished:
-    """Run a command line that is to fail at once."""
-    return run_to_end([str(arg) for arg in args], {"AIS_TARGET_URL": None}, timeout, python)
+@pytest.fixture(scope="module")
+def upper(bare_python: str, etls: Path) -> Iterator[Runtime]:
+    """`serve` with upper.py and nothing else, for tests that leave it as it is."""
+    env = {"AIS_TARGET_URL": None, "PORT": None}
+    with Runtime(["serve", str(etls / "upper.py"), "--port", "0"], env, bare_python) as runtime:
+        yield runtime
+
+
+def serve_in_vain(python: str, *args: object, env: Optional[Environ] = None) -> Finished:
+    """Run a command line that is to end at once, by itself and without a traceback."""
+    variables = {"AIS_TARGET_URL": None, **(env or {})}
+    done = run_to_end([str(arg) for arg in args], variables, python=python)
+    assert "Traceback" not in "\n".join(done.lines), "\n".join(done.lines)
+    return done
+
+
+def assert_told(done: Finished, codes: Sequence[int], words: Sequence[str]) -> None:
+    """Check that a command line ended with one of these codes and a last line of these words."""
+    assert done.last_line.startswith("ais_runtime_min: "), done
+    assert done.code in codes and [word for word in words if word not in done.last_line] == [], done
 
 
 def curl_lines(runtime: Server) -> List[str]:
     """Return the two commands that the user is told to try."""
-    runtime.wait_for_line(r"curl.*(/health|'$)", timeout=5)
+    runtime.wait_for_line(r"curl.*(/health|'$)")
     return [line for line in runtime.lines if "curl " in line]
 
 
@@ -68,11 +85,6 @@ def run_line(line: str) -> bytes:
     done = subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
     assert (done.returncode, done.stderr) == (0, b""), line
     return done.stdout
-
-
-def assert_no_traceback(done: Finished) -> None:
-    """Check that the user is not shown the runtime's insides."""
-    assert "Traceback" not in "\n".join(done.lines), "\n".join(done.lines)
 
 
 # == The examples ==
@@ -91,10 +103,8 @@ def test_an_example_is_served_with_nothing_installed_and_the_printed_lines_work(
     assert run_line(health) == b"Running"
 
 
-@pytest.mark.parametrize("file", EXAMPLES)
-def test_every_example_of_the_folder_is_tried(etls: Path, file: str) -> None:
+def test_every_example_of_the_folder_is_tried(etls: Path) -> None:
     assert {path.name for path in etls.glob("*.py")} == set(EXAMPLES)
-    assert (etls / file).exists()
 
 
 def test_the_streaming_example_unpacks(serve: StartServe, etls: Path) -> None:
@@ -146,27 +156,27 @@ def test_a_file_of_two_classes_is_served_by_the_named_one(serve: StartServe, two
     assert serve("%s:Lower" % two_classes).request("PUT", "/bucket/object", b"Hello").body == b"hello"
 
 
-def test_of_a_class_and_its_base_the_class_is_served(serve: StartServe, tmp_path: Path) -> None:
-    file = tmp_path / "family.py"
-    derived = "class Louder(Upper):\n    def transform(self, data, path, etl_args):\n"
-    file.write_text(IMPORT + UPPER + derived + "        return super().transform(data, path, etl_args) + b'!'\n")
-    assert serve(file).request("PUT", "/bucket/object", b"hello").body == b"HELLO!"
+IMPORTED_UPPER = "from neighbour import Upper\nclass Mine(Upper):\n    pass\n"
+JSON = "__import__('json').dumps(data.decode().upper())"
+LOUDER = """
+class Louder(Upper):
+    def transform(self, *args):
+        return super().transform(*args) + b"!"
+"""
 
 
-def test_a_file_may_import_its_neighbours(serve: StartServe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, source, expected", [
+    ("family.py", IMPORT + UPPER + LOUDER, b"HELLO!"),  # the class is served, not its base
+    ("mine.py", IMPORTED_UPPER, b"HELLO"),
+    ("json.py", IMPORT + UPPER.replace("data.upper()", JSON), b'"HELLO"'),  # beside Python's
+    ("mine.py", "from ais_runtime_min import HTTPMultiThreadedServer\n" + UPPER, b"HELLO"),
+], ids=["a base", "a neighbour", "a module's name", "the runtime"])
+def test_a_file_may_have_a_base_a_neighbour_a_modules_name_and_import_the_runtime(
+    serve: StartServe, tmp_path: Path, name: str, source: str, expected: bytes
+) -> None:
     (tmp_path / "neighbour.py").write_text(IMPORT + UPPER)
-    (tmp_path / "mine.py").write_text("from neighbour import Upper\nclass Mine(Upper):\n    pass\n")
-    assert serve(tmp_path / "mine.py").request("PUT", "/bucket/object", b"hello").body == b"HELLO"
-
-
-def test_a_file_may_be_named_like_a_module_of_python(serve: StartServe, tmp_path: Path) -> None:
-    (tmp_path / "json.py").write_text(IMPORT + UPPER)
-    assert serve(tmp_path / "json.py").request("PUT", "/bucket/object", b"hello").body == b"HELLO"
-
-
-def test_a_file_may_import_the_runtime_by_its_own_name(serve: StartServe, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("from ais_runtime_min import HTTPMultiThreadedServer\n" + UPPER)
-    assert serve(tmp_path / "mine.py").request("PUT", "/bucket/object", b"hello").body == b"HELLO"
+    (tmp_path / name).write_text(source)
+    assert serve(tmp_path / name).request("PUT", "/bucket/object", b"hello").body == expected
 
 
 @pytest.mark.parametrize("wanted, words", [
@@ -175,12 +185,8 @@ def test_a_file_may_import_the_runtime_by_its_own_name(serve: StartServe, tmp_pa
 def test_a_class_that_cannot_be_picked_is_told(
     bare_python: str, two_classes: Path, wanted: str, words: Sequence[str]
 ) -> None:
-    done = serve_in_vain(bare_python, "serve", str(two_classes) + wanted, "--port", "0")
-    assert done.code in (Exit.USAGE, Exit.DATA)
-    assert done.last_line.startswith("ais_runtime_min: ")
-    for word in words:
-        assert word in done.last_line
-    assert_no_traceback(done)
+    done = serve_in_vain(bare_python, "serve", str(two_classes) + wanted)
+    assert_told(done, (Exit.USAGE, Exit.DATA), words)
 
 
 @pytest.mark.parametrize("source, words", [
@@ -190,11 +196,7 @@ def test_a_class_that_cannot_be_picked_is_told(
 def test_a_file_without_a_class_to_serve_is_told(bare_python: str, tmp_path: Path, source: str, words: Sequence[str]) -> None:
     file = tmp_path / "mine.py"
     file.write_text(source)
-    done = serve_in_vain(bare_python, "serve", file, "--port", "0")
-    assert done.code in (Exit.USAGE, Exit.DATA)
-    for word in words:
-        assert word in done.last_line
-    assert_no_traceback(done)
+    assert_told(serve_in_vain(bare_python, "serve", file), (Exit.USAGE, Exit.DATA), words)
 
 
 @pytest.mark.parametrize("source, code, words", [
@@ -212,52 +214,46 @@ def test_a_file_that_cannot_be_imported_is_told(
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text("\n" + source + IMPORT + UPPER)
-    done = serve_in_vain(bare_python, "serve", file, "--port", "0")
-    assert done.last_line.startswith("ais_runtime_min: ")
-    for word in words:
-        assert word in done.last_line
+    done = run_to_end(["serve", str(file)], {"AIS_TARGET_URL": None}, python=bare_python)
+    assert_told(done, [code], words)
     assert RUNTIME.name not in "\n".join(line for line in done.lines if line.startswith('  File "'))
-    assert done.code == code
 
 
 # == The command line ==
 
 
-def test_a_file_that_is_not_there_is_told(bare_python: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_or_no_python_is_told(bare_python: str, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("notes")
     for text in (str(tmp_path / "nonesuch.py"), "%s:Upper" % (tmp_path / "nonesuch.py"), str(tmp_path)):
-        done = serve_in_vain(bare_python, "serve", text, "--port", "0")
+        done = serve_in_vain(bare_python, "serve", text)
         assert done.code == Exit.USAGE
         assert done.last_line == "ais_runtime_min: there is no file %r" % text.replace(":Upper", "")
-        assert_no_traceback(done)
+    done = serve_in_vain(bare_python, "serve", notes)
+    assert_told(done, [Exit.USAGE], ["notes.txt is no Python file"])
 
 
-def test_a_file_that_is_no_python_is_told(bare_python: str, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("notes")
-    done = serve_in_vain(bare_python, "serve", tmp_path / "notes.txt", "--port", "0")
-    assert done.code == Exit.USAGE
-    assert "notes.txt is no Python file" in done.last_line
-    assert_no_traceback(done)
-
-
-@pytest.mark.parametrize("option, value", [
-    ("--port", "http"), ("--port", "-1"), ("--port", "65536"), ("--port", "99999999999"), ("--workers", "0"), ("--workers", "-1"),
-    ("--workers", "many"), ("--threads", "0"), ("--threads", "-1"), ("--threads", "1.5"),
+@pytest.mark.parametrize("args, words", [
+    ("--port=http", ["--port", "http"]), ("--port=-1", ["--port", "-1"]),
+    ("--port=65536", ["--port", "65536"]), ("--workers=0", ["--workers", "0"]),
+    ("--workers=many", ["--workers", "many"]), ("--threads=0", ["--threads", "0"]),
+    ("--threads=1.5", ["--threads", "1.5"]), ("--nonesuch", ["--nonesuch"]),
+    ("--target no/such/folder", ["a folder"]), ("--target ftp://host/", ["file:///folder"]),
+    ("--target file:///no/such/folder", ["file:///folder"]),
 ])
-def test_a_number_that_cannot_be_used_is_told(bare_python: str, etls: Path, option: str, value: str) -> None:
-    done = serve_in_vain(bare_python, "serve", etls / "upper.py", "--port", "0", "%s=%s" % (option, value), timeout=5)
-    assert done.code == Exit.USAGE
-    assert option in done.last_line and value in done.last_line
-    assert_no_traceback(done)
+def test_an_option_that_cannot_be_used_is_told(
+    bare_python: str, etls: Path, args: str, words: Sequence[str]
+) -> None:
+    done = serve_in_vain(bare_python, "serve", etls / "upper.py", *args.split(" "))
+    assert_told(done, [Exit.CONFIG if "://" in args else Exit.USAGE], words)
 
 
-@pytest.mark.parametrize("args", [
-    ["nonesuch"], ["serve"], ["--nonesuch"], ["serve", "x.py", "--nonesuch"], ["health", "8000"], ["install", "numpy"],
-    ["health", "--"], ["--", "install"], ["health", "install"],
+@pytest.mark.parametrize("line", [
+    "nonesuch", "serve", "--nonesuch", "health 8000", "install numpy", "health --", "-- install",
+    "health install",
 ])
-def test_a_command_line_that_is_not_understood_is_told(bare_python: str, args: Sequence[str]) -> None:
-    done = serve_in_vain(bare_python, *args)
-    assert done.code == Exit.USAGE
-    assert_no_traceback(done)
+def test_a_command_line_that_is_not_understood_is_told(bare_python: str, line: str) -> None:
+    assert_told(serve_in_vain(bare_python, *line.split(" ")), [Exit.USAGE], [])
 
 
 @pytest.mark.parametrize("words", [[], ["x"], ["[]"], ["{}"], ["5", "serve"]], ids=" ".join)
@@ -267,21 +263,11 @@ def test_the_option_of_workers_is_not_for_users(bare_python: str, words: Sequenc
     assert WORKER_OPTION in done.last_line
 
 
-@pytest.mark.parametrize("target", ["no/such/folder", "ftp://host/", "file:///no/such/folder"])
-def test_a_target_that_cannot_be_used_is_told(bare_python: str, etls: Path, target: str) -> None:
-    done = serve_in_vain(bare_python, "serve", etls / "upper.py", "--port", "0", "--target", target)
-    assert done.code in (Exit.USAGE, Exit.CONFIG)
-    assert "a folder" in done.last_line or "file:///folder" in done.last_line
-    assert_no_traceback(done)
-
-
 def test_a_port_that_is_taken_is_told(bare_python: str, etls: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         done = serve_in_vain(bare_python, "serve", etls / "upper.py", "--port", port)
-    assert done.code == Exit.SYSTEM
-    assert "port %d of 127.0.0.1" % port in done.last_line and "in use" in done.last_line
-    assert_no_traceback(done)
+    assert_told(done, [Exit.SYSTEM], ["port %d of 127.0.0.1" % port, "in use"])
 
 
 def test_the_version_is_told(bare_python: str) -> None:
@@ -304,9 +290,8 @@ def test_help_tells_the_options_and_their_defaults(bare_python: str, args: Seque
 # == The commands of images ==
 
 
-def test_the_health_command_tells_a_pod_that_serves(serve: StartServe, etls: Path, bare_python: str) -> None:
-    runtime = serve(etls / "upper.py")
-    done = run_to_end(["health"], {"PORT": str(runtime.port), "AIS_TARGET_URL": None}, python=bare_python)
+def test_the_health_command_tells_a_pod_that_serves(upper: Runtime, bare_python: str) -> None:
+    done = serve_in_vain(bare_python, "health", env={"PORT": str(upper.port)})
     assert done == (Exit.OK, ["Running"], "Running")
 
 
@@ -315,10 +300,9 @@ def test_the_health_command_tells_a_pod_that_does_not_serve(bare_python: str, an
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = threading.Thread(target=answer_once, args=(listener, answers))
         server.start()
-        done = run_to_end(["health"], {"PORT": str(listener.getsockname()[1]), "AIS_TARGET_URL": None}, python=bare_python)
+        done = serve_in_vain(bare_python, "health", env={"PORT": str(listener.getsockname()[1])})
         server.join()
     assert (done.code, len(done.lines)) == (Exit.UNHEALTHY, 1)
-    assert_no_traceback(done)
 
 
 def answer_once(listener: socket.socket, answer: bytes) -> None:
@@ -331,7 +315,7 @@ def answer_once(listener: socket.socket, answer: bytes) -> None:
 
 @pytest.mark.parametrize("port", ["0", "x", "70000", "9"])
 def test_the_health_command_tells_a_port_where_nobody_listens(bare_python: str, port: str) -> None:
-    done = run_to_end(["health"], {"PORT": port, "AIS_TARGET_URL": None, "NUM_WORKERS": "x"}, python=bare_python)
+    done = serve_in_vain(bare_python, "health", env={"PORT": port, "NUM_WORKERS": "x"})
     assert (done.code, len(done.lines)) == (Exit.UNHEALTHY, 1)
     assert done.last_line.startswith("ais_runtime_min: port %s does not answer: " % port)
 
@@ -346,7 +330,7 @@ def test_the_health_command_imports_nothing_more(bare_python: str) -> None:
 
 
 def test_the_install_command_installs_and_ends(slim_python: str) -> None:
-    done = run_to_end(["install"], {"PACKAGES": "cloudpickle", "AIS_TARGET_URL": None}, python=slim_python)
+    done = serve_in_vain(slim_python, "install", env={"PACKAGES": "cloudpickle"})
     assert done == (Exit.OK, [], "")  # it is there
 
 
@@ -356,24 +340,19 @@ def test_the_install_command_installs_and_ends(slim_python: str) -> None:
     ({"NUM_WORKERS": "x"}, Exit.CONFIG, ["NUM_WORKERS"]),
 ])
 def test_what_cannot_be_installed_is_told(slim_python: str, env: Environ, code: Exit, words: Sequence[str]) -> None:
-    done = run_to_end(["install"], {**env, "AIS_TARGET_URL": None}, python=slim_python)
-    assert done.code == code and done.last_line.startswith("ais_runtime_min: ")
-    for word in words:
-        assert word in done.last_line
-    assert_no_traceback(done)
+    assert_told(serve_in_vain(slim_python, "install", env=env), [code], words)
 
 
 # == Where it listens ==
 
 
-def test_only_this_machine_can_connect(serve: StartServe, etls: Path) -> None:
-    runtime = serve(etls / "upper.py")
-    assert runtime.request("GET", "/health").status == 200
+def test_only_this_machine_can_connect(upper: Runtime) -> None:
+    assert upper.request("GET", "/health").status == 200
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", runtime.port), timeout=5)  # every address but 127.0.0.1 itself
+        socket.create_connection(("127.0.0.2", upper.port), timeout=5)  # any address but 127.0.0.1
     if socket.has_ipv6:
         with pytest.raises(OSError):
-            socket.create_connection(("::1", runtime.port), timeout=5)
+            socket.create_connection(("::1", upper.port), timeout=5)
 
 
 def test_the_host_option_opens_it_to_others(serve: StartServe, etls: Path) -> None:
@@ -386,9 +365,10 @@ def test_the_host_option_opens_it_to_others(serve: StartServe, etls: Path) -> No
 # == A folder that stands in for a target ==
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of objects, beside a file that is none of them."""
+    tmp_path = tmp_path_factory.mktemp("target")
     objects = tmp_path / "my objects"
     (objects / "bucket" / "dir").mkdir(parents=True)
     (objects / "bucket" / "dir" / "object").write_bytes(b"below")
@@ -402,57 +382,61 @@ def folder(tmp_path: Path) -> Path:
     return objects
 
 
-@pytest.fixture
-def with_folder(serve: StartServe, etls: Path, folder: Path) -> Runtime:
+@pytest.fixture(scope="module")
+def with_folder(bare_python: str, etls: Path, folder: Path) -> Iterator[Runtime]:
     """`serve` with the folder as its target."""
-    return serve(etls / "upper.py", "--target", folder)
+    words = ["serve", str(etls / "upper.py"), "--port", "0", "--target", str(folder)]
+    with Runtime(words, {"AIS_TARGET_URL": None, "PORT": None}, bare_python) as runtime:
+        yield runtime
 
 
-@pytest.mark.parametrize("path, status, body", [
-    ("/bucket/dir/object", 200, b"BELOW"),
-    ("/bucket%2Fdir%2Fobject", 200, b"BELOW"),
-    ("/ais%2F@%23%2Fbucket%2Fdir%2Fobject", 200, b"BELOW"),
-    ("/ais%2f%40%23%2fbucket%2fdir%2fobject", 200, b"BELOW"),
-    ("/s3%2F@%23%2Fbucket%2Fdir%2Fobject", 200, b"BELOW"),
-    ("/ais%2F@uuid%23space%2Fbucket%2Fdir%2Fobject", 200, b"BELOW"),
-    ("/bucket/inside", 200, b"BELOW"),
-    ("/bucket/a%20b%3Bv%3D1%27%25%3F.txt", 200, b"STRANGE"),
-    ("/bucket/dir/nonesuch", 404, None),
-    ("/nonesuch/object", 404, None),
-    ("/bucket/dir/object/below", 404, None),
-    ("/bucket/dir", 403, None),
-    ("/bucket/outside", 403, None),
-    ("/bucket/up/secret", 403, None),
-    ("/../secret", 403, None),
-    ("/bucket/../../secret", 403, None),
-    ("/%2E%2E/secret", 403, None),
-    ("/..%2Fsecret", 403, None),
-    ("/../my%20objects%20too/secret", 403, None),
-    ("/ais%2F@%23%2F..%2Fsecret", 403, None),
-    ("//etc/hostname", 404, None),
-    ("/%2Fetc%2Fhostname", 404, None),
-    ("/ais%2F@%23%2F%2Fetc%2Fhostname", 403, None),
-    ("/bucket/dir/object%00", 403, None),
-])
-def test_objects_are_read_under_the_folder_and_nowhere_else(
-    with_folder: Runtime, path: str, status: int, body: Optional[bytes]
+FOUND = {  # by their paths
+    "/bucket/dir/object": b"BELOW",
+    "/bucket%2Fdir%2Fobject": b"BELOW",
+    "/ais%2F@%23%2Fbucket%2Fdir%2Fobject": b"BELOW",
+    "/ais%2f%40%23%2fbucket%2fdir%2fobject": b"BELOW",
+    "/s3%2F@%23%2Fbucket%2Fdir%2Fobject": b"BELOW",
+    "/ais%2F@uuid%23space%2Fbucket%2Fdir%2Fobject": b"BELOW",
+    "/bucket/inside": b"BELOW",
+    "/bucket/a%20b%3Bv%3D1%27%25%3F.txt": b"STRANGE",
+}
+NOT_FOUND = {
+    "/bucket/dir/nonesuch": 404,
+    "/nonesuch/object": 404,
+    "/bucket/dir/object/below": 404,
+    "/bucket/dir": 403,
+    "/bucket/outside": 403,
+    "/bucket/up/secret": 403,
+    "/../secret": 403,
+    "/bucket/../../secret": 403,
+    "/%2E%2E/secret": 403,
+    "/..%2Fsecret": 403,
+    "/../my%20objects%20too/secret": 403,
+    "/ais%2F@%23%2F..%2Fsecret": 403,
+    "//etc/hostname": 404,
+    "/%2Fetc%2Fhostname": 404,
+    "/ais%2F@%23%2F%2Fetc%2Fhostname": 403,
+    "/bucket/dir/object%00": 403,
+}
+
+
+def test_objects_are_read_under_the_folder_and_nowhere_else(with_folder: Runtime) -> None:
+    assert {path: with_folder.request("GET", path).body for path in FOUND} == FOUND
+    answers = {path: with_folder.request("GET", path) for path in NOT_FOUND}
+    assert {path: answer.status for path, answer in answers.items()} == NOT_FOUND
+    for path, answer in answers.items():
+        assert "detail" in json.loads(answer.body)
+        assert b"secret" not in answer.body.lower().replace(path.lower().encode(), b"")
+
+
+def test_what_is_outside_of_the_folder_is_not_told_from_what_is_not_there(
+    with_folder: Runtime
 ) -> None:
-    response = with_folder.request("GET", path)
-    assert response.status == status
-    if body is None:
-        assert "detail" in json.loads(response.body)
-        assert b"secret" not in response.body.lower().replace(path.lower().encode(), b"")
-    else:
-        assert response.body == body
-
-
-@pytest.mark.parametrize("way", [
-    "/..%2f", "/bucket%2f..%2f..%2f", "/bucket/up/", "/nonesuch/../../", "/bucket/dir/..%2f..%2f..%2f",
-])
-def test_what_is_outside_of_the_folder_is_not_told_from_what_is_not_there(with_folder: Runtime, way: str) -> None:
-    there, missing = (with_folder.request("GET", way + name) for name in ("secret", "nothing"))
-    assert there.status == missing.status == 403
-    assert json.loads(there.body) == json.loads(missing.body)
+    for way in ("/..%2f", "/bucket%2f..%2f..%2f", "/bucket/up/", "/nonesuch/../../",
+                "/bucket/dir/..%2f..%2f..%2f"):
+        there, missing = (with_folder.request("GET", way + name) for name in ("secret", "nothing"))
+        assert there.status == missing.status == 403, way
+        assert json.loads(there.body) == json.loads(missing.body), way
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
@@ -468,11 +452,14 @@ def test_a_path_is_read_under_the_folder_and_nowhere_else(with_folder: Runtime, 
     assert {str(path): status_of(path) for path in forbidden} == {str(path): 403 for path in forbidden}
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "/proc/self/environ"])
-def test_without_a_folder_no_path_is_read(serve: StartServe, etls: Path, path: str) -> None:
-    runtime = serve(etls / "upper.py")
-    assert runtime.request("GET", "/bucket/object?etl_fqn=" + quote(path, safe="")).status == 403
-    missing = runtime.request("GET", "/bucket/object")
+def test_without_a_folder_no_path_is_read(upper: Runtime, tmp_path: Path) -> None:
+    like_an_object = tmp_path / "@ais/bck/%ob/obj"
+    like_an_object.parent.mkdir(parents=True)
+    like_an_object.write_bytes(b"content")
+    for path in ("/etc/hostname", "/proc/self/environ", quote(str(like_an_object))):
+        response = upper.request("GET", "/bucket/object?etl_fqn=" + quote(path, safe=""))
+        assert response.status == 403, path
+    missing = upper.request("GET", "/bucket/object")
     assert missing.status == 404 and b"--target" in missing.body
 
 
@@ -487,53 +474,42 @@ def test_without_a_file_in_the_folder_the_printed_lines_work_too(serve: StartSer
     assert (run_line(put), run_line(health)) == (b"HELLO\n", b"Running")
 
 
-@pytest.mark.parametrize("as_url", [lambda path: "file://" + quote(str(path)), lambda path: "file://%s/" % quote(str(path))])
+@pytest.mark.parametrize("end", ["", "/"])
 def test_the_environment_may_name_the_folder(
-    serve: StartServe, etls: Path, folder: Path, as_url: Callable[[Path], str]
+    serve: StartServe, etls: Path, folder: Path, end: str
 ) -> None:
-    runtime = serve(etls / "upper.py", env={"AIS_TARGET_URL": as_url(folder)})
+    url = "file://%s%s" % (quote(str(folder)), end)
+    runtime = serve(etls / "upper.py", env={"AIS_TARGET_URL": url})
     assert runtime.request("GET", "/bucket/dir/object").body == b"BELOW"
     assert runtime.request("GET", "/../secret").status == 403
 
 
-def test_the_option_wins_over_the_environment(serve: StartServe, etls: Path, folder: Path, tmp_path: Path) -> None:
-    runtime = serve(etls / "upper.py", "--target", folder, env={"AIS_TARGET_URL": "file://" + quote(str(tmp_path))})
-    assert runtime.request("GET", "/bucket/dir/object").body == b"BELOW"
-
-
-def test_a_relative_folder_is_taken_from_where_the_command_runs(bare_python: str, etls: Path, folder: Path) -> None:
+def test_the_option_wins_over_the_environment_and_may_be_relative(
+    bare_python: str, etls: Path, folder: Path, tmp_path: Path
+) -> None:
     relative = os.path.relpath(str(folder))
-    command = [bare_python, str(RUNTIME), "serve", str(etls / "upper.py"), "--target", relative, "--port", "0"]
-    with Server(command, exact_environment(bare_python, {"AIS_TARGET_URL": None})) as runtime:
-        runtime.port = int(runtime.wait_for_line(r"serving .* on http://\S*:(\d+)")[1])
+    words = ["serve", str(etls / "upper.py"), "--port", "0", "--target", relative]
+    env = {"AIS_TARGET_URL": "file://" + quote(str(tmp_path))}
+    with Runtime(words, env, bare_python) as runtime:
         assert runtime.request("GET", "/bucket/dir/object").body == b"BELOW"
 
 
 # == Its end ==
 
 
-def send_to_process(server: Server, number: int) -> None:
-    """Send a signal to the first process alone."""
-    os.kill(server.pid, number)
-
-
-def send_to_group(server: Server, number: int) -> None:
-    """Send a signal to all processes, as a terminal does."""
-    os.killpg(server.pid, number)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("send", [send_to_process, send_to_group])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("number, send, workers", [
+    (signal.SIGINT, os.killpg, 3),  # as a terminal does
+    (signal.SIGINT, os.kill, 1), (signal.SIGTERM, os.killpg, 1), (signal.SIGTERM, os.kill, 3),
+])
 def test_a_signal_ends_it_well(
-    serve: StartServe, etls: Path, send: Callable[[Server, int], None], number: int, workers: int
+    serve: StartServe, etls: Path, number: int, send: Callable[[int, int], None], workers: int
 ) -> None:
     runtime = serve(etls / "upper.py", "--workers", workers)
     with runtime.connect() as idle:
         idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert idle.recv(1000).startswith(b"HTTP/1.1 200 ")
-        send(runtime, number)
-        assert runtime.wait(5) == Exit.OK
+        send(runtime.pid, number)
+        assert runtime.wait(15) == Exit.OK
     assert "ais_runtime_min: " not in runtime.log()
 
 
@@ -543,8 +519,8 @@ def test_a_signal_while_the_file_is_imported_ends_it_without_a_traceback(
 ) -> None:
     file = tmp_path / "slow.py"
     file.write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n" + IMPORT + UPPER)
-    env: Dict[str, str] = exact_environment(bare_python, {"AIS_TARGET_URL": None})
-    with Server([bare_python, str(RUNTIME), "serve", str(file), "--port", "0"], env) as runtime:
+    words = ["serve", str(file), "--port", "0"]
+    with Server(*started(bare_python, words, {"AIS_TARGET_URL": None})) as runtime:
         runtime.wait_for_line("importing")
-        send_to_group(runtime, number)
-        assert runtime.wait(5) in codes
+        os.killpg(runtime.pid, number)
+        assert runtime.wait(15) in codes

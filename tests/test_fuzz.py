@@ -25,8 +25,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ais_runtime_min import (ChunkedReader, ConnectionInput, ETLRequest, RequestError, ShortBody, UnframedRequest, body_of,
-                             parse_head)
+from ais_runtime_min import (
+    BoundedReader, ChunkedReader, ConnectionInput, ETLRequest, RequestError, ShortBody,
+    UnframedRequest, body_of, parse_head)
 from harness import Runtime, Server, make_payload
 from test_http import CASES, Answer, Client, Cut, pieces_of
 
@@ -88,11 +89,30 @@ class Decoded(NamedTuple):
     rest: bytes
 
 
-def read_chunks(pieces: Sequence[bytes], sizes: Sequence[int]) -> Optional[Decoded]:
-    """Read a chunked body by these sizes, over and over; None where the runtime refuses it."""
-    connection = Pieces(pieces)
-    source = ConnectionInput(cast(socket.socket, connection))
-    reader = ChunkedReader(source)
+def input_of(pieces: Sequence[bytes]) -> ConnectionInput:
+    """Make an input that receives these pieces."""
+    return ConnectionInput(cast(socket.socket, Pieces(pieces)))
+
+
+def everything_left(source: ConnectionInput) -> bytes:
+    """Read what an input receives until its end."""
+    while source.fill():
+        pass
+    return source.take(source.ahead)
+
+
+def read_body(
+    pieces: Sequence[bytes], sizes: Sequence[int], length: Optional[int] = None,
+    is_ahead: bool = False,
+) -> Optional[Decoded]:
+    """Read a body by these sizes, over and over; return None if the runtime refuses it.
+
+    Without a length it is in chunks. If `is_ahead`, the first piece has come with the head.
+    """
+    source = input_of(pieces)
+    if is_ahead:
+        source.fill()
+    reader = ChunkedReader(source) if length is None else BoundedReader(source, length)
     body, number = b"", 0
     try:
         for piece in iter(lambda: reader.read(sizes[number % len(sizes)]) if sizes else reader.readall(), b""):
@@ -100,17 +120,21 @@ def read_chunks(pieces: Sequence[bytes], sizes: Sequence[int]) -> Optional[Decod
             number += 1
     except (UnframedRequest, ShortBody) as error:
         assert error.status == 400
+        left = source.ahead
+        reader.drain(1 << 20, time.monotonic() + 5)
         with pytest.raises(type(error)):
             reader.read(1)
+        assert source.ahead == left, "read past a body whose end is not known"
         return None
-    return Decoded(body, source.take(source.ahead) + b"".join(iter(lambda: connection.recv(1 << 20), b"")))
+    assert reader.is_at_end
+    return Decoded(body, everything_left(source))
 
 
 def read_head(data: bytes) -> Optional[Tuple[bytes, bytes, List[Tuple[bytes, bytes]]]]:
     """Parse a head up to its empty line into method, target and sorted fields; None where the runtime refuses it."""
     try:
         head = parse_head(data)
-        body_of(head, ConnectionInput(cast(socket.socket, Pieces([]))))
+        body_of(head, input_of([]))
     except RequestError as error:
         assert error.status in (400, 431, 501, 505), error
         return None
@@ -370,6 +394,7 @@ def cut(data: bytes, shares: Sequence[float]) -> List[bytes]:
 
 
 SIZES = st.lists(st.integers(1, 70), max_size=5)  # of the reads, over and over; none reads all
+NEXT = b"GET /next"  # what follows a body on its connection
 CUTS: "st.SearchStrategy[List[float]]" = st.one_of(st.just([]), st.lists(st.floats(0, 1), max_size=8))
 
 
@@ -714,7 +739,7 @@ def test_any_bytes_are_a_head_by_the_grammar_or_refused() -> None:
             fields = dict(taken[2])
             body = b"0\r\n\r\n" if b"transfer-encoding" in fields else bytes(min(int(fields.get(b"content-length", 0)), 1 << 16))
             try:
-                request = frame(data + b"\r\n\r\n" + body)
+                request = frame(data + b"\r\n" + body)
             except Incomplete:  # the body, of an absurd size
                 return
             joined: "collections.defaultdict[bytes, List[bytes]]" = collections.defaultdict(list)
@@ -723,19 +748,34 @@ def test_any_bytes_are_a_head_by_the_grammar_or_refused() -> None:
             expected = sorted((name, b", ".join(values)) for name, values in joined.items())
             assert taken == (request.method, request.target, expected)
 
-    heads = small_requests().map(lambda data: data.partition(b"\r\n\r\n")[0])
+    whole = valid_requests().map(lambda request: request.wire.lstrip(b"\r\n"))
+    heads = st.one_of(small_requests(), whole).map(
+        lambda data: data.partition(b"\r\n\r\n")[0] + b"\r\n")
     words = st.lists(st.sampled_from(WORDS), max_size=12).map(b"".join)
-    explore("heads", 500, st.one_of(mutants(heads), words, st.binary(max_size=60)), check)
+    explore("heads", 500, st.one_of(heads, mutants(heads), words, st.binary(max_size=60)), check)
+
+
+def test_a_body_with_a_length_is_read_to_its_last_byte_or_refused() -> None:
+    def check(value: Tuple[bytes, int, List[float], List[int], bool]) -> None:
+        body, missing, shares, sizes, is_ahead = value
+        is_cut = bool(missing and body)
+        wire = body[:-missing] if is_cut else body + NEXT
+        sizes = sizes if len(body) < 5000 else []
+        expected = None if is_cut else Decoded(body, NEXT)
+        assert read_body(cut(wire, shares), sizes, len(body), is_ahead) == expected
+
+    missing = st.sampled_from([0, 0, 0, 1, 2, 50])
+    explore("lengths", 200, st.tuples(BODIES, missing, CUTS, SIZES, st.booleans()), check)
 
 
 def test_valid_chunks_are_the_same_in_any_pieces() -> None:
-    def check(value: Tuple[bytes, bytes, List[float], List[int]]) -> None:
-        body, wire, shares, sizes = value
+    def check(value: Tuple[Tuple[bytes, bytes], List[float], List[int], bool]) -> None:
+        (body, wire), shares, sizes, is_ahead = value
         sizes = sizes if len(body) < 5000 else []
-        assert read_chunks(cut(wire + b"GET /next", shares), sizes) == Decoded(body, b"GET /next")
+        assert read_body(cut(wire + NEXT, shares), sizes, is_ahead=is_ahead) == Decoded(body, NEXT)
 
     bodies = BODIES.flatmap(lambda body: st.tuples(st.just(body), chunked(body)))
-    explore("chunks", 200, st.tuples(bodies, CUTS, SIZES).map(lambda value: (*value[0], *value[1:])), check)
+    explore("chunks", 200, st.tuples(bodies, CUTS, SIZES, st.booleans()), check)
 
 
 def test_mutated_chunks_are_chunks_by_the_grammar_or_refused() -> None:
@@ -744,7 +784,7 @@ def test_mutated_chunks_are_chunks_by_the_grammar_or_refused() -> None:
         expected: Optional[Decoded] = None
         with contextlib.suppress(Refused, Incomplete):
             expected = decode_chunks(wire)
-        assert read_chunks(cut(wire, shares), sizes) == expected
+        assert read_body(cut(wire, shares), sizes) == expected
 
     bases = SMALL_BODIES.flatmap(chunked)
     words = st.lists(st.sampled_from(WORDS), max_size=12).map(b"".join)
@@ -752,6 +792,17 @@ def test_mutated_chunks_are_chunks_by_the_grammar_or_refused() -> None:
     sizes = st.tuples(signs, signs).map(b"%b5%b\r\nhello\r\n0\r\n\r\n".__mod__)
     ends = st.tuples(signs, signs, signs).map(b"5\r\nhello%b\r\n%b0%b\r\n\r\n".__mod__)
     explore("mutated chunks", 600, st.tuples(st.one_of(mutants(bases), words, sizes, ends), CUTS, SIZES), check)
+
+
+def test_a_client_is_invited_once_and_only_when_its_body_is_waited_for() -> None:
+    for is_ahead in (False, True):
+        invitations: List[str] = []
+        source = input_of([b"hel", b"l", b"o"])
+        if is_ahead:
+            source.need(5)
+        source.invite = lambda: invitations.append("100")
+        assert BoundedReader(source, 5).readall() == b"hello"
+        assert invitations == ([] if is_ahead else ["100"])
 
 
 METHODS = st.one_of(st.sampled_from(["PUT", "GET", "POST", "DELETE", "put"]), TOKENS)

@@ -4,13 +4,14 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import time
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 from bench.load import wrk_version
-from bench.scenarios import BARS, PEERS, SCENARIOS, Bar, Scenario
+from bench.scenarios import BARS, BEFORE, PEERS, SCENARIOS, Bar, Scenario
 from bench.throughput import Effort, Figure, Figures
 
 PACKAGES = ("aistore", "uvicorn", "uvloop", "httptools", "fastapi", "flask", "gunicorn", "cloudpickle")
@@ -181,6 +182,21 @@ def footprint_table(figures: Figures, scenarios: Sequence[Scenario]) -> str:
     return table(["", *(PEERS[peer] for peer in peers)], rows)
 
 
+def change_table(figures: Figures) -> str:
+    """Return what has become of each figure since the other version: the median of the rounds' ratios, and their range."""
+    rows = []
+    for scenario in SCENARIOS:
+        for peer, before in BEFORE.items():
+            measured = figures.get(scenario.name, {})
+            if before in measured:
+                ratios = [now / then for now, then in zip(measured[peer].runs, measured[before].runs) if then]
+                whole = ratios and measured[peer].value is not None and measured[before].value is not None
+                change = "%.2f (%.2f to %.2f)" % (statistics.median(ratios), min(ratios), max(ratios)) if whole else "no figure"
+                rows.append(["%s, %s" % (scenario.title, scenario.unit), PEERS[peer], _cell(measured, before),
+                             _cell(measured, peer), change])
+    return table(["against the other version", "", "before", "now", "now / before"], rows)
+
+
 def bars_table(verdicts: Sequence[Verdict]) -> str:
     """Return the bars, and whether they are reached."""
     rows = [[scenario_of(verdict.bar).title, PEERS[verdict.bar.ours], verdict.wanted(), number(verdict.value, "no figure"),
@@ -201,6 +217,7 @@ def tables(figures: Figures) -> str:
     rest = [scenario for scenario in measured if not scenario.is_load]
     parts = [load_table(figures, load), latency_table(figures, load)] if load else []
     parts += [footprint_table(figures, rest)] if rest else []
+    parts += [change_table(figures)] if any(set(BEFORE.values()) & set(by_peer) for by_peer in figures.values()) else []
     parts += [bars_table(judge(figures))] if judge(figures) else []
     missing = "\n".join("* No figure for " + failure for failure in failures(figures))
     return "\n\n".join(part for part in (*parts, missing) if part)

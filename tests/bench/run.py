@@ -32,10 +32,13 @@ ENVIRONMENT = "bench"
 def main(argv: Sequence[str]) -> int:
     """Do what the command line says and return the exit code."""
     arguments = parse(argv)
-    chosen = [scenario for scenario in scenarios.SCENARIOS if re.search(arguments.only, scenario.name)]
+    chosen = [scenario.beside_before() if arguments.against else scenario
+              for scenario in scenarios.SCENARIOS if re.search(arguments.only, scenario.name)]
     if arguments.list or not chosen:
         print("\n".join("%-14s %s (%s)" % (scenario.name, scenario.title, scenario.unit) for scenario in chosen))
         return 0 if chosen else os.EX_USAGE
+    if arguments.against and not arguments.against.is_file():
+        return complain("--against wants a file, and %s is none" % arguments.against, os.EX_USAGE)
     if load.wrk_is_missing():
         return complain(load.MISSING, os.EX_UNAVAILABLE)
     try:
@@ -54,7 +57,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of each server under load (default: one per core)")
     parser.add_argument("--only", default="", metavar="PATTERN", help="measure only scenarios whose name matches this expression")
     parser.add_argument("--list", action="store_true", help="name the scenarios, and measure nothing")
-    parser.add_argument("--output", type=Path, default=HERE, metavar="FOLDER", help="for results.json, .md and .svg")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="another version of the runtime, measured beside it in the "
+                        "same rounds; then nothing is written unless --output says where")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for results.json, .md and .svg (default: tests/bench)")
     parser.add_argument("--quick", action="store_true", help="one round of one second, to try the program")
     return parser.parse_args(argv)
 
@@ -84,23 +89,27 @@ def measure(chosen: List[scenarios.Scenario], environments: Path, arguments: arg
     if around.busy_percent > 10:
         throughput.say("the processors are %.0f %% busy already: these figures will be worth little", around.busy_percent)
     try:
-        figures = all_figures(chosen, environments, effort)
+        figures = all_figures(chosen, environments, effort, arguments.against)
     except servers.ServerFailure as failure:
         return complain(str(failure), os.EX_SOFTWARE)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    report.write(arguments.output, figures, around)
-    plot.draw(figures, arguments.output / "results.svg", "%(CPU)s, %(cores)s cores; " % around.machine + around.date)
+    output = arguments.output or (None if arguments.against else HERE)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        report.write(output, figures, around)
+        plot.draw(figures, output / "results.svg", "%(CPU)s, %(cores)s cores; " % around.machine + around.date)
     print(report.tables(figures))
     return exit_code(figures)
 
 
-def all_figures(chosen: List[scenarios.Scenario], environments: Path, effort: "throughput.Effort") -> "throughput.Figures":
+def all_figures(
+    chosen: List[scenarios.Scenario], environments: Path, effort: "throughput.Effort", against: Optional[Path]
+) -> "throughput.Figures":
     """Measure the scenarios with load first, then those that want the machine for themselves."""
     from bench import footprint, throughput
 
     figures: throughput.Figures = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        place = servers.Place(environments, Path(folder).resolve())
+        place = servers.Place(environments, Path(folder).resolve(), against)
         with servers.start_sink(place) as sink:
             peers = servers.Peers(place, sink.url(servers.ETL_PATH))
             loads = [scenario for scenario in chosen if scenario.is_load]

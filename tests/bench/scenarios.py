@@ -13,8 +13,12 @@ PEERS: Dict[str, str] = {
     "threaded": "SDK threaded",
     "flask": "SDK Flask",
     "ours-script": "ours, as a script",
+    "before": "before",
+    "before-fastapi": "before, FastAPI class",
+    "before-script": "before, as a script",
     "imports": "bare imports",
 }
+BEFORE = {"ours": "before", "ours-fastapi": "before-fastapi", "ours-script": "before-script"}  # the same of another file
 SERVERS = ("ours", "ours-fastapi", "fastapi", "threaded", "flask")
 UNITS = {"start": "ms", "memory": "MiB", "growth": "MiB"}  # of the kinds that send no load; the others count requests per second
 
@@ -38,6 +42,10 @@ class Scenario(NamedTuple):
     def is_load(self) -> bool:
         """Whether it is measured by load."""
         return self.kind not in UNITS
+
+    def beside_before(self) -> "Scenario":
+        """Return the scenario with another version of the runtime as a peer, which runs right after ours."""
+        return self._replace(peers=tuple(name for peer in self.peers for name in (peer, BEFORE.get(peer)) if name))
 
     @property
     def is_websocket(self) -> bool:

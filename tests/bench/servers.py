@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
-from bench.scenarios import CLASSES_UPPER_BYTES
+from bench.scenarios import BEFORE, CLASSES_UPPER_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_SECONDS = 60.0
@@ -39,6 +39,7 @@ BASES = {
     "threaded": ("http_multi_threaded_server", "HTTPMultiThreadedServer"),
     "flask": ("flask_server", "FlaskServer"),
 }
+OURS = {**{peer: peer for peer in BEFORE}, **{before: peer for peer, before in BEFORE.items()}}  # how they are started
 TAILS = {  # what the SDK's README has after the class
     "fastapi": "\n\nfastapi_server = Bench(port={port})\nfastapi_app = fastapi_server.app\n",
     "flask": "\n\nflask_server = Bench(port={port})\nflask_app = flask_server.app\n",
@@ -60,10 +61,14 @@ class ServerFailure(Exception):
 
 
 class Place(NamedTuple):
-    """Where the measuring happens: the folder of the environments, and a temporary one that is empty at first."""
+    """Where the measuring happens: the folder of the environments, and a temporary one that is empty at first.
+
+    `before` is another version of the runtime, which is measured beside it.
+    """
 
     environments: Path
     folder: Path
+    before: Optional[Path] = None
 
 
 def class_source(peer: str, streaming: bool) -> str:
@@ -153,6 +158,7 @@ class Peers:
     def __init__(self, place: Place, target_url: str) -> None:
         self._environments = place.environments
         self._folder = place.folder
+        self._before = place.before
         self._target_url = target_url
         self._payloads: Dict[Tuple[str, bool], str] = {}
 
@@ -178,16 +184,16 @@ class Peers:
     def prepare(self, peer: str, workers: int, streaming: bool) -> Tuple[List[str], Dict[str, str], Path, int]:
         """Do all that is not the server's own work: its folder, files and payload; return what starts it."""
         folder = self._folder / ("%s-%s" % (peer, "stream" if streaming else "bytes"))
-        port = free_port()
-        ours = peer.startswith("ours")
+        port, ours = free_port(), OURS.get(peer)
         env = self._variables("slim" if ours else "sdk", port, workers)
         if ours:
-            env["ETL_CLASS_PAYLOAD"] = self._payload(peer, streaming)
-            self._copy_runtime(folder, with_bytecode=peer != "ours-script")
+            env["ETL_CLASS_PAYLOAD"] = self._payload(ours, streaming)
+            self._copy_runtime(folder, ROOT / "ais_runtime_min.py" if peer == ours else self._before, ours != "ours-script")
         else:
             folder.mkdir(exist_ok=True)
             (folder / "served.py").write_text(class_source(peer, streaming) + TAILS[peer].format(port=port))
-        program, *options = COMMANDS.get(peer, COMMANDS["ours"]).format(port=port, workers=workers).split()
+        command = COMMANDS.get(ours or peer, COMMANDS["ours"])
+        program, *options = command.format(port=port, workers=workers).split()
         program = str(self._environments / ("slim" if ours else "sdk") / "bin" / program)
         return [program, *options], env, folder, port
 
@@ -197,12 +203,13 @@ class Peers:
         return {"PATH": path, "PYTHONUNBUFFERED": "1", "AIS_TARGET_URL": self._target_url,
                 "NUM_WORKERS": str(workers), "PORT": str(port)}
 
-    def _copy_runtime(self, folder: Path, with_bytecode: bool) -> None:
-        """Copy the file to a folder of its own, once, and compile it there, as the image does."""
+    def _copy_runtime(self, folder: Path, runtime: Optional[Path], with_bytecode: bool) -> None:
+        """Copy a runtime to a folder of its own, once, and compile it there, as the image does."""
         if folder.exists():
             return
+        assert runtime, "there is no other version to be measured"
         folder.mkdir()
-        shutil.copy(ROOT / "ais_runtime_min.py", folder)
+        shutil.copy(runtime, folder / "ais_runtime_min.py")
         if with_bytecode:
             subprocess.run([self.python("slim"), "-m", "compileall", "-q", str(folder)], check=True)
 

@@ -1,6 +1,6 @@
 """The image, built, booted and probed for real: on real Alpine with its apk, by buildah, podman and runc.
 
-    python3.13 tests/run.py tests/image      (as root, with the packages that .ci/run installs)
+    python3.13 tests/run.py -m image      (as root, with the packages that .ci/run installs)
 
 The base is the stand-in of alpine.py, of the one Python that it is for. Payloads are pickled by the real SDK.
 """

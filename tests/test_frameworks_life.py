@@ -1,0 +1,210 @@
+"""Classes with an application of FastAPI or Flask: who serves them, and how they start and end."""
+import configparser
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Callable, List, Optional
+
+import pytest
+
+from ais_runtime_min import FRAMEWORKS, Exit
+from applications import (BY, CLASSES, body_of, object_in_work, open_websocket, payload_of,
+                          wait_until)
+from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, children_of,
+                     exact_environment, interpreter, run_to_end)
+
+StartRuntime = Callable[..., Runtime]
+both = pytest.mark.parametrize("kind", ["fastapi", "flask"])
+
+
+@pytest.fixture
+def start(start_runtime: StartRuntime, sdk_python: str) -> StartRuntime:
+    """A function that starts a class where the frameworks are installed."""
+
+    def run(name: str, env: Optional[Environ] = None, expect_traceback: bool = False) -> Runtime:
+        env = {"NUM_WORKERS": "1", **(env or {})}
+        return start_runtime(
+            payload_of(name), env, python=sdk_python, expect_traceback=expect_traceback)
+
+    return run
+
+
+def start_in_vain(
+    name: str, python: Optional[str] = None, env: Optional[Environ] = None
+) -> Finished:
+    """Start a class that cannot be served."""
+    variables = {"ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "1", **(env or {})}
+    return run_to_end(env=variables, python=python, timeout=60)
+
+
+# == Life ==
+
+
+@both
+def test_after_sigterm_what_has_begun_is_answered_and_idle_connections_do_not_delay_the_end(
+    start: StartRuntime, tmp_path: Path, kind: str
+) -> None:
+    runtime, gate = start(CLASSES[kind], {"NUM_WORKERS": "2"}), tmp_path / "gate"
+    runtime.wait_for_line(r"serving \w+ \(%s\) on http://\S+ with 2 workers" % BY[kind])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(runtime.connect())  # says nothing
+        for _ in range(4):
+            connection = http.client.HTTPConnection("127.0.0.1", runtime.port)
+            stack.callback(connection.close)
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b"Running"
+        if kind == "fastapi":
+            stack.enter_context(open_websocket(runtime))
+        answer = stack.enter_context(object_in_work(runtime, gate))
+        runtime.process.terminate()
+        runtime.wait_for_line("stopping")
+        begin = time.monotonic()
+        gate.touch()
+        assert answer.result().body == b"HELLO bucket/object"
+        assert runtime.wait() == Exit.OK
+        assert time.monotonic() - begin < 15  # gunicorn and uvicorn would wait for 23 s
+
+
+def test_start_up_and_shutdown_run_on_the_thread_of_transform(start: StartRuntime) -> None:
+    runtime = start("Fast")
+    assert body_of(runtime, "/version")["events"] == ["started on MainThread"]
+    assert runtime.terminate() == Exit.OK
+    shut_down = [line for line in runtime.lines if line.startswith("shut down")]
+    assert shut_down == ["shut down on MainThread"]
+
+
+@both
+def test_a_worker_that_is_killed_is_replaced(start: StartRuntime, kind: str) -> None:
+    runtime = start(CLASSES[kind])
+    first = int(runtime.request("GET", "/pid").body)
+    os.kill(first, signal.SIGKILL)
+
+    def is_replaced() -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return int(runtime.request("GET", "/pid").body) != first
+        return False
+
+    wait_until(is_replaced, "another worker answers")
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    assert runtime.terminate() == Exit.OK
+
+
+@pytest.mark.parametrize("name", ["FreshFast", "FreshFlask"])
+def test_a_class_that_leaves_threads_when_it_is_loaded_is_served_by_fresh_processes(
+    start: StartRuntime, name: str
+) -> None:
+    runtime = start(name, {"NUM_WORKERS": "2"})
+    assert body_of(runtime, "/made") == "in the hook"
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    if name == "FreshFast":
+        assert "left" in body_of(runtime, "/threads")  # a fork would have lost it
+    assert runtime.terminate() == Exit.OK
+
+
+def test_the_end_of_gunicorn_is_that_of_the_pod(start: StartRuntime) -> None:
+    runtime = start("Flasky")
+    worker = int(runtime.request("GET", "/pid").body)
+    arbiter = int(Path("/proc/%d/stat" % worker).read_text().rpartition(")")[2].split()[1])
+    assert arbiter != runtime.pid
+    os.kill(arbiter, signal.SIGKILL)
+    assert runtime.wait() == Exit.SOFTWARE
+    assert "SIGKILL" in runtime.lines[-1]
+
+
+def test_a_worker_that_has_just_been_forked_hears_of_the_end(start: StartRuntime) -> None:
+    runtime = start("SlowToFork", {"NUM_WORKERS": "2"})
+    begin = time.monotonic()
+    assert runtime.request("GET", "/health").status == 200
+    arbiter, = children_of(runtime.pid)
+    wait_until(lambda: len(children_of(arbiter)) == 2, "two workers run")
+    assert runtime.terminate() == Exit.OK
+    assert time.monotonic() - begin < 15  # gunicorn asks once and would wait for 23 s
+
+
+# == Who is served by what ==
+
+
+def test_a_class_that_asks_for_no_framework_gets_none(start: StartRuntime) -> None:
+    runtime = start("Loaded")
+    assert runtime.request("PUT", "/bucket/object", b"").body == b""
+    runtime.wait_for_line(r"serving Loaded \(FastAPIServer\) on")
+
+
+def test_a_class_that_merely_imports_a_framework_is_served_natively(start: StartRuntime) -> None:
+    runtime = start("Imports", expect_traceback=True)
+    assert runtime.request("PUT", "/bucket/object", b"").status == 418
+    runtime.wait_for_line(r"serving Imports \(FlaskServer\) on")
+
+
+@pytest.mark.parametrize("name, server, result", [
+    ("UsesAppLate", "fastapi", b"<fastapi.applications.FastAPI object"),
+    ("ImportsFirst", "flask", b"hello")])
+def test_a_user_may_insist_on_a_framework(
+    start: StartRuntime, name: str, server: str, result: bytes
+) -> None:
+    runtime = start(name, {"ETL_SERVER": server})
+    assert runtime.request("PUT", "/bucket/object", b"hello").body.startswith(result)
+    runtime.wait_for_line(r"serving %s \(%s\) on" % (name, BY[server]))
+
+
+@pytest.mark.parametrize("name, server, words", [
+    ("Threaded", "fastapi", ["ETL_SERVER=fastapi", "Threaded", "HTTPMultiThreadedServer"]),
+    ("UsesAppLate", "flask", ["ETL_SERVER=flask", "UsesAppLate", "FastAPIServer"]),
+    ("RegistersRoutes", "native",
+     ["RegistersRoutes overrides _register_routes, _health", "ETL_SERVER=native"]),
+    ("Prepares", "native", ["Prepares overrides _setup_app", "ETL_SERVER=native"]),
+    ("OwnApp", "native", ["OwnApp uses self.app", "ETL_SERVER=native"]),
+])
+def test_a_server_that_cannot_serve_the_class_is_refused(
+    sdk_python: str, name: str, server: str, words: List[str]
+) -> None:
+    done = start_in_vain(name, sdk_python, {"ETL_SERVER": server})
+    assert done.code == Exit.SOFTWARE
+    for word in words:
+        assert word in done.last_line
+    assert "Traceback" not in "\n".join(done.lines)
+
+
+@pytest.mark.parametrize("name, what", [("StartsInVain", "StartsInVain's start-up"), ("ConstructsInVain", "ConstructsInVain()")])
+def test_a_class_that_fails_to_start_ends_the_pod_with_its_reason(sdk_python: str, name: str, what: str) -> None:
+    done = start_in_vain(name, sdk_python)
+    assert done.code == Exit.SOFTWARE
+    assert done.last_line == "ais_runtime_min: %s failed: ValueError: no model here" % what
+
+
+# == Packages that are missing ==
+
+
+@pytest.mark.parametrize("name, packages", [
+    ("UsesApp", "fastapi>=0.110 and uvicorn[standard]>=0.29"), ("StartsUp", "flask>=3.0 and gunicorn>=22.0"),
+    ("Imports", "fastapi>=0.110"), ("ImportsFirst", "flask>=3.0"),
+])
+def test_without_an_index_the_packages_are_named_and_how_to_bake_them_in(name: str, packages: str) -> None:
+    done = start_in_vain(name)
+    assert done.code == Exit.UNAVAILABLE
+    assert "the class needs %s, which this image does not have" % packages in done.last_line
+    assert "--build-arg EXTRAS=%s" % packages.partition(">")[0] in done.last_line
+    assert "Traceback" not in "\n".join(done.lines)
+
+
+def test_the_packages_that_are_installed_are_the_extras_of_the_project() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for name, framework in FRAMEWORKS.items():
+        extras = config["options.extras_require"][name].split()
+        assert sorted(set(framework.modules.values())) == sorted(extras)
+
+
+def test_sigterm_ends_an_installation_that_was_found_necessary_late() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://127.0.0.1:%d/simple" % silent.getsockname()[1]
+        payload = payload_of("UsesApp")
+        variables = {"PIP_NO_INDEX": None, "PIP_INDEX_URL": url, "ETL_CLASS_PAYLOAD": payload}
+        python = interpreter("slim")
+        with Server([python, str(RUNTIME)], exact_environment(python, variables)) as server:
+            server.wait_for_line("installing Python packages: fastapi")
+            assert server.terminate() == Exit.OK
