@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         for name in COPIED:
             shutil.copy(run.ROOT / name, folder)
         shutil.copytree(arguments.tests, Path(folder, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
+        Path(folder, ".venv").symlink_to(run.ROOT / ".venv")  # for the interpreters of other versions
         for mutation in read_cases(CASES.read_text(encoding="utf-8")):
             line = "%s: %s (%s)" % (mutation.section, mutation.fault, " ".join(mutation.files))
             if re.search(arguments.only, line):
@@ -62,7 +63,7 @@ def read_cases(text: str) -> Iterator[Mutation]:
         title, files, rest = case.split("\n", 2)
         section, _, fault = title.partition(". ")
         old, new = rest.split("\n----\n")
-        yield Mutation(section, fault, files.split(), old, new.rstrip("\n"))
+        yield Mutation(section, fault, files.split(), old, new[:-1])
 
 
 def tried(mutation: Mutation, source: str, folder: Path, environments: Path) -> str:
@@ -70,8 +71,9 @@ def tried(mutation: Mutation, source: str, folder: Path, environments: Path) -> 
     if source.count(mutation.old) != 1:
         return "UNKNOWN, the runtime has its text %d times" % source.count(mutation.old)
     (folder / "ais_runtime_min.py").write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-    files = [str(path.relative_to(folder)) for name in mutation.files for path in sorted(folder.glob("tests/%s*.py" % name))]
-    command = [str(run.python_of(environments / "test")), "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", *files]
+    files = ["tests/test_%s.py" % name for name in mutation.files]
+    command = [str(run.python_of(environments / "test")), "-m", "pytest", "-x", "-n", run.PROCESSES,
+               "-p", "no:cacheprovider", "--tb=no", *files]
     begun = time.monotonic()
     try:
         done = subprocess.run(command, cwd=str(folder), env=run.test_variables(environments), stdin=subprocess.DEVNULL,
@@ -79,8 +81,8 @@ def tried(mutation: Mutation, source: str, folder: Path, environments: Path) -> 
     except subprocess.TimeoutExpired:
         return "caught, the tests hang"
     seconds = time.monotonic() - begun
-    failed = re.search(r"(?m)^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout)
-    if done.returncode == 1 and failed:
+    failed = re.search(r"(?m)^(?:FAILED|ERROR) (?:tests/)?(\S+::\S+)", done.stdout)
+    if failed:
         return "caught in %.0f s by %s" % (seconds, failed[1])
     return "MISSED in %.0f s" % seconds if done.returncode == 0 else "BROKEN: %s" % done.stdout[-300:]
 
