@@ -27,8 +27,8 @@ uses a name of a later one, but for `main` and a class's own `start()`.
     11. Stage 3, transforming
     12. Stage 4, delivering
     13. One request
-    14. WebSocket
-    15. HTTP
+    14. HTTP: one connection
+    15. WebSocket: one connection
     16. Server
     17. Frameworks
     18. Workers
@@ -98,7 +98,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import mmap
 import os
 import pickle
@@ -165,9 +164,9 @@ SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole befor
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
 BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before us may be computing
 RESULT_UNREAD_SECONDS = 60.0  # until a result that nobody reads is cut
-LINGER_SECONDS = 0.02  # a thread waits so long for its connection's next request before it parks it
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
+DRAIN_LOOK_SECONDS = 0.2  # the same while the pod stops
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
 HEALTH_SECONDS = 4.0  # for the answer to a health check: whoever runs it waits 5
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
@@ -176,10 +175,6 @@ RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 
 RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, together: with the default of three retries
 # waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
 HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
-QUICK_SECONDS = 0.001  # for one object over WebSocket; slower ones of a connection are transformed by several threads
-BATCH_TURN_SECONDS = 0.03  # until a connection goes ahead while another transforms: several of `BATCH_SECONDS`
-BATCH_SECONDS = 0.001  # that a result waits for others to leave with it
-BATCH_CALL_SECONDS = 0.005  # for objects that the main thread transforms in one go: it may be the leader
 FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its WebSocket connections ends
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
@@ -194,20 +189,13 @@ TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
-WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker: each has a thread, and half of them are left to requests
-HELPER_THREAD_LIMIT = WEBSOCKET_LIMIT + 64  # for slow objects that come over WebSocket: for each connection one may wait for
+WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker, each of which may want a thread: half are left to requests
 # a client that does not read; of the others 16 transform, the rest read and deliver
-RESERVE_THREAD_LIMIT = 8  # more of them, for health probes and errors once the others all wait for transforms
-TURN_SECONDS = 0.001  # until a thread stops waiting for its turn to read a file: longer than a read takes from memory
-QUICK_REQUEST_SECONDS = 0.0005  # requests most of which take less are served by the leader: other threads are not worth it
-SLOW_SHARE = 0.75  # of the last objects or requests that must be slow; where processors are busy, quick ones may wait for them
-TRIAL_SHARE = 0.7  # with which it is tried anew: a few slow ones more, or one very slow one, suffice
-SHARE_WEIGHT = 1 / 16  # of the last one
-LEAD_SECONDS = 0.01  # until a leader that is held up by one request has lost its lead to another thread
-WATCH_LIMIT = 100  # looks at a leader that has nothing to serve, before one waits to be told that it has
+QUICK_SECONDS = 0.0005  # calls of the class that take less are made by the leader: other threads are not worth it
+TURN_SECONDS = 0.05  # of calls of the class that one connection has from the leader at a time: others wait meanwhile
+LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
 YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
 CROWD_LIMIT = 64  # connections that are accepted at once, or of idle ones closed when no more can be opened
-ACCEPT_TURNS = 32  # requests that the leader serves before it looks for new connections: 16 ms, where they are quick
 EXCESS_LIMIT = 8  # connections that a busy worker may accept beyond what another has, which may be as busy
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
@@ -1069,6 +1057,7 @@ FIELD_LINES = re.compile(f"(?:{FIELD_LINE.pattern.decode()})*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
+HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # others the resolver cannot even encode
 SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
 
 
@@ -1119,18 +1108,17 @@ class ConnectionInput:
         self._connection = connection
         self._ahead = ahead
         self._start = 0
+        self.ahead = len(ahead)  # the number of bytes that are here already
         self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
-
-    @property
-    def ahead(self) -> int:
-        """The number of bytes that are here already."""
-        return len(self._ahead) - self._start
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more; False at the end of the connection."""
-        data = self._receive(flags)
+        return self._add(self._connection.recv(READ_BYTES, flags))
+
+    def _add(self, data: bytes) -> bool:
         self._ahead = self._ahead[self._start:] + data if self.ahead else data
         self._start = 0
+        self.ahead = len(self._ahead)
         return bool(data)
 
     def need(self, count: int) -> bool:
@@ -1155,13 +1143,12 @@ class ConnectionInput:
 
     def take(self, count: int) -> bytes:
         """Cut off up to `count` of the bytes that are here."""
-        data = self.peek(count)
+        data = self._ahead[self._start:self._start + count]
         self._start += len(data)
+        self.ahead -= len(data)
+        if not self.ahead:
+            self._ahead, self._start = b"", 0
         return data
-
-    def forget(self) -> None:
-        """Free the memory of what was taken; nothing must be left."""
-        self._ahead, self._start = b"", 0
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
@@ -1188,9 +1175,6 @@ class ConnectionInput:
         if self.invite is not None:
             invite, self.invite = self.invite, None
             invite()
-
-    def _receive(self, flags: int = 0) -> bytes:
-        return self._connection.recv(READ_BYTES, flags)
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
@@ -1470,9 +1454,10 @@ class Hop(NamedTuple):
     def of(cls, url: str) -> Hop:
         """Take the node from a URL; ValueError where there is none."""
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not HOST.fullmatch(parts.netloc):
+        is_web = parts.scheme in ("http", "https") and HOST.fullmatch(parts.netloc)
+        if not is_web or not HOST_NAME.fullmatch(parts.hostname or ""):
             raise ValueError(f"{url!r} is no http(s) URL")
-        return cls(parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        return cls(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
 
 
 def escape_stray(text: str) -> str:
@@ -1819,7 +1804,7 @@ def read_text(body: NodeBody) -> bytes:
 
 
 class ConnectionPool:
-    """Connections to other nodes, kept alive per thread and hop.
+    """Connections to other nodes, kept alive per hop, for any thread.
 
     Owned by the worker. A connection belongs to one request until that request's answer is read to its end; then it
     stays here for `HOP_IDLE_SECONDS`.
@@ -1830,7 +1815,7 @@ class ConnectionPool:
         self._settings = settings
         self._tls: Optional[ssl.SSLContext] = None  # made when first needed: reading the authorities takes a while
         self._lock = threading.Lock()
-        self._idle: Dict[Tuple[int, Hop], List[NodeConnection]] = {}  # several: one object may come from where it goes
+        self._idle: Dict[Hop, List[NodeConnection]] = {}
 
     def open(self, request: NodeRequest) -> NodeBody:
         """Send a request; return the answer, its body unread. The caller closes it.
@@ -1848,10 +1833,10 @@ class ConnectionPool:
         return self._exchange(NodeConnection(request, self._tls_for(request.hop)), request)
 
     def _take_kept(self, hop: Hop) -> Optional[NodeConnection]:
-        """Take an idle connection of this thread's that is still good; close those that are not."""
+        """Take the idle connection that was used last, if it is still good; close those that are not."""
         while True:
             with self._lock:
-                kept = self._idle.get((threading.get_ident(), hop))
+                kept = self._idle.get(hop)
                 if not kept:
                     return None
                 connection = kept.pop()
@@ -1903,17 +1888,17 @@ class ConnectionPool:
             return
         connection.idle_since = time.monotonic()
         with self._lock:
-            self._idle.setdefault((threading.get_ident(), connection.hop), []).append(connection)
+            self._idle.setdefault(connection.hop, []).append(connection)
 
     def close_idle(self) -> None:
-        """Close the connections that have been idle for too long, whichever thread they belong to."""
+        """Close the connections that have been idle for too long."""
         oldest = time.monotonic() - HOP_IDLE_SECONDS
         with self._lock:
             everything, self._idle = self._idle, {}
-            for key, kept in everything.items():
+            for hop, kept in everything.items():
                 good = [connection for connection in kept if connection.idle_since >= oldest]
                 if good:
-                    self._idle[key] = good
+                    self._idle[hop] = good
         for connection in itertools.chain(*everything.values()):
             if connection.idle_since < oldest:
                 connection.close()
@@ -2734,8 +2719,8 @@ class ETLRequest(NamedTuple):
                                {"Allow": ", ".join(methods)})
         known, rest = split_query(query)
         request = cls(method, raw_path, rest, known.get(QPARAM_FQN, "").strip(), known.get(QPARAM_ARGS, "").strip(),
-                      parse_bool(known.get(QPARAM_LATEST)), pipeline.strip())
-        if not request.is_download:
+                      QPARAM_LATEST in known and parse_bool(known[QPARAM_LATEST]), pipeline.strip())
+        if raw_path != "/download":
             return request
         if not (known.get(QPARAM_ORIGINAL_URL) and known.get(QPARAM_OBJECT_TO)):
             raise BadRequest(f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
@@ -2745,8 +2730,8 @@ class ETLRequest(NamedTuple):
     def from_message(cls, message: Any) -> ETLRequest:
         """Understand the control message of an object that comes over WebSocket, decoded from JSON; BadRequest."""
         names = ("path", "fqn", "etl_args", "pipeline")
-        texts: List[Any] = [message.get(name, "") for name in names] if isinstance(message, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        texts: List[Any] = [message.get(name, "") for name in names] if isinstance(message, dict) else []
+        if set(map(type, texts)) != {str}:
             raise BadRequest("it must be a JSON object whose values are texts")
         path, fqn, etl_args, pipeline = texts
         return cls("PUT", "/ws", fqn=fqn, etl_args=etl_args.strip(), pipeline=pipeline.strip(), object_to=path)
@@ -2847,14 +2832,15 @@ class SpoolFile(ObjectFile):
 class ReceivedObject(LoadedObject):
     """An object that came whole over WebSocket, and the room that it takes in memory until its transform begins."""
 
-    def __init__(self, data: bytes = b"", leave: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, data: bytes = b"", leave: Optional[Callable[[], None]] = None) -> None:
         super().__init__(data)
         self._leave = leave
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make a function that gives the room back and then calls another."""
         def call(*args: Any) -> Any:
-            self._leave()
+            if self._leave is not None:
+                self._leave()
             return function(*args)
 
         return call
@@ -2862,7 +2848,8 @@ class ReceivedObject(LoadedObject):
     def close(self) -> None:
         """Give the room back, if it still has any."""
         super().close()
-        self._leave()
+        if self._leave is not None:
+            self._leave()
 
 
 ObjectStream = Union[BodyStream, ObjectFile, LoadedObject]
@@ -2983,27 +2970,6 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[Objec
             os.close(descriptor)
 
 
-class Turns:
-    """Let the threads of a worker make short system calls one thread after the other.
-
-    Each such call lets go of the interpreter lock. Where many threads want that, every call becomes a switch to another
-    thread and back, which costs more than all the calls. Who has waited `TURN_SECONDS` goes ahead: the calls are not
-    short then, the disk is slow, and disks are best waited for together.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in its turn."""
-        is_ours = self._lock.acquire(timeout=TURN_SECONDS)
-        try:
-            return function(*args)
-        finally:
-            if is_ours:
-                self._lock.release()
-
-
 def uname_of(path: str) -> bytes:
     """Make an object's unique name, `provider/@uuid#namespace/bucket/object`, from the path of its file."""
     match = OBJECT_PATH.fullmatch(path)
@@ -3041,16 +3007,15 @@ class Sources:
         self._pool = pool
         self._outside = ConnectionPool(Settings())  # no token, no certificate, the system's authorities
         self._locate = locate
-        self._turns = Turns()
 
     def open(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Source:
         """Open the object; the caller closes it. 404, 403 or the target's status where it cannot be had."""
-        if request.is_download:
+        if request.original_url:
             return Source(self._download(request.original_url))
         wants_path = bool(request.fqn) and self._settings.direct_fqn
         if request.fqn and not (request.latest and request.method == "GET"):
             path = self._locate(request.fqn)
-            file = self._turns.call(open_object_file, path, self._settings.fqn_roots)
+            file = open_object_file(path, self._settings.fqn_roots)
             if file is not None:
                 return Source(file, path if wants_path else "")
             return self._as_wanted(self._fetch("/" + quote(uname_of(path), safe="@"), ""), wants_path)
@@ -3062,7 +3027,7 @@ class Sources:
         """Read a small object by its path, as `open` does; None for a large one, or where the class gets the path."""
         if self._settings.direct_fqn:
             return None
-        file = self._turns.call(open_object_file, self._locate(request.fqn), self._settings.fqn_roots)
+        file = open_object_file(self._locate(request.fqn), self._settings.fqn_roots)
         if file is None or isinstance(file, LoadedObject):
             return file
         file.close()
@@ -3128,19 +3093,20 @@ class Sources:
 
 
 # == 11. Stage 3, transforming ==
-# Where the class's code runs, and how much of it at once. A slot covers that code alone, never reading or delivering.
+# Where the class's code runs, and how much of it at once. A slot covers that code alone, never
+# reading or delivering.
 
 T = TypeVar("T")
 
 
 class ThreadSlots:
-    """Run calls on the threads that ask, at most `limit` at once."""
+    """Make calls on the threads that ask, at most `limit` at once."""
 
     def __init__(self, limit: int) -> None:
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()  # a semaphore in C: threading's costs as much as a parse
+        # a semaphore in C, at a tenth of threading's cost
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(limit):
             self._free.put(slot)
-        self._ended = threading.Event()
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function once a slot is free; its exception is the caller's."""
@@ -3150,40 +3116,27 @@ class ThreadSlots:
         finally:
             self._free.put(slot)
 
-    def work(self) -> None:
-        """Wait for `end`: this thread has nothing else to do but to take signals."""
-        self._ended.wait()
 
-    def end(self) -> None:
-        """Let `work` return."""
-        self._ended.set()
+class MainThread:
+    """Make calls on the thread that made the instance, one by one, in their order.
 
-
-class MainThreadSlots:
-    """Hand calls to the thread that runs `work`, one at a time: the one that made the instance.
-
-    A call that goes on for long, waiting for work of its own, makes the others meanwhile by `make_next`. It has `told`
-    called for each new one.
+    Other threads put calls into `calls` and have that thread woken by `wake`. It makes them one by
+    one, with `make_call`.
     """
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = 0
-        self.told: Callable[[], object] = lambda: None
-        self.is_over = False
+        self._ident = threading.get_ident()
+        self.calls: Deque[Callable[[], None]] = collections.deque()
+        self.wake: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()  # of putting
 
     @property
     def is_here(self) -> bool:
-        """Whether this is the thread that makes the calls."""
-        return threading.get_ident() == self._thread
-
-    @property
-    def has_calls(self) -> bool:
-        """Whether there are calls to be made."""
-        return not self._calls.empty()
+        """Whether this is that thread."""
+        return threading.get_ident() == self._ident
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Have a function called, in the order of asking, or at once by another call; its exception is the caller's."""
+        """Have the main thread call a function; its exception is the caller's."""
         if self.is_here:
             return function(*args)
         outcomes: List[Outcome] = []
@@ -3202,74 +3155,67 @@ class MainThreadSlots:
                 raise outcome.error
             return cast(T, outcome.value)
         finally:
-            del outcome  # its error's traceback has this frame: a cycle, which would keep the object in memory
-
-    def work(self) -> None:
-        """Make the calls that are handed over, until `end`."""
-        self._thread = threading.get_ident()
-        while not self.is_over:
-            self.make_next()
-
-    def make_next(self) -> None:
-        """Wait for a call, and make it."""
-        self._calls.get()()
-
-    def end(self) -> None:
-        """Let `work` return once it has made the calls before this one."""
-        self.put(functools.partial(setattr, self, "is_over", True))
+            # its error's traceback has this frame: a cycle, which would keep the object in memory
+            del outcome
 
     def put(self, call: Callable[[], None]) -> None:
-        """Have a function that never raises called, and do not wait for it."""
-        self._calls.put(call)
-        self.told()
+        """Have a function called that never raises, and do not wait for it."""
+        with self._lock:  # two that see each other's call must not both rely on the other
+            self.calls.append(call)
+            is_first = len(self.calls) == 1  # else the thread is awake, or being woken
+        if is_first:
+            self.wake()
+
+    def make_call(self) -> None:
+        """Make the first of the calls; the main thread does that."""
+        self.calls.popleft()()
 
 
-Slots = Union[ThreadSlots, MainThreadSlots]
+Slots = Union[ThreadSlots, MainThread]
 
 
 class Pace:
-    """Tell from the last calls how quick they are: quick ones are better made on the thread that asks.
+    """Tell from the last calls whether calls are quick.
 
-    Handing a call to another thread costs as much as a quick one takes altogether. Where nearly all take longer than
-    `quick_seconds`, calls are to be handed over, for a hundred times as long as the last one took; then some are tried.
+    Handing a call to another thread costs as much as a quick one takes. So quick calls are made by
+    the leader, and once three of the last four were slow, or one was very slow, calls are handed
+    over for a hundred times as long as it took.
     """
 
-    def __init__(self, quick_seconds: float) -> None:
+    def __init__(self, quick_seconds: float = QUICK_SECONDS) -> None:
         self._quick_seconds = quick_seconds
-        self._slow_share = 0.0  # of the last calls
+        self._slow = 0.0  # calls, of the last sixteen
         self._hands_over_until = 0.0
 
     def is_quick(self, now: float) -> bool:
-        """Whether the next call is to be made on the thread that asks; times are time.monotonic()'s."""
+        """Whether the leader may make the next call; times are those of time.monotonic()."""
         return now >= self._hands_over_until
 
     def note(self, seconds: float, now: float) -> None:
-        """Take note of how long a call took on the thread that asked."""
-        if seconds < self._quick_seconds:
-            self._slow_share -= self._slow_share * SHARE_WEIGHT
-            return
-        weight = min(1.0, max(SHARE_WEIGHT, seconds / self._quick_seconds / 100))
-        self._slow_share += (1.0 - self._slow_share) * weight
-        if self._slow_share > SLOW_SHARE:
+        """Take note of how long a call took."""
+        self._slow += (seconds >= self._quick_seconds) - self._slow / 16
+        if self._slow > 12 or seconds > 100 * self._quick_seconds:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
-        """Have calls handed over, since one takes at least so long."""
-        self._slow_share = TRIAL_SHARE
+        """Have calls handed over, since one took so long; then four slow ones suffice."""
+        self._slow = 11.0
         self._hands_over_until = now + 100 * seconds
 
 
 def memory_limit(root: str = "/sys/fs/cgroup") -> int:
-    """Return how many bytes of memory the container may take: its control group's limit, or what the machine has."""
+    """Return how many bytes of memory the container may take."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 of control groups, and version 1
-        with contextlib.suppress(OSError, ValueError), open(os.path.join(root, name), "rb", buffering=0) as file:
-            limit = min(limit, int(file.read()))  # ValueError: "max"
+    # version 2 of control groups, and version 1
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            with open(os.path.join(root, name), "rb", buffering=0) as file:
+                limit = min(limit, int(file.read()))
     return limit
 
 
 class Room:
-    """Bound the memory of all bodies that wait for their transforms; those that have no room stay with their senders.
+    """Bound the memory of bodies that wait for their transforms.
 
     Whoever came first is never made to wait: one body always fits, and no two wait for each other.
     """
@@ -3289,14 +3235,18 @@ class Room:
     def check(self, size: int) -> None:
         """Raise 413 for a size that no machine has."""
         if size > self._most:
-            raise ObjectTooLarge(f"the object has {size} bytes, more than the {self._most} of the container's memory")
+            raise ObjectTooLarge(
+                f"the object has {size} bytes, more than the {self._most} of the container's memory")
 
     def take(self, body: object, count: int) -> None:
-        """Wait until there is room for some more bytes, and take it; 413 where no machine has so much."""
-        if self._taken[body] + count > self._most + WRITE_BYTES:  # a step of reading may be larger than what is left
-            raise ObjectTooLarge(f"the object has more bytes than the container's memory, {self._most}")
+        """Wait for room for more bytes and take it; 413 if no machine has so much."""
+        # a step of reading may be larger than what is left
+        if self._taken[body] + count > self._most + WRITE_BYTES:
+            raise ObjectTooLarge(
+                f"the object has more bytes than the container's memory, {self._most}")
         with self._change:
-            self._change.wait_for(lambda: self._total + count <= self._limit or body is next(iter(self._taken)))
+            self._change.wait_for(
+                lambda: self._total + count <= self._limit or body is next(iter(self._taken)))
             self._total += count
             self._taken[body] += count
 
@@ -3317,8 +3267,8 @@ class Room:
 class WaitingBody(io.RawIOBase):
     """A body that is read into memory as there is room for it; `close` leaves the stream open.
 
-    Room is taken for as much again as has come, so that a client which announces a lot and sends a little holds little. Of
-    a file all is there.
+    Room is taken for as much again as has come, so that a client which announces a lot and sends a
+    little holds little. Of a file all is there.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3358,14 +3308,14 @@ class WaitingBody(io.RawIOBase):
         return read_to_end(self, self._stream.size)
 
     def _read_file(self, size: int) -> bytes:
-        """Read from a file, as much as there is at once: each system call less is a change of threads less."""
+        """Read from a file in as few calls as possible: each may change threads."""
         if size > WRITE_BYTES:
             return read_to_end(self, size)
         self._room.take(self, size)
         return cast(ObjectFile, self._stream).read(size)
 
     def before(self, function: Callable[..., T]) -> Callable[..., T]:
-        """Make a function that gives the room back and then calls another: the body waits no more."""
+        """Make a function that gives the room back and then calls another one."""
         def call(*args: Any) -> T:
             self._room.leave(self)
             return function(*args)
@@ -3374,7 +3324,7 @@ class WaitingBody(io.RawIOBase):
 
 
 def as_bytes(output: Any, what: str) -> bytes:
-    """Take a result for bytes: any bytes-like object, text as UTF-8; TypeError names what it is not."""
+    """Return a result as bytes; TypeError names a type that cannot be one."""
     if type(output) is bytes:
         return output
     if isinstance(output, str):
@@ -3388,22 +3338,20 @@ def as_bytes(output: Any, what: str) -> bytes:
 class Transforms:
     """Call the class, with what it expects, and take what it gives for bytes.
 
-    Arguments go by position, since users name them as they like. What `path` looks like depends on the base class
-    (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely on it.
+    Arguments go by position, since users name them as they like. What `path` looks like depends on
+    the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely
+    on it.
     """
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
         self._server = server
+        self.is_streaming = server.use_streaming  # whether the class transforms in pieces
         self._slots = slots
         self._decodes = isinstance(server, FrameworkServer)
         self._memory = memory_limit()
         self._room = Room(WAITING_LIMIT_BYTES, self._memory)
-        self.message_room = Room(WAITING_LIMIT_BYTES, self._memory)  # its own: a message may wait for an object that is read
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether the class transforms in pieces."""
-        return self._server.use_streaming
+        # its own: a message may wait for an object that is read
+        self.message_room = Room(WAITING_LIMIT_BYTES, self._memory)
 
     @property
     def mime_type(self) -> str:
@@ -3418,7 +3366,8 @@ class Transforms:
         args = (self._path(request), request.etl_args)
         size = source.stream.size
         if source.path or (size is not None and size <= READ_BYTES):
-            output = self._slots.run(self._server.transform, source.path or source.stream.readall(), *args)
+            data = source.path or source.stream.readall()
+            output = self._slots.run(self._server.transform, data, *args)
         else:
             output = self._run_large(source.stream, *args)
         return as_bytes(output, "transform() returned")
@@ -3428,12 +3377,13 @@ class Transforms:
         if isinstance(stream, ReceivedObject):
             return self._slots.run(stream.before(self._server.transform), stream.getvalue(), *args)
         if stream.size is not None and stream.size > self._memory:
-            raise ObjectTooLarge(f"the object has {stream.size} bytes, more than the {self._memory} of the container's memory")
+            raise ObjectTooLarge(f"the object has {stream.size} bytes, more than the "
+                                 f"{self._memory} of the container's memory")
         with WaitingBody(self._room, stream) as body:
             return self._slots.run(body.before(self._server.transform), body.readall(), *args)
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
-        """Transform in pieces, none of them empty; raises at the end if the object was not read whole and right."""
+        """Transform in pieces; raise at the end if the object was not read whole."""
         reader = io.BufferedReader(cast(io.RawIOBase, source.stream), READ_BYTES)
         output = self._server.transform_stream(reader, self._path(request), request.etl_args)
         try:
@@ -3447,7 +3397,8 @@ class Transforms:
 
     def _path(self, request: ETLRequest) -> str:
         """The object's path as the base class of the SDK gives it."""
-        return request.path if self._decodes or request.is_download or request.is_message else request.raw_path
+        is_decoded = self._decodes or request.raw_path in ("/ws", "/download")
+        return request.path if is_decoded else request.raw_path
 
 
 # == 12. Stage 4, delivering ==
@@ -3717,16 +3668,10 @@ class Service:
         self.settings = settings
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self._transforms = Transforms(server, slots)
-        self.transforms_where_asked = isinstance(slots, ThreadSlots)
-        self.main_thread = slots if isinstance(slots, MainThreadSlots) else None
+        self.is_streaming = server.use_streaming  # whether objects are transformed piece by piece
         self._deliveries = Deliveries(settings, server, pool)
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether objects are transformed piece by piece."""
-        return self._transforms.is_streaming
 
     def close_idle(self) -> None:
         """Close connections to other nodes that have been idle for too long."""
@@ -3737,10 +3682,15 @@ class Service:
         """The memory for messages that wait for their transforms."""
         return self._transforms.message_room
 
-    def load(self, request: ETLRequest) -> Optional[ReceivedObject]:
-        """Read the object of a message that names a small file; None for any other, which `answer_message` reads."""
+    def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
+        """Read a small object that a request names by its path; return both as if the object had come with it.
+
+        None where the object is not small, not here as a whole, or cannot be read.
+        """
         loaded = attempt(self._sources.load, request).value
-        return None if loaded is None else ReceivedObject(loaded.getvalue())
+        if loaded is None:
+            return None
+        return request._replace(method="PUT", fqn=""), ReceivedObject(loaded.getvalue())
 
     def answer_message(self, request: ETLRequest, body: ReceivedObject) -> Tuple[Answer, bytes]:
         """Answer one object that came over WebSocket, whatever happens: the answer, and its body whole."""
@@ -3776,19 +3726,15 @@ class Service:
         if request.pipeline:
             return self._deliver(request, body)
         fields = (("Content-Type", self._transforms.mime_type),)
-        if not self._streams(request):
+        if not self.is_streaming or request.is_message:  # a message must be whole
             return Answer(HTTPStatus.OK, self._output(request, body), fields)
         pieces = guarded(self._pieces(request, body))
         first = next(pieces, b"")  # until the first piece is there, a failure can still be told by a status
         return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
 
-    def _streams(self, request: ETLRequest) -> bool:
-        """Whether the output leaves in pieces: a message must be whole."""
-        return self._transforms.is_streaming and not request.is_message
-
     def _output(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> bytes:
         """Read and transform a whole object."""
-        if self._transforms.is_streaming:
+        if self.is_streaming:
             return b"".join(self._pieces(request, body))
         source = self._sources.open(request, body)
         with source.stream:
@@ -3803,7 +3749,7 @@ class Service:
     def _deliver(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
         """Deliver the output; again while the hop is lost, if the output or the object can be had again."""
         destination = self._deliveries.destination(request)
-        output = None if self._streams(request) else self._output(request, body)
+        output = None if self.is_streaming and not request.is_message else self._output(request, body)
         retries = Retries(self._delays if output is not None or request.is_replayable else [])
         while True:
             try:
@@ -3832,24 +3778,246 @@ class Service:
         return error_answer(status, self.settings.redact(f"Processing error: {reason}"), headers)
 
 
-# == 14. WebSocket ==
-# Frames of a connection to messages (RFC 6455, the server's side, no extensions); messages to objects and their results,
-# which is AIStore's own protocol (ext/etl/websocket_comm.go) and knows no frames; and connections, which join the two.
+# == 14. HTTP: one connection ==
+# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread at a time serves
+# a connection: the leader of the server, which must not wait, or a thread of its pool.
+
+
+class Next(enum.Enum):
+    """What a connection wants next: all that a server has to know of a protocol."""
+
+    READ = enum.auto()  # to be served by the leader once more has come
+    THREAD = enum.auto()  # to be served by a thread that may wait
+    PAUSE = enum.auto()  # nothing, until it asks again by itself
+    UPGRADE = enum.auto()  # to speak WebSocket from now on
+    CLOSE = enum.auto()
+    RESET = enum.auto()  # to be closed so that half an answer is not taken for a whole one
+    NOTHING = enum.auto()  # another thread serves it by now
+
+
+class Connection:
+    """One connection, served by one thread at a time.
+
+    Methods to override:  attend, work, dismiss, is_expired, expire; let_go, pause and close where
+    there is something to do
+
+    `attend` serves what has come and never waits; `work` serves and may wait. Both return what is
+    wanted next. What they raise ends the connection.
+    """
+
+    is_over = False  # whether it is to be served and ended, although nothing may have come
+
+    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
+        self.socket = connection
+        # The Server of section 16; the protocols use its service, settle, kick, submit,
+        # may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with each call of
+        # the class.
+        self.server = server
+        self.input = source
+        self.served = 0  # calls of the class, since the server last looked
+        self.since = time.monotonic()  # when it became idle, or the first byte of what is here came
+        self._may_call = False  # whether the thread that attends may call the class
+        self._calls_until = 0.0  # and for how long
+        self._linger_bytes = 0  # that are still to be read and forgotten, while it lingers
+
+    def attend(self, may_call: bool) -> Next:
+        """Serve what has come without waiting; call the class only if `may_call`."""
+        raise NotImplementedError
+
+    def work(self) -> Next:
+        """Serve on, and wait for what that takes."""
+        raise NotImplementedError
+
+    def dismiss(self) -> bool:
+        """Tell whether the connection may be closed because the pod stops."""
+        raise NotImplementedError
+
+    def retire(self) -> Next:
+        """Make room for others, if still nothing has come."""
+        return Next.CLOSE if self.dismiss() else Next.READ
+
+    def is_expired(self, now: float) -> bool:
+        """Tell whether its client has let it wait for too long."""
+        raise NotImplementedError
+
+    def expire(self) -> Next:
+        """End it for that."""
+        return Next.CLOSE
+
+    def let_go(self) -> bool:
+        """Let go of the thread that attends; return True if another one may go on."""
+        self._may_call = False
+        return False
+
+    def pause(self) -> bool:
+        """Pause until it asks again; return False if it need not pause any more."""
+        return False
+
+    def fail(self, error: BaseException) -> Next:
+        """Tell how to end the connection, which has failed."""
+        level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
+        logger.log(level, "connection: %s", describe(error))
+        forget_traceback(error)
+        return Next.CLOSE
+
+    def close(self) -> None:
+        """Let go of what it holds; its server closes the socket."""
+
+    def receive(self) -> bool:
+        """Receive what has come, without waiting; return False at the connection's end."""
+        try:
+            return self.input.fill(socket.MSG_DONTWAIT)
+        except BlockingIOError:  # readable no more, or never was
+            return True
+
+    def linger(self) -> Next:
+        """Read on before closing, or a reset would take the answer from a client that sends."""
+        if attempt(self.socket.shutdown, socket.SHUT_WR).error is not None:  # the client is gone
+            return Next.CLOSE
+        self._linger_bytes, self.since = LINGER_LIMIT_BYTES, time.monotonic()
+        self.input.take(self.input.ahead)
+        return Next.READ
+
+    @property
+    def is_lingering(self) -> bool:
+        """Whether nothing is left to do but to read on for a moment."""
+        return self._linger_bytes > 0
+
+    def forget_some(self) -> Next:
+        """Read and forget what comes while it lingers."""
+        data = attempt(self.socket.recv, READ_BYTES, socket.MSG_DONTWAIT)
+        self._linger_bytes -= len(data.value or b"")
+        is_waiting = isinstance(data.error, BlockingIOError)
+        return Next.READ if is_waiting or (data.value and self._linger_bytes > 0) else Next.CLOSE
+
+
+class Head(NamedTuple):
+    """The head of a request, parsed; field names are in lower case."""
+
+    method: str
+    target: str
+    is_http_1_0: bool
+    fields: Mapping[str, str]
+
+    @property
+    def wants_close(self) -> bool:
+        """Whether the client will send nothing more on this connection."""
+        connection = self.fields.get("connection")
+        if connection is None:
+            return self.is_http_1_0
+        options = {option.strip().lower() for option in connection.split(",")}
+        return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits to be told to send its body (RFC 9110, 10.1.1)."""
+        expects = self.fields.get("expect")
+        return expects is not None and expects.lower() == "100-continue" and not self.is_http_1_0
+
+
+UNKNOWN_HEAD = Head("", "", False, {})  # of a request that could not be parsed
+
+
+def parse_head(data: bytes) -> Head:
+    """Parse the lines of a head; UnframedRequest for what is not plain HTTP/1."""
+    line, _, rest = data.decode("latin-1").partition("\r\n")
+    if rest.count("\n") > HEAD_LIMIT_FIELDS:
+        raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise UnframedRequest("the request line is malformed")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise UnframedRequest(f"HTTP/{major}.{minor} is not spoken here", 505)
+    fields = parse_kept_fields(rest) if len(rest) < KEPT_FIELDS_LIMIT else parse_fields(rest)
+    host = fields.get("host")
+    if host is None and minor != "0":
+        raise UnframedRequest("the Host field is missing")
+    if host and not HOST.fullmatch(host):
+        raise UnframedRequest("the Host field is malformed")
+    return Head(method, target, minor == "0", fields)
+
+
+def body_of(head: Head, source: ConnectionInput) -> MessageBody:
+    """Tell how a body ends (RFC 9112, 6.3); UnframedRequest if that is ambiguous."""
+    coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
+    if coding is None:
+        if length is None:
+            return BoundedReader(source, 0)
+        if not (length.isascii() and length.isdigit() and len(length) <= 18):
+            raise UnframedRequest("the Content-Length is malformed")
+        return BoundedReader(source, int(length))
+    if length is not None or head.is_http_1_0:
+        raise UnframedRequest(
+            "a Transfer-Encoding cannot come with a Content-Length, nor in HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise UnframedRequest(f"the Transfer-Encoding {coding!r} is not known here", 501)
+    return ChunkedReader(source)
+
+
+METHOD_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?: |\Z)")
+
+
+def check_partial_head(source: ConnectionInput) -> None:
+    """Raise UnframedRequest where what is here can never become a head, or is too long for one."""
+    if source.ahead >= HEAD_LIMIT_BYTES:
+        is_in_request_line = source.find(b"\n", HEAD_LIMIT_BYTES) < 0
+        raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
+    if source.has_bare_line_feed():
+        raise UnframedRequest("a line of the head does not end in CRLF")
+    beginning = source.peek(READ_BYTES)
+    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):  # of TLS, for one
+        raise UnframedRequest("this is not HTTP")
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(seconds: int) -> str:
+    """Write a time since the epoch as RFC 9110, 5.6.7 wants it, in any locale."""
+    now = time.gmtime(seconds)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
+    months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+    month = months[now.tm_mon - 1]
+    clock = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
+    return f"{day}, {now.tm_mday:02} {month} {now.tm_year} {clock} GMT"
+
+
+UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
+
+
+@functools.lru_cache(maxsize=64)
+def status_line(status: int) -> str:
+    """Write an answer's first line, also for a status that a user's code made up."""
+    return f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}\r\n"
+
+
+@functools.lru_cache(maxsize=1024)
+def field_line(name: str, value: str) -> str:
+    """Write one header field; a value of user code's cannot break out of its line."""
+    return UNPRINTABLE.sub("?", f"{name}: {value}") + "\r\n"
+
+
+def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
+    """Write an answer's head."""
+    lines = [field_line(name, value) for name, value in fields]
+    date = http_date(int(time.time()))
+    return "".join([status_line(status), "Date: ", date, "\r\n", *lines, "\r\n"]).encode("latin-1")
+
+
+def log_cut(name: str, error: BaseException) -> None:
+    """Log why an answer ended half-way."""
+    error = getattr(error, "error", error)
+    if isinstance(error, RequestError):
+        logger.error("%s: the answer was cut: %s", name, error)
+    else:
+        log_user_error(f"{name}: the answer was cut", error)
+
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes
-OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
-DATA_OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY)
-CONTROL_OPCODES = (OP_CLOSE, OP_PING, OP_PONG)
-CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
-CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1000, 1001, 1002, 1005
-CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
-Unmasking = Callable[[memoryview, bytes], None]
-CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))  # that may be sent, of IANA's; 3000 to 4999 too
 
 
 def upgrade_answer(fields: Mapping[str, str]) -> Answer:
-    """Answer a handshake (RFC 6455, 4.2) by its header fields; RequestError where it is none, or not for us."""
+    """Answer a handshake (RFC 6455, 4.2); RequestError if it is none or not for us."""
     import binascii
     import hashlib
 
@@ -3859,8 +4027,9 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
         raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED,
                            {"Upgrade": "websocket", "Connection": "Upgrade"})
     if fields.get("sec-websocket-version") != "13":
-        raise RequestError("only version 13 of WebSocket is spoken here", HTTPStatus.UPGRADE_REQUIRED,
-                           {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade"})
+        needed = {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade"}
+        raise RequestError("only version 13 of WebSocket is spoken here",
+                           HTTPStatus.UPGRADE_REQUIRED, needed)
     key = fields.get("sec-websocket-key", "")
     if not WEBSOCKET_KEY.fullmatch(key):
         raise BadRequest("the Sec-WebSocket-Key is malformed")
@@ -3868,6 +4037,283 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
     accept = binascii.b2a_base64(digest, newline=False).decode()
     return Answer(HTTPStatus.SWITCHING_PROTOCOLS, b"", (
         ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)))
+
+
+HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
+
+
+class Framed(NamedTuple):
+    """A request whose head is here, and what it asks for or its answer."""
+
+    head: Head
+    body: MessageBody
+    asked: Union[ETLRequest, Answer]
+
+
+class HTTPConnection(Connection):
+    """A connection of HTTP/1.1, and 1.0.
+
+    `BaseHTTPRequestHandler`'s parser is not used: it is lenient where two readers could differ on
+    where a request ends.
+    """
+
+    def __init__(self, connection: socket.socket, server: Any, ahead: bytes = b"",
+                 only_upgrades: bool = False) -> None:
+        super().__init__(connection, server, ConnectionInput(connection, ahead))
+        # whether it is closed after one request, unless that upgrades it
+        self._only_upgrades = only_upgrades
+        self._todo: Optional[Framed] = None  # a request that waits for a thread
+        # of an answer, what the leader could not send without waiting
+        self._unsent: Sequence[Any] = ()
+        self._wish = Next.READ  # what is to become of the connection once all is sent
+        self._lingers = False  # whether its client may still send when it is closed
+        self._is_cut = False  # whether an answer has begun whose end only the connection's can tell
+        self._send_flags = 0
+        self._serving = "connection"  # the object of the request that is being answered
+        connection.setblocking(True)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        set_timeout(connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
+        set_timeout(connection, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
+
+    def attend(self, may_call: bool) -> Next:
+        """Serve the requests that have come, as far as nothing has to be waited for."""
+        if self._linger_bytes > 0:
+            return self.forget_some()
+        if not self.receive():
+            return Next.CLOSE
+        self._may_call, self._send_flags = may_call, socket.MSG_DONTWAIT
+        self._calls_until = time.monotonic() + TURN_SECONDS
+        return self._serve_all()
+
+    def work(self) -> Next:
+        """Send the rest of an answer, then serve the requests that are here."""
+        self._send_flags = 0
+        unsent, self._unsent = self._unsent, ()
+        send_parts(self.socket, unsent)
+        return self._serve_all()
+
+    def dismiss(self) -> bool:
+        """Tell whether no request has begun to come."""
+        return not (self.input.ahead or self.is_lingering or is_ready(self.socket, select.POLLIN))
+
+    def is_expired(self, now: float) -> bool:
+        """Tell whether the client has taken too long."""
+        limit = HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS
+        return now - self.since > (DRAIN_SECONDS if self.is_lingering else limit)
+
+    def expire(self) -> Next:
+        """Answer a head that did not come whole in time; close what is idle."""
+        if not self.input.ahead:
+            return Next.CLOSE
+        self._send_flags = socket.MSG_DONTWAIT
+        error = UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
+        self._respond(self._refused(error))
+        return self._end()
+
+    def fail(self, error: BaseException) -> Next:
+        """Log what went wrong; a stream without chunks must end by a reset."""
+        if isinstance(error, OSError):
+            logger.debug("%s: %s", self._serving, error)
+        else:
+            log_cut(self._serving, error)
+        forget_traceback(error)
+        return Next.RESET if self._is_cut else Next.CLOSE
+
+    def _serve_all(self) -> Next:
+        """Serve the requests that are here, one after the other, as far as this thread may."""
+        while self._wish is Next.READ and not self._unsent:
+            framed = self._todo or (self._next_request() if self.input.ahead else None)
+            if framed is None:
+                break
+            self._todo = framed
+            if not self._send_flags:
+                self._respond(framed)
+            elif not self._serve_at_once(framed):
+                return Next.THREAD
+            self._todo = None
+        return self._end()
+
+    def _end(self) -> Next:
+        """Tell what is wanted, now that all requests are answered that were here."""
+        if self._unsent:
+            return Next.THREAD
+        if self._lingers:
+            return self.linger()
+        return self._wish
+
+    # -- reading --
+
+    def _next_request(self) -> Optional[Framed]:
+        """Take the next request from what is here; None where its head is not here as a whole."""
+        source = self.input
+        # an empty line before a request is to be skipped (RFC 9112, 2.2)
+        while source.find(b"\r\n", 2) == 0:
+            source.take(2)
+        try:
+            end = source.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
+            if end < 0:
+                if source.ahead:
+                    check_partial_head(source)
+                return None
+            head = parse_head(source.take(end + 4)[:-2])
+            body = body_of(head, source)
+        except UnframedRequest as error:
+            return self._refused(error)
+        source.invite = None
+        if "expect" in head.fields and head.expects_continue and not source.ahead:
+            source.invite = self._send_continue
+        return Framed(head, body, self._understand(head, body))
+
+    def _refused(self, error: UnframedRequest) -> Framed:
+        """Make what stands for a request that cannot be framed; nothing behind it can be read."""
+        logger.warning("request of %s: %s", attempt(self.socket.getpeername).value, error)
+        answer = error_answer(error.status, str(error), error.headers)
+        return Framed(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
+
+    def _understand(self, head: Head, body: MessageBody) -> Union[ETLRequest, Answer]:
+        """Tell what a request asks for, or answer it if the class is not needed for that."""
+        try:
+            pipeline = head.fields.get("ais-node-url", "")
+            request = ETLRequest.parse(head.method, head.target, pipeline)
+            if request.raw_path == "/health":
+                return HEALTHY
+            return self._upgrade_answer(head, body) if request.raw_path == "/ws" else request
+        except RequestError as error:
+            return error_answer(error.status, str(error), error.headers)
+
+    def _upgrade_answer(self, head: Head, body: MessageBody) -> Answer:
+        """Answer a WebSocket handshake, or raise RequestError."""
+        if head.is_http_1_0 or body.size != 0 or head.wants_close:
+            raise BadRequest("a handshake is of HTTP/1.1, has no body, and keeps its connection")
+        answer = upgrade_answer(head.fields)
+        if not self.server.may_upgrade():
+            raise RequestError("there are too many WebSocket connections",
+                               HTTPStatus.SERVICE_UNAVAILABLE)
+        return answer
+
+    # -- answering --
+
+    def _serve_at_once(self, framed: Framed) -> bool:
+        """Answer a request without waiting; return False if something is missing."""
+        head, body, asked = framed
+        if body.size is None or body.size > self.input.ahead:
+            return False
+        if isinstance(asked, Answer):
+            self._respond(framed)
+            return True
+        if not self._may_call or asked.pipeline or asked.latest or body.size > READ_BYTES:
+            return False
+        if time.monotonic() > self._calls_until:
+            return False
+        if asked.fqn:
+            loaded = self.server.service.load(asked)
+            if loaded is None:
+                return False
+            self._respond(framed, loaded)
+        elif asked.method == "PUT":
+            self._respond(framed)
+        else:
+            return False
+        self.served += 1
+        self.server.turn += 1
+        return True
+
+    def _respond(self, framed: Framed,
+                 loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
+        """Answer one request, for an object that was `loaded` already or with its body."""
+        head, body, answer = framed
+        if not isinstance(answer, Answer):
+            self._serving = answer.name
+            answer = self.server.service.answer(*(loaded or (answer, body)))
+        with answer:
+            if isinstance(answer.body, bytes) and not body.is_at_end:
+                self._drain(body)
+            keeps = self._keeps(answer, head, body)
+            self._write(answer, head, keeps)
+        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            self._wish = Next.UPGRADE
+        elif not keeps:
+            self._wish = Next.CLOSE
+            self._lingers = not body.is_at_end or head is UNKNOWN_HEAD
+
+    def _drain(self, body: MessageBody) -> None:
+        """Read what an error has left of a small body."""
+        self.input.invite, waits = None, self.input.invite is not None
+        if waits or (body.size or 0) > DRAIN_LIMIT_BYTES:
+            return
+        set_timeout(self.socket, socket.SO_RCVTIMEO, DRAIN_SECONDS)
+        attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
+        set_timeout(self.socket, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
+
+    def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
+        """Tell whether the connection can serve another request after this answer.
+
+        Where a body was not read to its end, an error was found before: rather than reading on, a
+        whole object perhaps, or guessing whether a client that waits for "100 Continue" will still
+        send it (RFC 9110, 10.1.1), we close.
+        """
+        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            return True
+        if head is UNKNOWN_HEAD or head.wants_close:
+            return False
+        if self.server.is_draining or self._only_upgrades:
+            return False
+        if isinstance(answer.body, bytes):
+            return body.is_at_end and body.failure is None
+        return not head.is_http_1_0  # a stream reads the body to its end, or is cut
+
+    def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
+        """Send an answer, whose head tells the client whether the connection can be used again."""
+        is_chunked = answer.is_open and not head.is_http_1_0
+        fields = [*answer.headers, *answer.framing(is_chunked)]
+        if not keeps or head.is_http_1_0:
+            fields.append(("Connection", "keep-alive" if keeps else "close"))
+        text = answer_head(answer.status, fields)
+        if head.method == "HEAD":
+            self._send(text)
+        elif isinstance(answer.body, bytes):
+            self._send(text, b"0\r\n\r\n" if is_chunked else answer.body)
+        else:
+            self._send_pieces(text, answer.body, is_chunked)
+
+    def _send_pieces(self, text: bytes, pieces: Iterator[bytes], is_chunked: bool) -> None:
+        """Send a body piece by piece; a failure shows by the missing last chunk."""
+        self._is_cut = not is_chunked
+        for piece in pieces:
+            if is_chunked:
+                self._send(text + b"%x\r\n" % len(piece), piece, b"\r\n")
+            else:
+                self._send(text, piece)
+            text = b""
+        self._send(text, b"0\r\n\r\n" if is_chunked else b"")
+        self._is_cut = False
+
+    def _send(self, *parts: bytes) -> None:
+        """Send parts; on the thread that leads, what the client takes without waiting."""
+        if not self._send_flags:
+            return send_parts(self.socket, parts)
+        try:
+            self._unsent = send_some(self.socket, parts, self._send_flags)
+        except BlockingIOError:
+            self._unsent = parts
+
+    def _send_continue(self) -> None:
+        self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+# == 15. WebSocket: one connection ==
+# Frames to messages (RFC 6455, the server's side, no extensions); messages to objects and their
+# results, AIStore's own protocol (ext/etl/websocket_comm.go); and connections, which join the two.
+
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
+DATA_OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY)
+CONTROL_OPCODES = (OP_CLOSE, OP_PING, OP_PONG)
+CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
+CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1000, 1001, 1002, 1005
+CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
+Unmasking = Callable[[memoryview, bytes], None]
+# that may be sent, of IANA's; 3000 to 4999 too
+CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
 
 class MessageError(RequestError):
@@ -3883,7 +4329,9 @@ def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
     first = opcode | (0x80 if is_last else 0)
     if size < 126:
         return bytes((first, size))
-    return struct.pack("!BBH", first, 126, size) if size < 1 << 16 else struct.pack("!BBQ", first, 127, size)
+    if size < 1 << 16:
+        return struct.pack("!BBH", first, 126, size)
+    return struct.pack("!BBQ", first, 127, size)
 
 
 def cut_reason(reason: str) -> str:
@@ -3899,7 +4347,7 @@ def close_frame(code: int, reason: str = "") -> bytes:
 
 
 def parse_close(payload: bytes) -> int:
-    """Take the code from a frame that closes (RFC 6455, 5.5.1 and 7.4); MessageError where it must not come."""
+    """Take the code from a close frame (RFC 6455, 5.5.1 and 7.4), or MessageError."""
     if not payload:
         return CLOSE_NO_CODE
     code = int.from_bytes(payload[:2], "big")
@@ -3911,7 +4359,7 @@ def parse_close(payload: bytes) -> int:
 
 
 def unmasked(data: Any, mask: bytes) -> bytes:
-    """Undo the mask of up to `UNMASK_BYTES` (RFC 6455, 5.3), as one whole number: a loop over bytes takes ages."""
+    """Undo the mask of up to `UNMASK_BYTES` (RFC 6455, 5.3), as one whole number."""
     size = len(data)
     pad = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
@@ -3930,22 +4378,26 @@ def unmask_by_numbers(data: memoryview, mask: bytes) -> None:
 def unmasking_by_openssl() -> Unmasking:
     """Make a function that undoes masks in the C of OpenSSL; raise where there is none.
 
-    That is nine times as fast as by numbers, and the OpenSSL is the one that Python's hashlib is linked to. Output feedback (NIST
-    SP 800-38A, 6.4) encrypts a block again and again, and XORs data with what comes out. By a cipher that leaves the block as
-    it is, that is one block over and over: what RFC 6455 does with a mask.
+    That is nine times as fast as by numbers, and the OpenSSL is the one that Python's hashlib is
+    linked to. Output feedback (NIST SP 800-38A, 6.4) encrypts a block again and again, and XORs
+    data with what comes out. By a cipher that leaves the block as it is, that is one block over and
+    over: what RFC 6455 does with a mask.
     """
     import _hashlib
     import ctypes
 
-    encrypt = ctypes.CDLL(_hashlib.__file__).CRYPTO_ofb128_encrypt  # of openssl/modes.h; found in what the module is linked to
+    # of openssl/modes.h; found in what the module is linked to
+    encrypt = ctypes.CDLL(_hashlib.__file__).CRYPTO_ofb128_encrypt
     address = ctypes.c_void_p
     encrypt.argtypes = [address, address, ctypes.c_size_t, address, address, address, address]
     encrypt.restype = None
-    identity = ctypes.cast(ctypes.memmove, address)  # called with the block, the block, and the key: how many bytes to move
+    # called with the block, the block, and the key: how many bytes to move
+    identity = ctypes.cast(ctypes.memmove, address)
 
     def unmask_by_openssl(data: memoryview, mask: bytes) -> None:
         start = ctypes.byref(ctypes.c_char.from_buffer(data))
-        encrypt(start, start, len(data), None, ctypes.create_string_buffer(mask * 4, 16), ctypes.byref(ctypes.c_int(0)), identity)
+        block, used = ctypes.create_string_buffer(mask * 4, 16), ctypes.byref(ctypes.c_int(0))
+        encrypt(start, start, len(data), None, block, used, identity)
 
     trial = bytearray(range(37))
     unmask_by_openssl(memoryview(trial), b"mask")
@@ -3982,7 +4434,7 @@ class Frame(NamedTuple):
 
 
 def check_frame(first: int, second: int) -> None:
-    """Raise MessageError for the first two bytes of a frame that no client of ours may send (RFC 6455, 5.2 and 5.5)."""
+    """Raise MessageError for a head that no client may send (RFC 6455, 5.2 and 5.5)."""
     opcode = first & 0x0F
     if first & 0x70:
         raise MessageError("a reserved bit is set, and no extension was agreed on")
@@ -4015,7 +4467,8 @@ def next_frame(source: ConnectionInput) -> Optional[Frame]:
 class MessageStream(BodyStream):
     """The payload of one message, of all its fragments.
 
-    Control frames between these go to `control`; `admit` is called with the bytes that are known to come, and may object.
+    Control frames between these go to `control`; `admit` is called with the bytes that are known to
+    come, and may object.
     """
 
     def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None],
@@ -4032,7 +4485,7 @@ class MessageStream(BodyStream):
         self.size = frame.size if frame.is_last else None
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes; ShortBody where the connection ends, MessageError where it must be closed."""
+        """Read some bytes of the payload, 0 at its end."""
         while not self._left and not self._is_last:
             self._begin_fragment()
         if not self._left:
@@ -4084,55 +4537,65 @@ class Closed(Exception):
 
 
 class MessageReader:
-    """Read messages, one at a time, each whole. Control frames are answered by `send`, wherever they come.
+    """Read whole messages, one at a time; answer control frames by `send`.
 
-    A message that is not small takes room in memory that the worker's connections share, until its transform begins.
-    Text is taken for its bytes: AIStore sends none, and there is nothing else that it could mean.
+    A message that is not small takes room in memory that the worker's connections share, until its
+    transform begins. Text is taken for its bytes: AIStore sends none, and there is nothing else
+    that it could mean.
     """
 
     def __init__(self, source: ConnectionInput, room: Room, send: Callable[..., None]) -> None:
         self._source = source
         self._room = room
         self._send = send
-        self.is_within = False  # whether a frame, or a message of several, has begun to come and not yet ended
+        self.begins_large = False  # whether what comes next must be read by `read`
+
+    def small(self) -> Optional[bytes]:
+        """Take the next message if it is small and here as a whole.
+
+        Raises Closed at a close frame and MessageError where the connection must be closed.
+        """
+        source = self._source
+        while True:
+            head = source.peek(4)
+            if len(head) < 2:
+                self.begins_large = False
+                return None
+            check_frame(head[0], head[1])
+            opcode, size, start = head[0] & 0x0F, head[1] & 0x7F, 6
+            if size == 126 and len(head) == 4:
+                size, start = int.from_bytes(head[2:], "big"), 8
+            is_plain = head[0] == OP_BINARY | 0x80 or opcode in CONTROL_OPCODES
+            is_malformed = start == 8 and size < 126
+            self.begins_large = not is_plain or is_malformed or size == 127 or size > UNMASK_BYTES
+            if self.begins_large or source.ahead < start + size:
+                return None
+            mask = source.take(start)[-4:]
+            payload = unmasked(source.take(size), mask)
+            if opcode == OP_BINARY:
+                return payload
+            self._take_control(opcode, payload)
 
     def read(self) -> Optional[ReceivedObject]:
         """Read a message; None at the end of the connection.
 
-        Closed at a close frame, ShortBody in the middle of a message, MessageError or ObjectTooLarge where the connection
-        must be closed.
+        Raises Closed at a close frame, ShortBody in the middle of a message, MessageError or
+        ObjectTooLarge where the connection must be closed.
         """
-        message = None
-        while message is None:
-            self.is_within = False
+        while True:
             frame = next_frame(self._source)
             if frame is None:
                 return None
-            self.is_within = True
-            message = self._read_from(frame)
-        self.is_within = False
-        return message
-
-    def _read_from(self, frame: Frame) -> Optional[ReceivedObject]:
-        """Read the message that a frame begins; None for a control frame."""
-        if frame.opcode in CONTROL_OPCODES:
+            if frame.opcode not in CONTROL_OPCODES:
+                return self._read_from(frame)
             self._control(frame)
-            return None
+
+    def _read_from(self, frame: Frame) -> ReceivedObject:
+        """Read the message that a frame begins, as there is memory for it."""
         if frame.opcode == OP_CONTINUATION:
             raise MessageError("there is no message to be continued")
-        if frame.opcode == OP_BINARY and frame.is_last and frame.size <= UNMASK_BYTES:
-            return ReceivedObject(self._payload(frame))
-        return self._read_large(frame)
-
-    def _payload(self, frame: Frame) -> bytes:
-        """Read the payload of a small frame."""
-        if not self._source.need(frame.size):
-            raise ShortBody("a frame ended early")
-        return unmasked(self._source.take(frame.size), frame.mask)
-
-    def _read_large(self, frame: Frame) -> ReceivedObject:
-        """Read a message as there is memory for it."""
-        waiting = WaitingBody(self._room, MessageStream(self._source, frame, self._control, self._room.check))
+        stream = MessageStream(self._source, frame, self._control, self._room.check)
+        waiting = WaitingBody(self._room, stream)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(waiting.close)
             received = ReceivedObject(waiting.readall(), waiting.close)
@@ -4140,76 +4603,37 @@ class MessageReader:
         return received
 
     def _control(self, frame: Frame) -> None:
-        """Take care of a control frame: a ping is answered, a close frame ends all, a pong says nothing to us."""
-        payload = self._payload(frame)
-        if frame.opcode == OP_PING:
+        """Read a control frame to its end, and take care of it."""
+        if not self._source.need(frame.size):
+            raise ShortBody("a frame ended early")
+        self._take_control(frame.opcode, unmasked(self._source.take(frame.size), frame.mask))
+
+    def _take_control(self, opcode: int, payload: bytes) -> None:
+        """Answer a ping; a close frame ends all, and a pong says nothing to us."""
+        if opcode == OP_PING:
             self._send(frame_head(OP_PONG, len(payload)), payload)
-        elif frame.opcode == OP_CLOSE:
+        elif opcode == OP_CLOSE:
             raise Closed(parse_close(payload))
 
 
 class Reply(NamedTuple):
-    """What goes back for one object: its result, the length that was delivered, or why it failed for good."""
+    """What goes back for an object: its result, the length delivered, or a failure."""
 
     opcode: int  # OP_BINARY, OP_TEXT, or OP_CLOSE
     data: bytes  # of a failure, the reason
 
 
 def reason_of(body: bytes) -> str:
-    """Take the reason from the body of an answer that tells a failure: ours, or what another node said."""
+    """Take the reason from the body of an answer that tells a failure."""
     value = attempt(json.loads, body).value
     detail = value.get("detail") if isinstance(value, dict) else None
-    return " ".join((detail if isinstance(detail, str) else body.decode("utf-8", "replace")).split())
+    text = detail if isinstance(detail, str) else body.decode("utf-8", "replace")
+    return " ".join(text.split())
 
 
 def is_bound_elsewhere(pipeline: str) -> bool:
-    """Tell whether the last hop of a pipeline is an object at its target; no, where the pipeline cannot be read."""
+    """Tell whether the last hop of a pipeline is an object at its target."""
     return bool(attempt(is_final, pipeline.rpartition(",")[2].strip()).value)
-
-
-class MessagePace(Pace):
-    """The pace of a worker's objects, and a turn for connections that transform these on their own threads.
-
-    Without it, these would only compete for the interpreter.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(QUICK_SECONDS)
-        self.answered = 0  # objects, on the main thread
-        self._turn = threading.Lock()
-        self._kept_until = 0.0  # nobody waits for the turn before: whoever has it keeps it for long
-        self._alarm = threading.Event()
-        self._is_watched = True
-
-    def take_turn(self) -> bool:
-        """Wait for the turn, but shortly, and no more while it is known to be kept; False to go ahead without it."""
-        if time.monotonic() < self._kept_until:
-            return self._turn.acquire(blocking=False)
-        has_turn = self._turn.acquire(timeout=BATCH_TURN_SECONDS)
-        if not has_turn:
-            self._kept_until = time.monotonic() + 10 * BATCH_TURN_SECONDS  # long enough to cost others little
-        return has_turn
-
-    def give_turn(self) -> None:
-        """Let another connection have the turn."""
-        self._turn.release()
-
-    def hold(self) -> None:
-        """Have objects handed over for a moment, and no shorter than they would be."""
-        self._hands_over_until = max(self._hands_over_until, time.monotonic() + 100 * QUICK_SECONDS)
-
-    def begin(self) -> None:
-        """Tell whoever watches that there is something to be watched."""
-        if not self._is_watched:
-            self._alarm.set()
-
-    def wait_for_begin(self, has_begun: Callable[[], bool]) -> None:
-        """Wait until there is something to be watched: a process without work should not wake up."""
-        self._is_watched = False
-        self._alarm.clear()
-        if not has_begun():  # else it has perhaps seen that it was watched
-            self._alarm.wait()
-        self._is_watched = True
 
 
 class Exchanged:
@@ -4218,50 +4642,50 @@ class Exchanged:
     def __init__(self, request: ETLRequest, body: ReceivedObject) -> None:
         self.request = request
         self.body = body
-        self.size = body.size  # in memory: the object's, then its result's
+        self.size = body.size  # bytes in memory: the object's, then its result's
         self.reply: Optional[Reply] = None
 
 
 class ObjectExchange:
-    """AIStore's protocol on one connection, whatever carries the messages: pairs them, and has their objects answered.
+    """AIStore's protocol on one connection: pair messages, have objects answered.
 
-    An object is one message of JSON, and if that has no `fqn`, a second one with the bytes. Messages go in by `take`, on
-    one thread at a time; replies come out by `send`, one for each object and in their order, on any thread but never two at
-    once. It must not raise. `hand_over` has a function called with an argument on another thread.
+    An object is one message of JSON, and if that has no `fqn`, a second one with the bytes.
+    Messages go in by `take`, on one thread at a time. Replies come out by `send`, one for each
+    object and in their order, on any thread but never two at once; it is told whether it may wait
+    for the client, and must not raise. `submit` has a function called with an argument on another
+    thread, and `told` is called when a pending object has been answered.
 
-    While objects are quick, they are answered on the thread of `take`, or for it by the main thread, several at a time. One
-    that takes long must hold up neither those that were answered before it nor those that come behind it: it becomes
-    pending, as all are while `pace` does not find them quick, and others are handed over.
+    A quick object is answered on the thread of `take`, where that may call the class. Any other is
+    *pending*: a thread answers it, and whoever finds the first one answered sends the replies that
+    are ready. If an object that is answered on the thread of `take` turns out to take long,
+    `let_go` makes it pending as well, and another thread takes messages.
 
-    The protocol has no word for failure; what a failed object is answered follows from what a target (AIStore 5.0) makes of
-    each answer:
+    The protocol has no word for failure; what a failed object is answered follows from what a
+    target (AIStore 5.0) makes of each answer:
 
-    * an object bound for another target: a binary message, which the target takes for that object's failure
-    * any other: the connection must be closed, which fails the object; all behind it is lost. With ETL_WS_FAILURE=empty it
-      is the text that tells a delivery: the object is empty or missing, and the job goes on
+    * an object bound for another target: a binary message, which the target takes for that object's
+      failure
+    * any other: the connection must be closed, which fails the object; all behind it is lost. With
+      ETL_WS_FAILURE=empty it is the text that tells a delivery: the object is empty or missing, and
+      the job goes on
     """
 
-    def __init__(self, service: Service, send: Callable[[Reply], None],
-                 hand_over: Callable[[Callable[[Any], None], Any], None], pace: MessagePace) -> None:
+    def __init__(self, service: Service, send: Callable[[Sequence[Reply], bool], None],
+                 submit: Callable[[Callable[[Any], None], Any], None],
+                 told: Callable[[], None]) -> None:
         self._service = service
         self._send = send
-        self._hand_over = hand_over
-        self._pace = pace
+        self._submit = submit
+        self._told = told
         self._awaited: Optional[ETLRequest] = None  # an object whose bytes are the next message
-        self._pending: Deque[Exchanged] = collections.deque()
+        # what the thread of `take` answers, and is not pending
+        self._current: Optional[Exchanged] = None
+        # what other threads answer, or have answered
+        self.pending: Deque[Exchanged] = collections.deque()
         self._bytes = 0  # of those
-        self._batch: Deque[Exchanged] = collections.deque()  # small ones for the main thread: going there is dear
-        self._round = 0  # of answering the batch: a call that the main thread makes too late must not touch the next one
-        self._is_batch_over = False
-        self.current: Optional[Exchanged] = None  # what is being answered, here or of the batch, and is not pending
-        self.held_up_by: Optional[Exchanged] = None  # what is being answered on the thread of `take`
-        self._answered: List[Exchanged] = []  # what was, and is to be sent
-        self.is_lent = False  # whether another thread takes messages, since the one that did answers one that takes long
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
-        self._has_turn = False
-        self._lock = threading.Lock()  # of the above, where several threads use it
-        self._change = threading.Condition(self._lock)
+        self._change = threading.Condition()  # of the four above
 
     @property
     def is_between_objects(self) -> bool:
@@ -4270,229 +4694,115 @@ class ObjectExchange:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much is pending that `take` waits; one object is always taken."""
-        return len(self._pending) >= AHEAD_LIMIT_MESSAGES or (bool(self._pending) and self._bytes >= AHEAD_LIMIT_BYTES)
+        """Whether so much is pending that nothing more is to be taken; one object always is."""
+        count = len(self.pending)
+        return count >= AHEAD_LIMIT_MESSAGES or (count > 0 and self._bytes >= AHEAD_LIMIT_BYTES)
 
     @property
     def next_name(self) -> str:
         """What log lines call that of which the next message is a part."""
         return "a control message" if self._awaited is None else self._awaited.name
 
-    def take(self, message: ReceivedObject) -> None:
-        """Take a message; BadRequest where no control message was understood, after which none can be."""
+    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
+        """Take a message, and answer its object here if that is quick and `may_call`.
+
+        Returns False if the object was let go meanwhile, and another thread takes the messages
+        behind it. Raises BadRequest where no control message was understood, after which none can
+        be.
+        """
         request, self._awaited = self._awaited, None
-        if request is not None:
-            return self._take_object(Exchanged(request, message))
-        text = message.getvalue()
-        message.close()
-        request = ETLRequest.from_message(attempt(json.loads, text).value)
-        if request.fqn:
-            return self._take_object(Exchanged(request, ReceivedObject()))
-        self._awaited = request
-
-    def wait(self) -> None:
-        """Wait until all that was taken is answered."""
-        self.answer_batch()
-        self.give_turn()
+        if request is None:
+            text = message
+            if isinstance(message, ReceivedObject):
+                with message:
+                    text = message.getvalue()
+            request = ETLRequest.from_message(attempt(json.loads, text).value)
+            if not request.fqn:
+                self._awaited = request
+                return True
+            message = b""
+        if isinstance(message, bytes):
+            message = ReceivedObject(message)
+        if may_call and not self.pending and not request.pipeline:
+            loaded = self._service.load(request) if request.fqn else (request, message)
+            if loaded is not None and loaded[1].size <= READ_BYTES:
+                return self._answer_here(Exchanged(*loaded))
+        exchanged = Exchanged(request, message)
         with self._change:
-            self._change.wait_for(lambda: not self._pending)
-
-    def answer_batch(self) -> None:
-        """Have the main thread answer what was put off until there is more; call it before waiting for that."""
-        while self._batch and self._service.main_thread is not None:
-            self._round += 1
-            self._is_batch_over = False
-            self._service.main_thread.put(functools.partial(self._answer_some, self._round))
-            while not self._is_answered_soon():
-                if self.make_pending(self.current):
-                    return self.send_ready()
-            self._send_answered()
-
-    def _is_answered_soon(self) -> bool:
-        """Wait for the main thread; False once it has answered nothing at all for a while, of any connection."""
-        answered = -1
-        with self._change:
-            while answered != self._pace.answered:
-                answered = self._pace.answered
-                if self._change.wait_for(lambda: self._is_batch_over, LEAD_SECONDS):
-                    return True
-        return False
-
-    def give_turn(self) -> None:
-        """Let other connections transform, on the thread of `take`, before that waits for anything."""
-        if self._has_turn:
-            self._has_turn = False
-            self._pace.give_turn()
-
-    def make_pending(self, current: Optional[Exchanged], lends: bool = False) -> bool:
-        """Wait no more for what is being answered, and for the batch; False if something else is being answered now.
-
-        Call it on the thread of `take`, or, where that is the one that answers, to lend the taking to another.
-        """
-        with self._change:
-            if self.current is not current or (current is None and self._is_batch_over):
-                return False
-            rest = list(self._batch)
-            self._pending += [*self._answered, *([] if current is None else [current]), *rest]  # there was nothing before
-            self._bytes = sum(exchanged.size for exchanged in self._pending)
-            self._batch.clear()
-            self._round += 1
-            self._answered, self.current = [], None
-            self.is_lent = lends
-            self.give_turn()
-        if not lends:  # else it shows when the thread is back how long it took
-            self._pace.hold()
-        for exchanged in rest:
-            self._hand_on(exchanged)
-        return True
-
-    def send_ready(self, _: Any = None) -> None:
-        """Send replies of pending objects, as far as they are there; it may wait for the client."""
-        while self._send_first():
-            pass
-
-    def _take_object(self, exchanged: Exchanged) -> None:
-        """Have an object answered, here or on another thread."""
-        if self._is_quick() and (self._put_off(exchanged) or self._answer_here(exchanged)):
-            return
-        self.answer_batch()
-        self.give_turn()
-        with self._change:
-            self._change.wait_for(lambda: not self.is_full)
-            self._pending.append(exchanged)
+            self.pending.append(exchanged)
             self._bytes += exchanged.size
-        self._hand_on(exchanged)
-
-    def _is_quick(self) -> bool:
-        """Whether the next object is to be answered at once: not where others before it take long."""
-        if self.is_lent or not self._pace.is_quick(time.monotonic()):
-            return False
-        if not self._pending:
-            return True
-        with self._change:
-            is_quick = self._change.wait_for(lambda: not self._pending, LEAD_SECONDS)
-        if not is_quick:
-            self._pace.hold()
-        return is_quick
-
-    def _put_off(self, exchanged: Exchanged) -> bool:
-        """Keep an object for the main thread while those that are kept are few and small; False if it is not for that.
-
-        It is read here: the main thread is for the class's own code, and must not wait for a disk or for another node.
-        """
-        if self._service.transforms_where_asked or exchanged.request.pipeline:
-            return False
-        if exchanged.request.fqn:
-            loaded = self._service.load(exchanged.request)
-            if loaded is None:
-                return False
-            exchanged = Exchanged(exchanged.request._replace(fqn=""), loaded)
-        self._batch.append(exchanged)
-        if exchanged.size > UNMASK_BYTES or len(self._batch) >= AHEAD_LIMIT_MESSAGES:  # a large one takes room from others
-            self.answer_batch()
+        # there is no other thread
+        if attempt(self._submit, self._run, exchanged).error is not None:
+            self._run(exchanged)
         return True
+
+    def let_go(self) -> bool:
+        """Make the object pending that `take` answers; return False if there is none."""
+        with self._change:
+            current, self._current = self._current, None
+            if current is None:
+                return False
+            self.pending.append(current)  # there was nothing before it
+            self._bytes += current.size
+            return True
+
+    def wait(self, is_over: Callable[[], bool]) -> None:
+        """Wait until something is over, which is looked at whenever a reply has left."""
+        with self._change:
+            self._change.wait_for(is_over)
 
     def _answer_here(self, exchanged: Exchanged) -> bool:
-        """Answer an object here; False if one before it takes long.
-
-        It is answered in a turn, unless it waits for another node or thread.
-        """
-        self.answer_batch()
-        if self._pending:
-            return False
-        if exchanged.request.pipeline or not self._service.transforms_where_asked:
-            self.give_turn()
-        elif not self._has_turn:
-            self._has_turn = self._pace.take_turn()
-        self.current = self.held_up_by = exchanged
-        self._pace.begin()
-        is_current = self._answer_noted(exchanged)
-        self.held_up_by = None
-        if is_current:
-            self._send_answered()
-        else:
-            self.send_ready()
-        return True
-
-    def _answer_noted(self, exchanged: Exchanged) -> bool:
-        """Answer the current object, and take note of how long that took; False if it has become pending meanwhile."""
-        begin = time.monotonic()
+        """Answer an object on this thread; False if it was let go meanwhile."""
+        self._current = exchanged
         reply = self._reply_to(exchanged)
-        end = time.monotonic()
-        self._pace.note(end - begin, end)
-        return self._keep(exchanged, reply)
-
-    def _keep(self, exchanged: Exchanged, reply: Reply) -> bool:
-        """Keep the reply of an object; False if it is pending."""
-        with self._lock:
-            is_current = self.current is exchanged
-            if is_current:
-                self.current = None
-                self._answered.append(exchanged)
-            else:
-                self._bytes += len(reply.data) - exchanged.size
-                self._change.notify_all()  # it may not be full any more
-            exchanged.size, exchanged.reply = len(reply.data), reply
-        return is_current
-
-    def _answer_some(self, number: int) -> None:
-        """Answer objects of the batch, on the main thread: others have work for it too, and replies take memory."""
-        size, deadline = 0, time.monotonic() + BATCH_CALL_SECONDS
-        while True:
-            with self._lock:
-                if number != self._round:
-                    return
-                if not self._batch or size >= WRITE_BYTES or time.monotonic() >= deadline:
-                    self._is_batch_over = True
-                    return self._change.notify_all()
-                self.current = exchanged = self._batch.popleft()
-            if not self._answer_noted(exchanged):
-                return self._send_elsewhere()
-            self._pace.answered += 1
-            is_last = cast(Reply, exchanged.reply).opcode == OP_CLOSE  # all behind it is lost
-            size += WRITE_BYTES if is_last else exchanged.size
-
-    def _send_answered(self) -> None:
-        """Send replies, while nothing is pending."""
-        answered, self._answered = self._answered, []
-        for exchanged in answered:
-            self._send_in_turn(cast(Reply, exchanged.reply))
-
-    def _send_elsewhere(self) -> None:
-        """Have what is ready sent by another thread, if there is one: the main thread must wait for no client."""
-        if attempt(self._hand_over, self.send_ready, None).error is not None:
-            self.send_ready()
-
-    def _hand_on(self, exchanged: Exchanged) -> None:
-        """Have a pending object answered on another thread, if there is one."""
-        if attempt(self._hand_over, self._run, exchanged).error is not None:
-            self._run(exchanged)
+        with self._change:
+            is_ours = self._current is exchanged
+            self._current = None
+        if is_ours:
+            self._send_in_turn([reply], waits=False)
+        elif attempt(self._submit, lambda reply: self._keep(exchanged, reply), reply).error:
+            self._keep(exchanged, reply)  # else another thread does: this one must not wait for a client
+        return is_ours
 
     def _run(self, exchanged: Exchanged) -> None:
-        """Answer a pending object, and send what is ready."""
+        """Answer a pending object."""
         self._keep(exchanged, self._reply_to(exchanged))
-        self.send_ready()
 
-    def _send_first(self) -> bool:
-        """Send the reply of the first pending object, if it is there and nobody else is sending."""
+    def _keep(self, exchanged: Exchanged, reply: Reply) -> None:
+        """Keep the reply of a pending object, and send what is ready."""
         with self._change:
-            if self._is_sending or not self._pending or self._pending[0].reply is None:
+            self._bytes += len(reply.data) - exchanged.size
+            exchanged.size, exchanged.reply = len(reply.data), reply
+        while self._send_ready():
+            pass
+        self._told()
+
+    def _send_ready(self) -> bool:
+        """Send the replies that are next; return False if there are none to send."""
+        with self._change:
+            if self._is_sending:
                 return False
-            self._is_sending = True
-            first = self._pending[0]
-        self._send_in_turn(cast(Reply, first.reply))
+            ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
+            self._is_sending = bool(ready)
+        if not ready:
+            return False
+        self._send_in_turn([cast(Reply, each.reply) for each in ready], waits=True)
         with self._change:
             self._is_sending = False
-            self._pending.popleft()
-            self._bytes -= first.size
+            for each in ready:
+                self._bytes -= self.pending.popleft().size
             self._change.notify_all()
         return True
 
-    def _send_in_turn(self, reply: Reply) -> None:
-        """Send a reply, unless a failure before it has ended all."""
-        if not self._is_broken:
-            self._is_broken = reply.opcode == OP_CLOSE
-            self._send(reply)
+    def _send_in_turn(self, replies: Sequence[Reply], waits: bool) -> None:
+        """Send replies, but for those behind a failure that has ended all."""
+        sent = []
+        for reply in replies:
+            if not self._is_broken:
+                self._is_broken = reply.opcode == OP_CLOSE
+                sent.append(reply)
+        if sent:
+            self._send(sent, waits)
 
     def _reply_to(self, exchanged: Exchanged) -> Reply:
         """Have an object answered, whatever happens: memory may be short for the answer itself."""
@@ -4515,7 +4825,8 @@ class ObjectExchange:
         """Tell a failure in the one way that reaches the user."""
         if is_bound_elsewhere(request.pipeline):
             logger.error("%s: %s; reported to the target", request.name, reason)
-            return Reply(OP_BINARY, cast(bytes, error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, {}).body))
+            body = error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, {}).body
+            return Reply(OP_BINARY, cast(bytes, body))
         if self._service.settings.ws_failure == "empty":
             logger.error("%s: %s; answered as if it were delivered", request.name, reason)
             return Reply(OP_TEXT, b"0")
@@ -4523,800 +4834,300 @@ class ObjectExchange:
         return Reply(OP_CLOSE, reason.encode("utf-8", "replace"))
 
 
-class MessageInput(ConnectionInput):
-    """What a WebSocket client sends. Before each wait for it `prepare` is called, or `flush` within a frame."""
+class WebSocketConnection(Connection):
+    """A connection that speaks AIStore's protocol over WebSocket.
 
-    def __init__(self, connection: socket.socket, ahead: bytes, prepare: Callable[[], bool], flush: Callable[[], None]) -> None:
-        super().__init__(connection, ahead)
-        self._prepare = prepare
-        self._flush = flush
-
-    def readinto(self, buffer: Any, flags: int = 0) -> int:
-        """Read some bytes of a frame, from what is here or from the socket; 0 at the end of the connection."""
-        if not self.ahead:
-            self._flush()
-        return super().readinto(buffer, flags)
-
-    def _receive(self, flags: int = 0) -> bytes:
-        return super()._receive(flags) if self._prepare() else b""
-
-
-class WebSocket:
-    """Serve one connection, on one thread, to its end; helpers may send replies meanwhile.
-
-    Replies wait for others, to leave with them in one system call, until there is nothing more to be read, or for
-    `BATCH_SECONDS`. A connection ends where the client closes it, or just goes away, as AIStore does; by a failed object;
-    or in a drain, once all that has come is answered.
+    It ends where the client closes it, or just goes away, as AIStore does; by a failed object; or
+    when the pod stops, once all that has come is answered. Replies leave in their order, those of
+    one turn together.
     """
 
-    def __init__(self, connection: socket.socket, ahead: bytes, owner: WebSockets) -> None:
-        self._connection = connection
-        self._owner = owner
-        self._source = MessageInput(connection, ahead, self._prepare, self._answer_and_flush)
-        self._reader = MessageReader(self._source, owner.service.message_room, self._put)
-        self._exchange = ObjectExchange(owner.service, self._reply, owner.hand_over, owner.pace)
-        self._thread = threading.get_ident()
-        self._lock = threading.Lock()  # of what follows
+    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
+        super().__init__(connection, server, source)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
+        self._reader = MessageReader(source, server.service.message_room, self._send_at_once)
+        self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
+        self._ending: Optional[Sequence[bytes]] = None  # the last frames, once nothing more is read
+        self._lingers = False  # whether its client may still send when it is closed
+        self._is_lost = False  # whether nothing can be sent any more
+        self._is_paused = False
+        self._is_open = True  # as the supervisor counts
         self._parts: List[bytes] = []  # what is to be sent
-        self._size = 0  # of that, in bytes
-        self._flush_at = 0.0
-        self._is_over = False  # whether nothing is to be read or sent any more
-        self._bell, self._ringer = socket.socketpair()  # wakes whoever waits for the client
-        self._claim = threading.Lock()  # held by whoever came first: the thread that is to read meanwhile, or the own one
-        self._is_recalled = False  # whether a thread that reads meanwhile is to give that back
-        self._given_back: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # by that thread
+        self._size = 0  # of the replies among these, about
+        self._lock = threading.Lock()  # of the three above
+        self._sending = threading.Lock()  # held while something is sent
+        report(REPORT_OPENED)
 
-    def serve(self) -> None:
-        """Serve to the end, at which the client may just have ended the connection, or not even know of it."""
-        set_timeout(self._connection, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
-        ending, error = attempt(self._converse)
-        self._exchange.wait()
-        if error is not None:
-            ending = self._ending_for(error)
-            forget_traceback(error)
-        self._put(*ending)
+    def attend(self, may_call: bool) -> Next:
+        """Take the messages that have come, but for a large one and what is behind it."""
+        if self._linger_bytes > 0:
+            return self.forget_some()
+        self._may_call, self.since = may_call, time.monotonic()
+        self._calls_until = self.since + TURN_SECONDS
+        if self.is_over:
+            return self._finish(())
+        has_more = self.receive()
+        if self.server.is_late and self._is_within_object:
+            return self._finish(self._ending_for(RequestError("the pod is stopping")))
+        if self.server.is_late or not has_more:
+            return self._finish(self._ending_at_the_end())
+        return self._converse(waits=False)
+
+    def work(self) -> Next:
+        """Send what is kept, then take messages, large ones too, or end."""
         self._flush()
-        report(REPORT_CLOSED)
-        if error is not None or not self._owner.is_draining:
-            attempt(self._linger)
+        return self._converse(waits=True) if self._ending is None else self._end()
 
-    def ring(self) -> None:
-        """Wake the thread of the connection, on any other."""
-        self._ringer.send(b"\0")
+    def dismiss(self) -> bool:
+        """Say goodbye, where no object has begun to come."""
+        if self.is_lingering or self._is_within_object or self._objects.pending:
+            return False
+        if is_ready(self.socket, select.POLLIN):
+            return False
+        self._put(close_frame(CLOSE_GOING_AWAY))
+        self._flush(socket.MSG_DONTWAIT)
+        return True
 
-    def close(self) -> None:
-        """Let go of the bell, once nobody will ring it; the connection is its owner's to close."""
-        self._bell.close()
-        self._ringer.close()
+    def is_expired(self, now: float) -> bool:
+        """Tell whether the client has paused too long within an object."""
+        if self.is_lingering:
+            return now - self.since > DRAIN_SECONDS
+        return self._is_within_object and now - self.since > BODY_PAUSE_SECONDS
 
-    def _converse(self) -> Sequence[bytes]:
-        """Take messages until no more come; return the frames that end the connection."""
-        while not (self._is_over or self._is_recalled):
-            message = self._reader.read()
-            if message is None:
-                break
-            if self._exchange.is_full:
-                self._flush()
-            try:
-                self._exchange.take(message)
-            finally:
-                if self._exchange.is_lent and threading.get_ident() == self._thread:
-                    self._take_back()
-        if self._owner.is_late and not self._exchange.is_between_objects:
-            raise RequestError("the pod is stopping")
-        return [close_frame(CLOSE_GOING_AWAY)] if self._owner.is_draining else []
+    def expire(self) -> Next:
+        """End the connection for that."""
+        if self.is_lingering:
+            return Next.CLOSE
+        return self._finish(self._ending_for(ShortBody("a message paused for too long")))
+
+    def fail(self, error: BaseException) -> Next:
+        """End the connection; what it has taken is answered before."""
+        return super().fail(error) if self._ending is not None else self._finish(self._ending_for(error))
+
+    def let_go(self) -> bool:
+        """Have another thread take messages, if an object holds this one up."""
+        super().let_go()
+        return self._objects.let_go()
+
+    def pause(self) -> bool:
+        """Pause until replies have left; return False if they have left meanwhile."""
+        with self._lock:
+            self._is_paused = self._must_pause
+            return self._is_paused
 
     def end_reading(self) -> None:
-        """Have whoever reads, or waits for the rest of an object, find the end."""
-        attempt(self._connection.shutdown, socket.SHUT_RD)
+        """Have whoever reads find the end, since it is late."""
+        attempt(self.socket.shutdown, socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Tell the supervisor that it is closed."""
+        if self._is_open:
+            self._is_open = False
+            report(REPORT_CLOSED)
 
     @property
-    def held_up_by(self) -> Optional[Exchanged]:
-        """The object that is being answered on the connection's own thread, which reads nothing meanwhile."""
-        return self._exchange.held_up_by
+    def _is_within_object(self) -> bool:
+        """Whether the client has begun an object, and is to send the rest of it."""
+        return bool(self.input.ahead) or not self._objects.is_between_objects
 
-    def lend(self, current: Exchanged) -> None:
-        """Have another thread read on, if it is still that object which holds up the connection's own."""
-        if self._exchange.is_lent:
-            return
-        self._claim = claim = threading.Lock()
-        if self._exchange.make_pending(current, lends=True):
-            attempt(self._owner.lend, functools.partial(self._read_meanwhile, claim))  # in vain where there is no thread
+    @property
+    def _must_pause(self) -> bool:
+        if not self._objects.pending:
+            return False
+        return self._ending is not None or self._objects.is_full or self.server.is_crowded()
 
-    def _read_meanwhile(self, claim: threading.Lock) -> None:
-        """Read on until the connection's own thread is there again, on another thread, unless it is there already."""
-        if claim.acquire(blocking=False):
-            self._given_back.put(attempt(self._read_on))
+    # -- reading --
 
-    def _read_on(self) -> None:
+    def _converse(self, waits: bool) -> Next:
+        """Take the messages that are here; an error ends the connection."""
+        wish, error = attempt(self._take_messages, waits)
+        return cast(Next, wish) if error is None else self.fail(error)
+
+    def _take_messages(self, waits: bool) -> Next:
+        while not (self.is_over or (self._objects.pending and self._must_pause)):
+            message = self._next_message(waits)
+            if isinstance(message, Next):
+                return message
+            may_call = not waits and self._may_call and time.monotonic() < self._calls_until
+            if not self._objects.take(message, may_call):
+                return Next.NOTHING
+            if self._size >= WRITE_BYTES and not self._flush(socket.MSG_DONTWAIT):
+                return Next.THREAD
+        self._flush(socket.MSG_DONTWAIT)  # what is answered must not wait for what is pending
+        return self._finish(()) if self.is_over else Next.PAUSE
+
+    def _next_message(self, waits: bool) -> Union[bytes, ReceivedObject, Next]:
+        """Take a message, a large one only if this thread may wait, or tell what is wanted."""
+        message = self._reader.small()
+        if message is not None:
+            return message
+        if not self._reader.begins_large:
+            return self._rest()
+        if not waits:
+            return Next.THREAD
         self._flush()
-        self._converse()
+        large = self._reader.read()
+        return self._finish(self._ending_at_the_end()) if large is None else large
 
-    def _take_back(self) -> None:
-        """Have the other thread stop between two messages, if it has begun; its failures are this one's."""
-        self._flush()
-        outcome = Outcome(None, None)
-        if not self._claim.acquire(blocking=False):
-            self._is_recalled = True
-            self.ring()
-            outcome = self._given_back.get()
-            self._bell.recv(1)
-        self._is_recalled = self._exchange.is_lent = False
-        if outcome.error is not None:
-            raise outcome.error
+    def _rest(self) -> Next:
+        """Wait for more, once all that is to be sent has left."""
+        return Next.READ if self._flush(socket.MSG_DONTWAIT) else Next.THREAD
+
+    # -- the end --
+
+    def _ending_at_the_end(self) -> Sequence[bytes]:
+        """Return the last frames where the client sends nothing more, or is not to."""
+        if self.server.is_late and not self._objects.is_between_objects:
+            return self._ending_for(RequestError("the pod is stopping"))
+        return [close_frame(CLOSE_GOING_AWAY)] if self.server.is_draining else []
 
     def _ending_for(self, error: BaseException) -> Sequence[bytes]:
-        """Return the frames that end the connection for an error of reading; an object's failure is told as such."""
+        """Return the last frames for an error of reading; an object's failure is told as such."""
+        self._lingers = True
         if isinstance(error, Closed):
             return [close_frame(error.code)]
         if isinstance(error, (ShortBody, OSError)):
-            if not self._owner.is_late:
+            if not self.server.is_late:
                 logger.debug("a WebSocket connection broke off: %s", error)
                 return []
             error = RequestError("the pod is stopping")
         if isinstance(error, MessageError):
             logger.warning("a WebSocket connection is closed: %s", error)
             return [close_frame(error.code, str(error))]
-        reason = self._owner.service.settings.redact(describe(error))
+        reason = self.server.service.settings.redact(describe(error))
         trace = None if isinstance(error, RequestError) else error
-        logger.error("%s: %s; its WebSocket connection is closed", self._exchange.next_name, reason, exc_info=trace)
-        return self._breaking_frames(CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED, reason)
+        logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason,
+                     exc_info=trace)
+        forget_traceback(error)
+        code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
+        return self._breaking_frames(code, reason)
 
     def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
-        """Return the frames that fail the object whose turn it is, and its connection: a message that is cut short."""
+        """Return the frames of a message that is cut short: they fail its object."""
         report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
         return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
 
-    def _prepare(self) -> bool:
-        """Get ready to wait for the client; False where nothing more is to be read."""
-        self._answer_and_flush()
-        if self._owner.is_late:
-            raise RequestError("the pod is stopping")
-        if self._is_over or self._is_within_object:
-            return not self._is_over
-        if not self._owner.is_draining:
-            return (self._wait_for_client() and not self._is_over) or (self._owner.is_draining and self._prepare())
-        self._exchange.wait()
-        return is_ready(self._connection, select.POLLIN)
+    def _finish(self, ending: Sequence[bytes]) -> Next:
+        """Read nothing more, and end the connection once all that was taken is answered."""
+        self._ending = ending
+        return Next.PAUSE if self._objects.pending else self._end(socket.MSG_DONTWAIT)
 
-    @property
-    def _is_within_object(self) -> bool:
-        """Whether the client has begun an object, and is to send the rest of it."""
-        return bool(self._source.ahead) or self._reader.is_within or not self._exchange.is_between_objects
+    def _end(self, flags: int = 0) -> Next:
+        """Send the last frames; linger where the client may still send."""
+        if not self.is_over:
+            self._put(*self._ending or ())
+        self._ending = ()
+        if not self._flush(flags):
+            return Next.THREAD
+        self.close()
+        return self.linger() if self._lingers and not self._is_lost else Next.CLOSE
 
-    def _wait_for_client(self, seconds: Optional[float] = None) -> bool:
-        """Wait until the client has sent something; False where the bell rings before, or the time is over."""
-        poller = select.poll()
-        poller.register(self._connection, select.POLLIN)
-        poller.register(self._bell, select.POLLIN)
-        ready = [number for number, _ in poller.poll(None if seconds is None else max(0.0, 1000 * seconds))]
-        return self._connection.fileno() in ready
+    # -- sending --
 
-    def _linger(self) -> None:
-        """Read on for a moment before closing: a reset would take the last frames from a client that still sends."""
-        self._connection.shutdown(socket.SHUT_WR)
-        if is_ready(self._bell, select.POLLIN):
-            self._bell.recv(READ_BYTES)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while self._wait_for_client(deadline - time.monotonic()) and time.monotonic() < deadline:
-            if not self._connection.recv(READ_BYTES) or is_ready(self._bell, select.POLLIN):  # a drain has begun
-                return
-
-    def _reply(self, reply: Reply) -> None:
-        """Send a reply, or keep it for a moment; called in the order of the objects, by one thread at a time."""
-        if self._is_over:
-            return
-        if reply.opcode == OP_CLOSE:
-            self._put(*self._breaking_frames(CLOSE_FAILED, reply.data.decode("utf-8")))
+    def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
+        """Send replies; called in the order of the objects, by one thread at a time."""
+        for reply in replies:
+            if reply.opcode == OP_CLOSE:
+                self._put(*self._breaking_frames(CLOSE_FAILED, reply.data.decode("utf-8")))
+                self._lingers = self.is_over = True
+            else:
+                self._put(frame_head(reply.opcode, len(reply.data)), reply.data)
+        if waits:
             self._flush()
-            self._is_over = True
-            return self.ring()
-        self._put(frame_head(reply.opcode, len(reply.data)), reply.data)
-        now = time.monotonic()
-        if now >= self._flush_at or threading.get_ident() != self._thread:
-            self._flush_at = now + BATCH_SECONDS
-            self._flush()
+        else:
+            self._size += sum(len(reply.data) for reply in replies)
+            self.served += 1
+            self.server.turn += 1
 
-    def _answer_and_flush(self) -> None:
-        """Leave nothing undone before waiting for the client."""
-        self._exchange.answer_batch()
-        self._flush()
+    def _go_on(self) -> None:
+        """Read on after a pause, now that replies have left, or end."""
+        with self._lock:
+            goes_on = self._is_paused and not self._must_pause
+            self._is_paused = self._is_paused and not goes_on
+        if goes_on:
+            self.server.settle(self, Next.THREAD)
+        elif self.is_over:
+            self.server.kick(self)
 
     def _put(self, *parts: bytes) -> None:
-        """Keep parts to be sent; send them where they are many or large."""
+        """Keep parts to be sent."""
         with self._lock:
             self._parts += parts
-            self._size += sum(map(len, parts))
-            is_much = len(self._parts) >= BATCH_LIMIT_PARTS or self._size >= READ_BYTES
-        if is_much:
-            self._flush()
 
-    def _flush(self) -> None:
-        """Send what there is. A client that does not read is lost; so is what it would have been sent."""
-        if threading.get_ident() == self._thread:
-            self._exchange.give_turn()
-        with self._lock:
-            parts, self._parts, self._size = self._parts, [], 0
-            error = attempt(send_parts, self._connection, parts).error if parts and not self._is_over else None
-            if error is not None:
-                logger.debug("a WebSocket connection broke off: %s", error)
-                self._is_over = True
-                attempt(self._connection.shutdown, socket.SHUT_RDWR)  # wakes whoever reads
-
-
-class WebSockets:
-    """The open WebSocket connections of a worker.
-
-    Each holds a thread, idle or not: AIStore opens two for each ETL and eight for each job, which all workers share. They
-    are limited to half of the pool's threads, so that other requests find one.
-    """
-
-    def __init__(self, service: Service, hand_over: Callable[[Callable[[Any], None], Any], None],
-                 lend: Callable[[Callable[[], None]], None]) -> None:
-        self.service = service
-        self.hand_over = hand_over
-        self.lend = lend
-        self.pace = MessagePace()
-        self._is_watched = False
-        self.is_draining = False
-        self.drain_deadline = 0.0
-        self._open: Set[WebSocket] = set()
-        self._lock = threading.Lock()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no more connections are to be opened."""
-        return self.is_draining or len(self._open) >= WEBSOCKET_LIMIT
-
-    def serve(self, connection: socket.socket, ahead: bytes) -> None:
-        """Serve a connection to its end; its client has sent `ahead` behind its handshake."""
-        websocket = WebSocket(connection, ahead, self)
-        self._change(self._open.add, websocket)
-        self._start_watching()
-        report(REPORT_OPENED)
-        try:
-            if self.is_draining:
-                websocket.ring()
-            websocket.serve()
-        finally:
-            self._change(self._open.discard, websocket)
-            websocket.close()
-
-    @property
-    def is_late(self) -> bool:
-        """Whether clients that still send are to be told that the pod stops."""
-        return self.is_draining and time.monotonic() > self.drain_deadline
-
-    def drain(self) -> None:
-        """Let each connection end as soon as all that its client has sent is answered."""
-        self.drain_deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
-        self.is_draining = True
-        self._tell_all(WebSocket.ring)
-        timer = threading.Timer(WEBSOCKET_DRAIN_SECONDS + LEAD_SECONDS, self._tell_all, [WebSocket.end_reading])
-        timer.daemon = True
-        attempt(timer.start)  # without it a client that pauses within an object keeps its connection until the pod's end
-
-    def _tell_all(self, tell: Callable[[WebSocket], None]) -> None:
-        with self._lock:
-            for websocket in self._open:
-                tell(websocket)
-
-    def _change(self, change: Callable[[WebSocket], None], websocket: WebSocket) -> None:
-        with self._lock:
-            change(websocket)
-
-    def _start_watching(self) -> None:
-        """Start the thread that watches connections, with the first of them.
-
-        Without it, where the system has no other thread, objects that take long hold up others.
-        """
-        with self._lock:
-            if not self._is_watched:
-                watcher = threading.Thread(target=self._watch, name="etl-watch", daemon=True)
-                self._is_watched = attempt(watcher.start).error is None
-
-    def _watch(self) -> None:
-        """Have another thread read where one object holds up a connection for long."""
-        before: Dict[WebSocket, Exchanged] = {}
-        idle = 0
-        while True:
-            time.sleep(LEAD_SECONDS)
-            before = self._lend(before)
-            idle = 0 if before else idle + 1
-            if idle > WATCH_LIMIT:
-                self.pace.wait_for_begin(lambda: bool(self._held_up()))
-
-    def _lend(self, before: Dict[WebSocket, Exchanged]) -> Dict[WebSocket, Exchanged]:
-        """Have others read for connections that are held up by what held them up before; return what does now."""
-        held_up = self._held_up()
-        for websocket, current in held_up.items():
-            if before.get(websocket) is current:
-                websocket.lend(current)
-        return held_up
-
-    def _held_up(self) -> Dict[WebSocket, Exchanged]:
-        """Tell which connections are held up, and by what."""
-        with self._lock:
-            return {websocket: current for websocket in self._open for current in [websocket.held_up_by] if current is not None}
-
-
-# == 15. HTTP ==
-# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread serves a connection while it has
-# work; what cannot be framed beyond doubt gets one answer, and the connection closes.
-
-
-class Head(NamedTuple):
-    """The head of a request, parsed; field names are in lower case."""
-
-    method: str
-    target: str
-    is_http_1_0: bool
-    fields: Mapping[str, str]
-
-    @property
-    def wants_close(self) -> bool:
-        """Whether the client will send nothing more on this connection."""
-        connection = self.fields.get("connection")
-        if connection is None:
-            return self.is_http_1_0
-        options = {option.strip().lower() for option in connection.split(",")}
-        return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
-
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits to be told to send its body (RFC 9110, 10.1.1)."""
-        expects = self.fields.get("expect")
-        return expects is not None and expects.lower() == "100-continue" and not self.is_http_1_0
-
-
-UNKNOWN_HEAD = Head("", "", False, {})  # of a request that could not be parsed
-
-
-def parse_head(data: bytes) -> Head:
-    """Parse a head, its lines each with CRLF; UnframedRequest for anything that is not plain HTTP/1."""
-    line, _, rest = data.decode("latin-1").partition("\r\n")
-    if rest.count("\n") > HEAD_LIMIT_FIELDS:
-        raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
-    match = REQUEST_LINE.fullmatch(line)
-    if match is None:
-        raise UnframedRequest("the request line is malformed")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise UnframedRequest(f"HTTP/{major}.{minor} is not spoken here", 505)
-    fields = parse_kept_fields(rest) if len(rest) < KEPT_FIELDS_LIMIT else parse_fields(rest)
-    host = fields.get("host")
-    if host is None and minor != "0":
-        raise UnframedRequest("the Host field is missing")
-    if host and not HOST.fullmatch(host):
-        raise UnframedRequest("the Host field is malformed")
-    return Head(method, target, minor == "0", fields)
-
-
-def body_of(head: Head, source: ConnectionInput) -> MessageBody:
-    """Tell how a request's body ends (RFC 9112, 6.3); UnframedRequest where two answers are possible."""
-    coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
-    if coding is None:
-        if length is None:
-            return BoundedReader(source, 0)
-        if not (length.isascii() and length.isdigit() and len(length) <= 18):
-            raise UnframedRequest("the Content-Length is malformed")
-        return BoundedReader(source, int(length))
-    if length is not None or head.is_http_1_0:
-        raise UnframedRequest("a Transfer-Encoding cannot come with a Content-Length, nor in HTTP/1.0")
-    if coding.lower() != "chunked":
-        raise UnframedRequest(f"the Transfer-Encoding {coding!r} is not known here", 501)
-    return ChunkedReader(source)
-
-
-class ETLHTTPServer(http.server.HTTPServer):
-    """What a handler may ask of its server."""
-
-    service: Service
-    websockets: WebSockets
-    is_draining = False
-    has_quick_lead = False  # whether its leader serves small requests, so that no thread needs to wait for them
-    reads_files_at_once = True  # whether its leader may wait for a disk
-
-    def is_prompt(self, head: Head) -> bool:
-        """Tell whether a request, once its body is here, can be answered without waiting for other nodes."""
-        if "ais-node-url" in head.fields or "upgrade" in head.fields:
-            return False
-        if QPARAM_FQN in head.target:
-            return self.reads_files_at_once and QPARAM_LATEST not in head.target
-        return head.method == "PUT" or head.target == "/health"
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(seconds: int) -> str:
-    """Write a time since the epoch as RFC 9110, 5.6.7 wants it, in any locale; made once a second."""
-    now = time.gmtime(seconds)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
-    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[now.tm_mon - 1]
-    return f"{day}, {now.tm_mday:02} {month} {now.tm_year} {now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02} GMT"
-
-
-UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
-
-
-@functools.lru_cache(maxsize=64)
-def status_line(status: int) -> str:
-    """Write an answer's first line, also for a status that a user's code made up."""
-    return f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}\r\n"
-
-
-@functools.lru_cache(maxsize=1024)
-def field_line(name: str, value: str) -> str:
-    """Write one header field; a value of user code's cannot break out of its line."""
-    return UNPRINTABLE.sub("?", f"{name}: {value}") + "\r\n"
-
-
-def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """Write an answer's head."""
-    lines = [field_line(name, value) for name, value in fields]
-    return "".join([status_line(status), "Date: ", http_date(int(time.time())), "\r\n", *lines, "\r\n"]).encode("latin-1")
-
-
-def log_cut(name: str, error: BaseException) -> None:
-    """Log why an answer ended half-way."""
-    error = getattr(error, "error", error)
-    if isinstance(error, RequestError):
-        logger.error("%s: the answer was cut: %s", name, error)
-    else:
-        log_user_error(f"{name}: the answer was cut", error)
-
-
-class ETLRequestHandler(http.server.BaseHTTPRequestHandler):
-    """Serve one connection, on one thread at a time.
-
-    Methods for callers:  the constructor, which only prepares; handle, serve_at_once, peek
-    Tunables:             HEAD_TIMEOUT_SECONDS, BODY_PAUSE_SECONDS, RESULT_UNREAD_SECONDS, LINGER_SECONDS
-
-    The base class's own parser is not used: it is lenient where two readers of a request could differ on where it ends.
-    When `handle` or `serve_at_once` returns, `is_idle` tells whether the connection is to be served again once readable,
-    `needs_thread` whether `handle` is to go on with it, and `is_broken` whether it is to be reset; else it is to be closed.
-    """
-
-    server: ETLHTTPServer
-    is_single = False  # whether the connection is closed after one request
-    is_for_upgrade = False  # likewise, unless that makes it one of WebSocket
-    is_idle = False
-    needs_thread = False
-    is_broken = False  # the connection must be reset, since a plain end would make half an answer look whole
-    since = 0.0  # when it became idle, in time of time.monotonic()
-    unsent: Sequence[Any] = ()  # of an answer, what the leader could not send without waiting
-    serving = ""  # the path of the request that is being answered
-
-    def __init__(self, request: socket.socket, client_address: Any, server: ETLHTTPServer) -> None:
-        self.request, self.client_address, self.server = request, client_address, server
-        self.setup()
-
-    def setup(self) -> None:
-        """Prepare a connection that was accepted; OSError if it is gone already."""
-        self.connection: socket.socket = self.request
-        self.connection.setblocking(True)
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.input = ConnectionInput(self.connection)
-        self._receive_timeout = 0.0
-        self._send_flags = 0
-        self._goes_on = False  # whether requests are served behind what is unsent
-        set_timeout(self.connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
-
-    def handle(self) -> None:
-        """Serve requests, and wait for them, until the connection is to be closed or parked."""
-        self.is_idle = self.needs_thread = False
-        self._send_flags = 0
-        goes_on = self._guard(self._send_rest) if self.unsent else True
-        while goes_on:
-            goes_on = self._guard(self._serve_one)
-
-    def serve_at_once(self) -> None:
-        """Serve what a readable connection brings as far as that can be done without waiting."""
-        self.is_idle = self.needs_thread = False
-        self._send_flags = socket.MSG_DONTWAIT
-        goes_on = self._guard(self._receive_at_once)
-        while goes_on and self.input.ahead and not self.unsent:
-            goes_on = self._guard(self._serve_prompt)
-        if self.unsent:
-            self.needs_thread, self._goes_on = True, goes_on
-        else:
-            self._rest(goes_on)
-
-    @property
-    def has_input(self) -> bool:
-        """Whether something has come, or the end, that was not received yet."""
-        return is_ready(self.connection, select.POLLIN)
-
-    def peek(self) -> bytes:
-        """Look at what has come, without waiting; b"" where that fails, or an answer must be sent before."""
-        if self.unsent:
-            return b""
-        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-        return self.input.peek(READ_BYTES) + (attempt(self.connection.recv, READ_BYTES, flags).value or b"")
-
-    def _guard(self, serve: Callable[[], bool]) -> bool:
-        """Serve once, and log what goes wrong; False when this thread is done with the connection."""
-        goes_on, error = attempt(serve)
-        if error is None:
-            return cast(bool, goes_on)
-        if isinstance(error, OSError):
-            logger.debug("connection of %s: %s", self.client_address[0], error)
-        else:
-            log_cut(self.serving, error)
-        forget_traceback(error)
-        return False
-
-    def _send_rest(self) -> bool:
-        """Send what the leader could not; False when this thread is done with the connection."""
-        rest, self.unsent = self.unsent, ()
-        self._send(*rest)
-        return self._goes_on
-
-    def _receive_at_once(self) -> bool:
-        try:
-            return self.input.fill(socket.MSG_DONTWAIT)
-        except BlockingIOError:  # readable no more, or never was
-            return True
-
-    def _serve_prompt(self) -> bool:
-        """Answer one request if it is here as a whole and needs nothing else; otherwise leave it to `handle`."""
-        end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
-        try:
-            head = parse_head(self.input.peek(end + 2))
-            body = body_of(head, self.input)
-        except UnframedRequest:
-            head = UNKNOWN_HEAD
-        if head is UNKNOWN_HEAD or not self.server.is_prompt(head) or body.size is None or end + 4 + body.size > self.input.ahead:
-            self.needs_thread = True
-            return False
-        self.input.take(end + 4)
-        return self._respond(head, body)
-
-    def _serve_one(self) -> bool:
-        """Read one request and answer it; False when this thread is done with the connection."""
-        try:
-            framed = self._read_request()
-        except UnframedRequest as error:
-            return self._refuse(error)
-        if framed is None:
-            return False
-        head, body = framed
-        keeps = self._respond(head, body)
-        if not keeps or self.input.ahead or not (self.server.has_quick_lead and body.is_small and self.server.is_prompt(head)):
-            return keeps
-        self._rest(True)  # the leader serves the next one, which will be like this
-        return False
-
-    def _read_request(self) -> Optional[Tuple[Head, MessageBody]]:
-        """Read a head, and prepare for its body; None when the connection is idle or at its end."""
-        data = self._read_head()
-        if data is None:
-            return None
-        head = parse_head(data)
-        body = body_of(head, self.input)
-        if body.size is None or body.size > self.input.ahead:
-            self._set_receive_timeout(BODY_PAUSE_SECONDS)
-        self.input.invite = self._send_continue if head.expects_continue and not self.input.ahead else None
-        return head, body
-
-    def _refuse(self, error: UnframedRequest) -> bool:
-        """Answer what cannot be framed; nothing behind it can be read."""
-        logger.warning("request of %s: %s", self.client_address[0], error)
-        self._write(error_answer(error.status, str(error), error.headers), UNKNOWN_HEAD, keeps=False)
-        return self._linger()
-
-    def _respond(self, head: Head, body: MessageBody) -> bool:
-        """Answer one request; False when this thread is done with the connection."""
-        with self._answer(head, body) as answer:
-            if isinstance(answer.body, bytes) and not body.is_at_end:
-                self._drain(body)
-            keeps = self._keeps(answer, head, body)
-            self._write(answer, head, keeps)
-        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
-            self.server.websockets.serve(self.connection, self.input.take(self.input.ahead))
-            return False
-        return keeps if body.is_at_end else self._linger()
-
-    def _read_head(self) -> Optional[bytes]:
-        """Read to the empty line after the header fields; None when the connection is idle or at its end."""
-        self._set_receive_timeout(LINGER_SECONDS)
-        deadline = 0.0
-        while True:
-            while self.input.find(b"\r\n", 2) == 0:  # an empty line before a request is to be skipped (RFC 9112, 2.2)
-                self.input.take(2)
-            end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
-            if end >= 0:
-                return self.input.take(end + 4)[:-2]
-            if self.input.ahead:
-                self._check_partial_head(deadline)
-                self._set_receive_timeout(HEAD_TIMEOUT_SECONDS)
+    def _send_at_once(self, *parts: bytes) -> None:
+        """Send parts, if the client takes them without waiting."""
+        self._put(*parts)
+        self._flush(socket.MSG_DONTWAIT)
+
+    def _flush(self, flags: int = 0) -> bool:
+        """Send what is kept; return False if something is left because of the flags."""
+        while self._parts and self._sending.acquire(blocking=not flags):
+            with self._lock:
+                parts, self._parts, self._size = self._parts, [], 0
             try:
-                if not self.input.fill():
-                    return None
-            except BlockingIOError:
-                if not self.input.ahead:
-                    self._rest(True)
-                    return None
-            deadline = deadline or time.monotonic() + HEAD_TIMEOUT_SECONDS
+                rest = self._send(parts, flags)
+                with self._lock:
+                    self._parts[:0] = rest
+            finally:
+                self._sending.release()
+            if rest:
+                break
+        return not self._parts
 
-    def _check_partial_head(self, deadline: float) -> None:
-        """Give up on a head that is too long, too slow, or will never end in an empty line."""
-        if self.input.ahead >= HEAD_LIMIT_BYTES:
-            is_in_request_line = self.input.find(b"\n", HEAD_LIMIT_BYTES) < 0
-            raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
-        if self.input.has_bare_line_feed():
-            raise UnframedRequest("a line of the head does not end in CRLF")
-        if deadline and time.monotonic() > deadline:
-            raise UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
-
-    def _rest(self, is_idle: bool) -> None:
-        """Be idle, with nothing in memory, or not."""
-        self.is_idle = is_idle
-        if is_idle:
-            self.input.forget()
-
-    def _answer(self, head: Head, body: MessageBody) -> Answer:
-        """Understand a request and have it answered."""
+    def _send(self, parts: Sequence[Any], flags: int) -> Sequence[Any]:
+        """Send parts and return what the client does not take without waiting."""
         try:
-            request = ETLRequest.parse(head.method, head.target, head.fields.get("ais-node-url", ""))
-            if request.raw_path == "/health":
-                body.finish()
-                return Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
-            if request.is_message:
-                return self._upgrade(head, body)
-        except RequestError as error:
-            return error_answer(error.status, str(error), error.headers)
-        self.serving = request.name
-        return self.server.service.answer(request, body)
-
-    def _upgrade(self, head: Head, body: MessageBody) -> Answer:
-        """Answer the handshake of a WebSocket connection; RequestError where it is to stay one of HTTP."""
-        if head.is_http_1_0 or body.size != 0 or head.wants_close:
-            raise BadRequest("a handshake is of HTTP/1.1, has no body, and keeps its connection")
-        answer = upgrade_answer(head.fields)
-        if self.server.websockets.is_full or self.is_single:
-            raise RequestError("there are too many WebSocket connections", HTTPStatus.SERVICE_UNAVAILABLE)
-        return answer
-
-    def _drain(self, body: MessageBody) -> None:
-        """Read what an error has left of a small body, unless the client waits to be told to send it."""
-        self.input.invite, waits = None, self.input.invite is not None
-        if not waits and (body.size or 0) <= DRAIN_LIMIT_BYTES:
-            self._set_receive_timeout(DRAIN_SECONDS)
-            attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
-
-    def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
-        """Send an answer, whose head tells the client whether the connection can be used again."""
-        is_chunked = answer.is_open and not head.is_http_1_0
-        fields = [*answer.headers, *answer.framing(is_chunked)]
-        if not keeps or head.is_http_1_0:
-            fields.append(("Connection", "keep-alive" if keeps else "close"))
-        text = answer_head(answer.status, fields)
-        if head.method == "HEAD":
-            return self._send(text)
-        if isinstance(answer.body, bytes):
-            return self._send(text, b"0\r\n\r\n" if is_chunked else answer.body)
-        self._send_pieces(text, answer.body, is_chunked)
-
-    def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
-        """Tell whether the connection can serve another request after this answer.
-
-        Where a body was not read to its end, an error was found before: rather than reading on, a whole object perhaps,
-        or guessing whether a client that waits for "100 Continue" will still send it (RFC 9110, 10.1.1), we close.
-        """
-        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
-            return True
-        if head.wants_close or self.server.is_draining or self.is_single or self.is_for_upgrade:
-            return False
-        if isinstance(answer.body, bytes):
-            return body.is_at_end and body.failure is None
-        return not head.is_http_1_0  # a stream reads the body to its end, or is cut
-
-    def _send_pieces(self, text: bytes, pieces: Iterator[bytes], is_chunked: bool) -> None:
-        """Send a body piece by piece; where that fails, the missing last chunk tells so, or in HTTP/1.0 a reset."""
-        self.is_broken = not is_chunked
-        for piece in pieces:
-            if is_chunked:
-                self._send(text + b"%x\r\n" % len(piece), piece, b"\r\n")
-            else:
-                self._send(text, piece)
-            text = b""
-        self._send(text, b"0\r\n\r\n" if is_chunked else b"")
-        self.is_broken = False
-
-    def _send(self, *parts: bytes) -> None:
-        """Send parts, or as much of them as the leader can."""
-        if not self._send_flags:
-            return send_parts(self.connection, parts)
-        try:
-            self.unsent = send_some(self.connection, parts, self._send_flags)
-        except BlockingIOError:
-            self.unsent = parts
-
-    def _send_continue(self) -> None:
-        self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _linger(self) -> bool:
-        """Read on for a moment before closing: a reset would take the answer from a client that still sends."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self._set_receive_timeout(DRAIN_SECONDS)
-        deadline, left = time.monotonic() + DRAIN_SECONDS, LINGER_LIMIT_BYTES
-        while left > 0 and time.monotonic() < deadline:
-            data = self.connection.recv(READ_BYTES)
-            left -= len(data) or left
-        return False
-
-    def _set_receive_timeout(self, seconds: float) -> None:
-        if seconds != self._receive_timeout:
-            set_timeout(self.connection, socket.SO_RCVTIMEO, seconds)
-            self._receive_timeout = seconds
-
-
-def needs_no_transform(data: bytes) -> bool:
-    """Tell whether these bytes are a whole request that is answered without the class: a health probe, or an error."""
-    data = data.lstrip(b"\r\n")  # RFC 9112, 2.2
-    end = data.find(b"\r\n\r\n")
-    if end < 0:
-        return False
-    try:
-        head = parse_head(data[:end + 2])
-        size = int(head.fields.get("content-length", "0"))
-        if "transfer-encoding" in head.fields or size > len(data) - end - 4:
-            return False
-        return ETLRequest.parse(head.method, head.target).raw_path == "/health"
-    except (RequestError, ValueError):  # ValueError: of the length, which is an error too
-        return True
+            while parts and not self._is_lost:
+                rest = send_some(self.socket, parts[:BATCH_LIMIT_PARTS], flags)
+                parts = [*rest, *parts[BATCH_LIMIT_PARTS:]]
+            return ()
+        except OSError as error:
+            if flags and isinstance(error, BlockingIOError):
+                return parts
+            logger.debug("a WebSocket connection broke off: %s", error)
+            self._is_lost = self.is_over = True
+            attempt(self.socket.shutdown, socket.SHUT_RDWR)  # wakes whoever reads
+            return ()
 
 
 # == 16. Server ==
-# A listening socket and a pool of threads. One thread at a time leads: it accepts, waits for idle connections to have
-# work, and serves itself what takes no time; all else is served by the pool. It knows nothing of HTTP but its handler.
+# A listening socket, its connections of both protocols, and a pool of threads. One thread leads: it
+# waits for all connections together and serves what is quick where it stands. What would wait, the
+# pool serves.
 
 
 class ThreadPool:
     """Threads that are made as needed, up to a limit, and kept until the process ends.
 
-    A job is what `work` is called with; it must not raise.
+    A job is a function and its argument; it must not raise.
     """
 
-    def __init__(self, limit: int, work: Callable[..., None]) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._work = work
-        self._jobs: queue.SimpleQueue[Tuple[Any, ...]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)
         self._threads = 0
         self._is_short = False  # whether the system had no other thread when one was asked for
         self.busy = 0  # jobs that are begun or wait
 
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether another job would have to wait for one of those before it."""
-        return self.busy >= (self._threads if self._is_short and self._threads else self._limit)
-
-    def submit(self, *job: Any) -> None:
+    def submit(self, function: Callable[[Any], None], argument: Any) -> None:
         """Take a job; RuntimeError where there is no thread at all and none can be started."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
                 self._start_thread()
             self.busy += 1
-            self._jobs.put(job)
-
-    def start_spare(self) -> None:
-        """Start a thread that has nothing to do yet, where there is none: later the system may have none left."""
-        with self._lock:
-            if self._threads <= self.busy:
-                self._start_thread()
+            self._jobs.put((function, argument))
 
     def _start_thread(self) -> None:
-        """Start another thread; where the system has none left, those that are there take its work over in time."""
+        """Start another thread; if the system has none left, the others do its work."""
         try:
             threading.Thread(target=self._serve, name="etl", daemon=True).start()
             self._threads += 1
             self._is_short = False
         except RuntimeError as error:
             if not self._is_short:
-                logger.error("%d threads serve connections, and another cannot be started: %s", self._threads, error)
+                logger.error("%d threads serve connections, and another cannot be started: %s",
+                             self._threads, error)
             self._is_short = True
             if not self._threads:
                 raise
@@ -5324,64 +5135,20 @@ class ThreadPool:
     def _serve(self) -> None:
         """Do one job after the other, forever."""
         while True:
-            try:
-                self._work(*self._jobs.get())
-            finally:
-                with self._lock:
-                    self.busy -= 1
-                    self._quiet.notify_all()
-
-    def wait_until_quiet(self, deadline: float) -> None:
-        """Wait until there is no job left, or until a time of time.monotonic()."""
-        with self._quiet:
-            self._quiet.wait_for(lambda: not self.busy, max(0.0, deadline - time.monotonic()))
-
-
-def websockets_of(service: Service) -> WebSockets:
-    """Make what serves WebSocket connections, with threads of its own for slow objects."""
-    return WebSockets(service, ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument)).submit,
-                      ThreadPool(WEBSOCKET_LIMIT, lambda read: read()).submit)
-
-
-class ThreadPoolMixIn(socketserver.ThreadingMixIn):
-    """Serve connections by threads of a pool, and by those of a reserve what must not wait once that is exhausted."""
-
-    def start_pool(self) -> None:
-        """Prepare the pool; call once, before the first request."""
-        self.threads = ThreadPool(THREAD_LIMIT, self.process_connection)
-        self.reserve = ThreadPool(RESERVE_THREAD_LIMIT, self.process_single_request)
-
-    def process_connection(self, handler: ETLRequestHandler) -> None:
-        """Serve a connection on a thread of the pool."""
-        raise NotImplementedError
-
-    def process_single_request(self, handler: ETLRequestHandler) -> None:
-        """Serve one request of a connection on a thread of the reserve."""
-        raise NotImplementedError
-
-    def dispatch(self, handler: ETLRequestHandler) -> None:
-        """Hand a connection that has something to say to a thread."""
-        pool = self.threads
-        if pool.is_exhausted and not self.reserve.is_exhausted and needs_no_transform(handler.peek()):
-            pool = self.reserve
-        try:
-            pool.submit(handler)
-        except RuntimeError:
-            if pool is self.reserve:
-                return self.process_single_request(handler)  # it is all here, and takes no time
-            handler.connection.close()  # its client sees the connection end, and tries again
-
-    def wait_until_quiet(self, deadline: float) -> None:
-        """Wait until no connection is being served, or until a time of time.monotonic()."""
-        self.threads.wait_until_quiet(deadline)
-        self.reserve.wait_until_quiet(deadline)
+            error = attempt(*self._jobs.get()).error
+            if error is not None:
+                logger.error("a thread failed", exc_info=error)
+            del error  # it may hold large objects
+            with self._lock:
+                self.busy -= 1
 
 
 class Waker:
     """Wakes the thread that waits for `readable`, from other threads and by signals.
 
-    The interpreter runs handlers on the main thread alone, which may wait for a lock just then and not hear of a
-    signal that another thread has taken. So the signal's number goes down the pipe that is waited for.
+    The interpreter runs handlers on the main thread alone, which may wait for a lock just then and
+    not hear of a signal that another thread has taken. So the signal's number goes down the pipe
+    that is waited for.
     """
 
     def __init__(self) -> None:
@@ -5402,12 +5169,16 @@ class Waker:
         signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
         for number in signals:
             signal.signal(number, lambda *_: handle())
-        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._leave)
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
+                            after_in_child=self._leave)
 
-    # What a process gets that the class has forked is for that, from its first moment on: signals wait until it has let go.
+    # What a process gets that the class has forked is for that, from its first moment on: signals
+    # wait until it has let go.
 
     def _before_fork(self) -> None:
-        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        # before a handler of the class can raise
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
 
     def _after_fork(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
@@ -5419,360 +5190,396 @@ class Waker:
         self._after_fork()
 
     def take(self) -> bool:
-        """Take what has come; True if one of those signals was there, whose handler may not have run yet."""
-        return bool(self._signals.intersection(self.readable.recv(READ_BYTES)))  # users have alarms, which come here too
+        """Take the wake-ups; return True if a signal was among them."""
+        try:
+            came = self.readable.recv(READ_BYTES)
+        except BlockingIOError:  # a thread that led before was faster
+            return False
+        return bool(self._signals.intersection(came))  # users have alarms, which come here too
 
 
-class PooledHTTPServer(ThreadPoolMixIn, ETLHTTPServer):
-    """An HTTP server on a listening socket that other processes may share; idle connections hold no thread.
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Serve the connections of a listening socket; idle ones hold no thread.
 
-    A connection is in one of three places: with the selector, in the queue of the pool, or with a thread of the pool.
-    The leader alone touches the selector; other threads hand connections back by a queue and a wake-up.
+    The thread of `serve_forever` leads: it selects over the listener and all connections, and
+    serves them by `attend`. A connection that would have to wait goes to a thread of the pool,
+    which serves it by `work` and registers it again. The leader cannot know which calls of the
+    class are quick, so a deputy watches it: where one thing holds it up for `LEAD_SECONDS`, the
+    deputy leads, calling no class, until the leader is back.
 
-    The leader serves requests that are quick, since each thread more costs a switch between threads at every system
-    call. It cannot know which are: so the thread of `serve_forever` watches it, and where one request takes too long gives
-    the lead to another thread. The one that lost it finishes its request and goes.
-
-    Where objects must be transformed on the main thread, that one leads while requests are quick, and makes what calls
-    other threads have for it in between. Another thread that leads offers it the lead in time.
+    Where the class must be called on the main thread, that one leads, and makes the calls of other
+    threads in between.
     """
 
-    def __init__(self, listener: socket.socket, service: Service, main_thread: Optional[MainThreadSlots] = None) -> None:
-        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
-        self.socket = listener
+    def __init__(self, listener: Optional[socket.socket], service: Service,
+                 main: Optional[MainThread] = None) -> None:
+        address = listener.getsockname()[:2] if listener else ("", 0)
+        socketserver.BaseServer.__init__(self, address, cast(Any, None))
         self.service = service
-        self._main = main_thread
-        self.reads_files_at_once = main_thread is None  # no transform must wait for the disk, or for an object in chunks
-        self.websockets = websockets_of(service)
+        # Whether the pod stops: what has begun to come is answered, and nothing more.
+        self.is_draining = False
+        self.is_late = False  # whether clients that still send are not waited for any more
+        self.connections: Set[Connection] = set()
+        self._listener = listener
+        self._main = main
+        self._pace = Pace()
+        self._pool = ThreadPool(THREAD_LIMIT)
+        self._share = Current.share or Share()
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
-        self._newly_idle: queue.SimpleQueue[ETLRequestHandler] = queue.SimpleQueue()
+        self._patience = SWEEP_SECONDS  # for something to do, before the leader looks at the time
         self._next_sweep = 0.0
-        self._share = Current.share or Share()
-        self._pace = Pace(QUICK_REQUEST_SECONDS)
-        self._ready: Deque[ETLRequestHandler] = collections.deque()  # what the leader is about to serve
-        self._term = 0  # who leads: it goes up with each change
-        self._is_in_turn = False  # whether the leader does something just now that may take long
-        self._serving: Optional[ETLRequestHandler] = None  # what it serves in this turn
-        self._turns = 0  # how many it has begun
-        self._change = threading.Lock()  # of the lead: for the four above, where the watching thread looks at them
-        self._calls: Optional[MainThreadSlots] = None  # what the leader makes others' calls of
-        self._is_watched = True
-        self._alarm = threading.Event()
-        self._ended = threading.Event()
-        self._failure: Optional[BaseException] = None
-        self.leaders = ThreadPool(THREAD_LIMIT, self._lead_to_the_end)  # called with the term
-        self.start_pool()
+        self._drain_began = 0.0
+        self._is_busy = threading.Event()  # whether the leader has something to do
+        self._is_closed = False  # whether nobody else is let in
+        self._has_ended = False  # whether `serve_forever` is done
+        self._lock = threading.Lock()  # of the selector and of the four below:
+        self._kicked: List[Connection] = []
+        self._term = 0  # goes up with each change of the leader
+        self._is_in_turn = False  # whether the leader does something that may take long
+        self._current: Optional[Connection] = None  # what it serves
+        self.turn = 0  # goes up with each thing that the leader does
+        # ends a process whose main thread is still held up then
+        self.leave: Callable[[], object] = lambda: None
+
+    # -- the lead --
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Serve until `drain`, and see to it that all that was begun ends."""
-        self.socket.setblocking(False)
-        self._selector.register(self.socket, selectors.EVENT_READ)
+        """Lead the server until `drain`, then until what has begun is answered."""
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
-        if self.service.is_streaming:
-            self._lead_to_the_end(self._term)
-        else:
-            self._pass_the_lead()
-            self._watch()
-        if self._failure is not None:
-            raise self._failure
-        self._share.leave()
-        for _ in range(BACKLOG):  # who was let in by the system and not yet by us
-            if not self._accept():
-                break
-        self.socket.close()
-        self.websockets.drain()
-        deadline = time.monotonic() + WORKER_GRACE_SECONDS
-        self._dismiss_idle()
-        self.wait_until_quiet(deadline)
-        self._dismiss_idle()  # what became idle just when the first were dismissed
-        self.wait_until_quiet(deadline)
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        main = self._main_here()
+        if main is not None:
+            main.wake = self._waker.wake
+        may_call = main is self._main and not self.service.is_streaming
+        attempt(threading.Thread(target=self._watch, name="deputy", daemon=True).start)
+        while not (self._drain_began and self._is_over):
+            self._lead(self._take_lead(), may_call, self._is_busy)
+            while main is not None and main.calls:
+                main.make_call()
+        self._has_ended = True
+
+    def _main_here(self) -> Optional[MainThread]:
+        """Return the main thread's calls if this is the thread that makes them."""
+        return self._main if self._main is not None and self._main.is_here else None
 
     @property
-    def has_quick_lead(self) -> bool:  # type: ignore[override]
-        """Whether the leader serves requests itself."""
-        return not self.service.is_streaming and self._pace.is_quick(time.monotonic())
+    def _is_over(self) -> bool:
+        """Whether the server, which drains, has drained or has no time left for that."""
+        if self._is_closed and not self.connections:
+            return True
+        return time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
 
-    @property
-    def _connections(self) -> int:
-        """The number of open connections, about: those that are on their way from a thread to the selector lack."""
-        return self.threads.busy + self.reserve.busy + len(self._selector.get_map())
+    def _take_lead(self) -> int:
+        """Lead, on the thread of `serve_forever`; return the term."""
+        with self._lock:
+            term = self._change_leader()
+        self._waker.wake()  # the deputy is to watch again
+        return term
+
+    def _change_leader(self) -> int:
+        """Begin another term, under the lock; what the leader serves just now stays its own."""
+        if self._current is not None:
+            self._selector.unregister(self._current.socket)
+        self._is_in_turn, self._current = False, None
+        self._term += 1
+        return self._term
 
     def _watch(self) -> None:
-        """Give the lead away whenever one request holds it up; return when the server has drained."""
-        idle = 0
-        while not self._ended.is_set():
-            turns = self._turns
-            self._ended.wait(LEAD_SECONDS)
-            if self._is_in_turn and self._turns == turns:
-                self._change_leader(turns)
-            idle = idle + 1 if self._turns == turns else 0
-            if idle > WATCH_LIMIT:
-                self._wait_for_turns(turns)
-
-    def _wait_for_turns(self, turns: int) -> None:
-        """Wait until the leader serves again: a process without work should not wake up."""
-        self._is_watched = False
-        self._alarm.clear()
-        if self._turns == turns and not self._ended.is_set():  # else it has begun, and perhaps seen that it was watched
-            self._alarm.wait()
-        self._is_watched = True
-
-    def _change_leader(self, turns: int) -> None:
-        """Start another leader, unless the one that is has just gone on."""
-        with self._change:
-            if not self._is_in_turn or self._turns != turns:
-                return
-            if self._serving is not None:
-                self._selector.unregister(self._serving.connection)
-            self._is_in_turn, self._serving = False, None
-            self._pace.hand_over(LEAD_SECONDS, time.monotonic())
-            self._term += 1
-        self._pass_the_lead()
-
-    def _pass_the_lead(self) -> None:
-        """Have another thread lead. The main thread may be busy: an offer counts as a turn, which may take too long."""
-        if self._main is not None and self.has_quick_lead:
-            self._begin_turn(None)
-            self._main.put(functools.partial(self._lead_on_main, self._main, self._term))
-        else:
-            self.leaders.submit(self._term)
-        self.leaders.start_spare()
-
-    def _lead_on_main(self, main_thread: MainThreadSlots, term: int) -> None:
-        """Lead, if the offer still holds, and be woken for calls."""
-        if self._end_turn(term):
-            main_thread.told, told = self._waker.wake, main_thread.told
-            self._lead_to_the_end(term)
-            main_thread.told = told
-
-    def _lead_to_the_end(self, term: int) -> None:
-        """Lead until the lead is lost, or the server drains or fails."""
-        has_lead, error = attempt(self._lead, term)
-        if has_lead or error is not None:
-            self._failure = error
-            self._ended.set()
-            self._alarm.set()
-
-    def _lead(self, term: int) -> bool:
-        """Accept, and serve or dispatch what is readable, until the server drains; False if the lead is lost."""
-        self._calls = self._main if self._main is not None and self._main.is_here else None
-        while not self.is_draining:
-            self._share.publish(self._connections)
-            ready = [] if self._ready else self._selector.select(self._seconds_to_wait)
-            self._ready.extend(key.data for key, _ in ready if key.data is not None)
-            if self._passes_the_lead() or not self._serve_ready(term):
-                return False
-            self._attend([key.fileobj for key, _ in ready if key.data is None], len(ready) > ACCEPT_TURNS)
-        return True
-
-    def _attend(self, ready: Sequence[Any], is_crowded: bool) -> None:
-        """Do what the leader has to do after serving: see to the sockets that are no connections, and to idle ones."""
-        if self._waker.readable in ready:
-            self._wake_up()
-        if self.socket in ready:  # after connections were served, since it may close those that are parked
-            self._accept_some(EXCESS_LIMIT if is_crowded else 0)
-        self._close_expired()
-
-    def _passes_the_lead(self) -> bool:
-        """Pass the lead to the main thread where that should serve, and away from it where not; False to go on."""
-        if (self._calls is not None) == (self._main is not None and self.has_quick_lead):
-            return False
-        self._term += 1
-        self._pass_the_lead()
-        return True
-
-    @property
-    def _seconds_to_wait(self) -> float:
-        """How long to wait for connections to be readable: not at all where calls are to be made."""
-        return 0.0 if self._calls is not None and self._calls.has_calls else SWEEP_SECONDS
-
-    def _serve_ready(self, term: int) -> bool:
-        """Serve or dispatch what is readable, and make calls in between; False if the lead was lost meanwhile."""
+        """Be the deputy: lead whenever one thing holds the leader up."""
         while True:
-            if self._calls is not None and self._calls.has_calls and not self._make_call(self._calls, term):
-                return False
-            if not self._ready:
-                return True
-            if not self._take_turn(self._ready.popleft(), term):
-                return False
-            if not self._turns % ACCEPT_TURNS:  # new clients, a probe perhaps, must not wait for all the others
-                self._accept_some(EXCESS_LIMIT)
+            self._is_busy.wait()
+            turn = self.turn
+            time.sleep(LEAD_SECONDS)
+            with self._lock:
+                if not self._is_in_turn or self.turn != turn:
+                    continue
+                held = self._current
+                term = self._change_leader()
+                self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+                goes_on = held is not None and held.let_go()  # before its turn can end
+            if goes_on:
+                self.settle(cast(Connection, held), Next.THREAD)
+            error = attempt(self._lead, term, False, threading.Event()).error
+            if error is not None:
+                logger.error("the deputy leader failed", exc_info=error)
+            if self._drain_began and self._is_over:
+                time.sleep(10 * LEAD_SECONDS)  # the leader may just be on its way
+                if not self._has_ended:
+                    self.leave()
 
-    def _begin_turn(self, handler: Optional[ETLRequestHandler]) -> None:
-        """Begin what may take long, perhaps with a connection."""
-        self._turns += 1
-        self._serving = handler
-        self._is_in_turn = True
-        if not self._is_watched:
-            self._alarm.set()
+    def _lead(self, term: int, may_call: bool, is_busy: threading.Event) -> None:
+        """Serve what is readable, until another thread has the lead or all is over.
 
-    def _end_turn(self, term: int) -> bool:
-        """End it; False if the lead was lost meanwhile."""
-        with self._change:
-            has_lead = self._term == term
-            if has_lead:
-                self._is_in_turn, self._serving = False, None
+        The class is called only if it may be: whoever calls it must be watched, by `is_busy`.
+        """
+        main = self._main_here()
+        while self._term == term and not (self._drain_began and self._is_over):
+            is_busy.clear()
+            ready = self._selector.select(0 if main is not None and main.calls else self._patience)
+            is_busy.set()
+            if not all(self._serve(key.data, term, may_call) for key, _ in ready if key.data):
+                return
+            if main is not None and main.calls and not self._make_call(main, term):
+                return
+            others = [key.fileobj for key, _ in ready if key.data is None]
+            self._look_around(others, len(ready), term)
+
+    def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
+        """Serve a readable connection and note the pace; return False if the lead is lost."""
+        began = time.monotonic()
+        if not connection.input.ahead and not connection.is_lingering:
+            connection.since = began
+        may_call = may_call and self._pace.is_quick(began)
+        has_lead = self._take_turn(connection, term, connection.attend, may_call)
+        if connection.served and has_lead:
+            now = time.monotonic()
+            self._pace.note((now - began) / connection.served, now)
+        connection.served = 0
         return has_lead
 
-    def _make_call(self, main_thread: MainThreadSlots, term: int) -> bool:
-        """Make a call that another thread waits for; False if the lead was lost meanwhile."""
-        self._begin_turn(None)
-        main_thread.make_next()
-        self._pace.note(QUICK_REQUEST_SECONDS, time.monotonic())  # as slow: it is quicker where the main thread does not lead
-        return self._end_turn(term) and not main_thread.is_over
+    def _take_turn(self, connection: Connection, term: int, serve: Callable[..., Next],
+                   *args: Any) -> bool:
+        """Serve a registered connection and settle it; return False if the lead is lost."""
+        with self._lock:
+            if self._term != term:
+                return False
+            self.turn += 1
+            self._current, self._is_in_turn = connection, True
+        wish = self._wish_after(connection, serve, *args)
+        with self._lock:
+            has_lead = self._term == term
+            if has_lead:
+                self._is_in_turn, self._current = False, None
+                if wish is not Next.READ:
+                    self._selector.unregister(connection.socket)
+        if wish is not Next.READ or not has_lead:
+            self.settle(connection, wish)
+        return has_lead
 
-    def _take_turn(self, handler: ETLRequestHandler, term: int) -> bool:
-        """Serve a readable connection or dispatch it; False if the lead was lost meanwhile."""
-        if self._calls is not self._main or not self.has_quick_lead:
-            self._selector.unregister(handler.connection)
-            self.dispatch(handler)
-            return True
-        began = time.monotonic()
-        self._begin_turn(handler)
-        handler.serve_at_once()
-        handler.since = time.monotonic()
-        if not self._end_turn(term):
-            self._settle(handler)
-            return False
-        self._pace.note(max(handler.since - began, self._least_seconds(handler)), handler.since)
-        if not handler.is_idle:
-            self._selector.unregister(handler.connection)
-            self._settle(handler)
+    def _wish_after(self, connection: Connection, serve: Callable[..., Next], *args: Any) -> Next:
+        """Serve a connection and return its wish, or how it ends if that fails."""
+        try:
+            wish = serve(*args)
+        except Exception as error:
+            wish = connection.fail(error)
+        if wish is Next.READ and self.is_draining and connection.dismiss():
+            return Next.CLOSE
+        return wish
+
+    def _make_call(self, main: MainThread, term: int) -> bool:
+        """Make a call of another thread's, on the main thread; False if the lead is lost."""
+        with self._lock:
+            if self._term != term:
+                return False
+            self.turn += 1
+            self._is_in_turn = True
+        main.make_call()
+        with self._lock:
+            has_lead = self._term == term
+            self._is_in_turn = self._is_in_turn and not has_lead
+        return has_lead
+
+    # -- connections --
+
+    def add(self, connection: socket.socket, **options: Any) -> None:
+        """Serve a connection of HTTP, which is the server's own from now on."""
+        made, error = attempt(functools.partial(HTTPConnection, connection, self, **options))
+        if error is not None:
+            logger.debug("a connection was gone at once: %s", error)
+            return connection.close()
+        self.connections.add(cast(Connection, made))
+        self._publish()
+        self.settle(cast(Connection, made), Next.THREAD if options else Next.READ)
+
+    def settle(self, connection: Connection, wish: Next) -> None:
+        """Do with a connection what it wants; it must not be registered."""
+        if wish is Next.READ:
+            connection.since = time.monotonic()
+            with self._lock:
+                self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+            if connection.is_over:
+                self.kick(connection)
+        elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
+            if attempt(self.process_request, connection, None).error is not None:
+                self._close(connection)  # there is no thread: its client tries again
+        elif wish is Next.UPGRADE:
+            websocket = WebSocketConnection(connection.socket, self, connection.input)
+            self.connections.add(websocket)
+            self.connections.discard(connection)
+            self.settle(websocket, Next.THREAD if websocket.input.ahead else Next.READ)
+        elif wish is Next.CLOSE or wish is Next.RESET:
+            self._close(connection, is_reset=wish is Next.RESET)
+
+    def _close(self, connection: Connection, is_reset: bool = False) -> None:
+        """Close a connection, by a reset if half an answer could look like a whole one."""
+        connection.close()
+        self.connections.discard(connection)
+        self._publish()
+        if is_reset:
+            at_once = struct.pack("ii", True, 0)
+            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            self.close_request(connection.socket)
+        else:
+            self.shutdown_request(connection.socket)
+        if self.is_draining:
+            self._waker.wake()  # it may have been the last
+
+    def _publish(self) -> None:
+        """Tell the other workers how many connections this one has."""
+        if not self._drain_began:
+            self._share.publish(len(self.connections))
+
+    def kick(self, connection: Connection) -> None:
+        """Have a connection served, although nothing may have come."""
+        with self._lock:
+            self._kicked.append(connection)
+        self._waker.wake()
+
+    def may_upgrade(self) -> bool:
+        """Tell whether another connection may become one of WebSocket."""
+        count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
+        return not self.is_draining and count < WEBSOCKET_LIMIT
+
+    def submit(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Have a thread of the pool call a function; RuntimeError if there is none."""
+        self._pool.submit(function, argument)
+
+    def is_crowded(self) -> bool:
+        """Tell whether half of the threads are busy: then no connection is to have several."""
+        return self._pool.busy > THREAD_LIMIT // 2
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a thread of the pool go on with a connection."""
+        self.submit(self._work, request)
+
+    def _work(self, connection: Connection) -> None:
+        self.settle(connection, self._wish_after(connection, connection.work))
+
+    # -- what the leader does beside serving --
+
+    def _look_around(self, ready: Sequence[Any], crowd: int, term: int) -> None:
+        """See to signals and wake-ups, to new connections, and to those whose time is over."""
+        with self._lock:
+            if self._term != term:  # what has come is for the thread that leads by now
+                return
+            if self._waker.readable in ready and self._waker.take():
+                self.is_draining = True
+            kicked, self._kicked = self._kicked, []
+        if self.is_draining and not self._drain_began:
+            self._begin_drain(term)
+        elif self._listener in ready:
+            self._accept_some(EXCESS_LIMIT if crowd > CROWD_LIMIT // 2 else 0, term)
+        if kicked and not self._serve_kicked(kicked, term):
+            return
+        now = time.monotonic()
+        if now >= self._next_sweep:
+            self._next_sweep = now + self._patience
+            self._sweep(now, term)
+
+    def _serve_kicked(self, kicked: List[Connection], term: int) -> bool:
+        """Serve connections that are over; False if the lead is lost, and with it the rest."""
+        while kicked:
+            connection = kicked.pop()
+            is_waiting = connection in self._registered()
+            if is_waiting and not self._take_turn(connection, term, connection.attend, False):
+                for each in (connection, *kicked):
+                    self.kick(each)
+                return False
         return True
 
-    def _least_seconds(self, handler: ETLRequestHandler) -> float:
-        """As how long a turn counts at least: it is in vain where the main thread leads, and another one must serve."""
-        return QUICK_REQUEST_SECONDS if handler.needs_thread and self._main is not None else 0.0
+    def _sweep(self, now: float, term: int) -> None:
+        """End connections whose time is over; in a drain all that are idle."""
+        late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
+        if self.is_draining and not self.is_late and now > late:
+            self.is_late = True
+            for connection in list(self.connections):
+                if isinstance(connection, WebSocketConnection):
+                    connection.end_reading()
+        for connection in self._registered():
+            if connection.is_expired(now):
+                serve: Callable[[], Next] = connection.expire
+            elif self.is_draining:
+                serve = functools.partial(connection.attend, False)
+            else:
+                continue
+            if not self._take_turn(connection, term, serve):
+                return
+        self.service.close_idle()
 
-    def _accept_some(self, excess: int) -> None:
-        """Accept connections while no other worker has less, by more than `excess`; but one in any case."""
+    def _registered(self) -> List[Connection]:
+        with self._lock:
+            return [key.data for key in self._selector.get_map().values() if key.data is not None]
+
+    def _accept_some(self, excess: int, term: int) -> None:
+        """Accept one connection, and more while no other worker has fewer by `excess`."""
         if self._share.excess > excess:
             time.sleep(YIELD_SECONDS)
         for _ in range(CROWD_LIMIT):
-            if not self._accept():
+            if not self._accept(term):
                 return
-            self._share.publish(self._connections)
             if self._share.excess > excess:
                 return
 
-    def _accept(self) -> bool:
+    def _accept(self, term: int) -> bool:
         """Accept a connection; False if there was none, or no room for one."""
         try:
-            connection, address = self.socket.accept()
+            connection, _ = cast(socket.socket, self._listener).accept()
         except BlockingIOError:  # another worker was faster
             return False
         except OSError as error:
             logger.error("a connection could not be accepted: %s", error)
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
-                self._make_room()
+                self._make_room(term)
             return False
-        handler, problem = attempt(ETLRequestHandler, connection, address, self)
-        if problem is not None:
-            logger.debug("connection of %s: %s", address, problem)
-            connection.close()
-        elif self.has_quick_lead or self.threads.is_exhausted:  # what it says tells whether it can be answered at once
-            self._park(handler)
-        else:
-            self.dispatch(handler)
+        self.add(connection)
         return True
 
-    def _make_room(self) -> None:
-        """Close some of the connections that have been idle for longest; if there are none, give the others time."""
-        parked = sorted(self._parked(), key=lambda handler: handler.since)
-        oldest = [handler for handler in parked[:min(CROWD_LIMIT, len(parked) // 4 + 1)] if not handler.has_input]
-        for handler in oldest:
-            self._close_parked(handler)
-        if not oldest:
+    def _make_room(self, term: int) -> None:
+        """Close some of the connections that have been idle longest, or wait a moment."""
+        idle = sorted((connection for connection in self._registered()
+                       if isinstance(connection, HTTPConnection) and connection.dismiss()),
+                      key=lambda connection: connection.since)
+        for connection in idle[:min(CROWD_LIMIT, len(idle) // 4 + 1)]:
+            self._take_turn(connection, term, connection.retire)
+        if not idle:
             time.sleep(0.05)
 
-    def process_connection(self, handler: ETLRequestHandler) -> None:
-        """Serve a connection on a thread of the pool, then park or close it."""
-        _, error = attempt(self._serve_connection, handler)
-        if error is not None:
-            logger.error("connection of %s: %s", handler.client_address, error, exc_info=error)
-            handler.connection.close()
-
-    def process_single_request(self, handler: ETLRequestHandler) -> None:
-        """Serve one request of a connection on a thread of the reserve, then close it."""
-        handler.is_single = True
-        attempt(self._serve_connection, handler)
-        handler.connection.close()
-
-    def _serve_connection(self, handler: ETLRequestHandler) -> None:
-        handler.handle()
-        self._settle(handler)
-
-    def _settle(self, handler: ETLRequestHandler) -> None:
-        """Close a connection that is no longer with the selector, or pass it on, as its handler says."""
-        if handler.needs_thread:
-            self.dispatch(handler)
-        elif handler.is_broken:
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", True, 0))
-            self.close_request(handler.connection)
-        elif handler.is_idle and not self.is_draining:
-            self._newly_idle.put(handler)
-            self._waker.wake()
-        elif handler.is_idle and handler.has_input:  # the next request has come before it was told that there is to be none
-            self.dispatch(handler)
-        else:
-            self.shutdown_request(handler.connection)
-
-    def _park_newly_idle(self) -> None:
-        while not self._newly_idle.empty():
-            self._park(self._newly_idle.get())
-
-    def _park(self, handler: ETLRequestHandler) -> None:
-        handler.since = time.monotonic()
-        self._selector.register(handler.connection, selectors.EVENT_READ, handler)
-
-    def _parked(self) -> List[ETLRequestHandler]:
-        return [key.data for key in self._selector.get_map().values() if key.data is not None]
-
-    def _close_parked(self, handler: ETLRequestHandler) -> None:
-        self._selector.unregister(handler.connection)
-        self.shutdown_request(handler.connection)
-
-    def _close_expired(self) -> None:
-        """Close what has been idle for too long; looking at all connections is worth it only now and then."""
-        now = time.monotonic()
-        if now < self._next_sweep:
-            return
-        self._next_sweep, oldest = now + SWEEP_SECONDS, now - IDLE_SECONDS
-        for handler in self._parked():
-            if handler.since < oldest:
-                self._close_parked(handler)
-        self.service.close_idle()
-
-    def _wake_up(self) -> None:
-        """Do what this thread was woken for: a signal has come, or a connection is to be parked."""
-        if self._waker.take():
-            self.is_draining = True
-        self._park_newly_idle()
+    # -- the end --
 
     def drain_on(self, signals: Iterable[int]) -> None:
         """Have signals drain the server. Call it on the main thread."""
         self._waker.wake_on(signals, self.drain)
 
     def drain(self) -> None:
-        """Stop accepting; connections finish the request they have begun, idle ones close."""
+        """Stop accepting; connections finish what has begun to come, idle ones close."""
         self.is_draining = True
         self._waker.wake()
 
-    def _dismiss_idle(self) -> None:
-        """Close what is idle; a connection whose request has just come is served a last time."""
-        self._park_newly_idle()
-        for handler in self._parked():
-            if handler.has_input:
-                self._selector.unregister(handler.connection)
-                self.dispatch(handler)
-            else:
-                self._close_parked(handler)
+    def server_close(self) -> None:
+        """Close the listening socket."""
+        if self._listener is not None:
+            self._listener.close()
 
-    def wait_until_quiet(self, deadline: float) -> None:
-        """Wait until no connection is being served, or until a time of time.monotonic()."""
-        self.leaders.wait_until_quiet(deadline)
-        super().wait_until_quiet(deadline)
+    def _begin_drain(self, term: int) -> None:
+        """Accept who was let in by the system and not yet by us, and nobody else."""
+        with self._lock:
+            if self._drain_began:  # a thread that led before was faster
+                return
+            self._drain_began = time.monotonic()
+        self._patience, self._next_sweep = DRAIN_LOOK_SECONDS, 0.0
+        self._share.leave()
+        if self._listener is not None:
+            for _ in range(BACKLOG):
+                if not self._accept(term):
+                    break
+            with self._lock:
+                self._selector.unregister(self._listener)
+            self._listener.close()
+        self._is_closed = True
+        self._waker.wake()
 
 
 # == 17. Frameworks ==
@@ -5793,12 +5600,12 @@ class PieceInput(ConnectionInput):
             return 0
         return super().readinto(buffer, flags)
 
-    def _receive(self, flags: int = 0) -> bytes:
+    def fill(self, flags: int = 0) -> bool:
         """Wait for the next piece; the server's own exceptions come as OSError, which readers expect."""
         piece, error = attempt(self._next_piece)
         if error is not None:
             raise error if isinstance(error, OSError) else OSError(describe(error)) from None
-        return cast(bytes, piece)
+        return self._add(cast(bytes, piece))
 
 
 def quiet_level() -> int:
@@ -5853,7 +5660,28 @@ def report_failure(error: StartupError) -> None:
 # -- FastAPI, by uvicorn --
 
 
-class MainLoop(MainThreadSlots):
+class CallingThread(MainThread):
+    """The main thread of a worker whose server another thread runs: it makes calls until `end`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bell = threading.Semaphore(0)
+        self.wake = self._bell.release
+        self.is_over = False
+
+    def work(self) -> None:
+        """Make the calls that are handed over."""
+        while not self.is_over:
+            self._bell.acquire()
+            while self.calls:
+                self.make_call()
+
+    def end(self) -> None:
+        """Let `work` return once it has made the calls before this one."""
+        self.put(functools.partial(setattr, self, "is_over", True))
+
+
+class MainLoop(CallingThread):
     """An application's event loop and its class's transforms, by turns, on the thread that made the instance.
 
     Upstream both run there, and classes rely on it. No loop runs during a transform, so it may run one of its own.
@@ -5866,8 +5694,7 @@ class MainLoop(MainThreadSlots):
         self.loop = asyncio.new_event_loop()
         self._adopt = asyncio.set_event_loop
         self._adopt(self.loop)
-        self._thread = threading.get_ident()
-        self.told = functools.partial(self.loop.call_soon_threadsafe, self.loop.stop)
+        self.wake = functools.partial(self.loop.call_soon_threadsafe, self.loop.stop)
 
     def soon(self, function: Callable[..., Any], *args: Any) -> Any:
         """Have a function that never raises called by `work`; return a future of the loop, which this is called on."""
@@ -5891,9 +5718,9 @@ class MainLoop(MainThreadSlots):
         while not self.is_over:
             self._adopt(self.loop)  # asyncio.run() in a transform leaves none
             self.loop.run_forever()
-            if self.has_calls:
-                self.make_next()
-            if self.has_calls:  # one turn of the loop first: nobody else waits for many transforms
+            if self.calls:
+                self.make_call()
+            if self.calls:  # one turn of the loop first: nobody else waits for many transforms
                 self.loop.call_soon(self.loop.stop)
 
 
@@ -6076,9 +5903,7 @@ class StarletteMessages:
 
         self._service = service
         self._takers = ThreadPoolExecutor(WEBSOCKET_LIMIT, "etl")  # for each connection one may wait for objects before
-        self._threads = ThreadPool(HELPER_THREAD_LIMIT, lambda call, argument: call(argument))
-        self._pace = MessagePace()
-        self._pace.hand_over(math.inf, time.monotonic())  # nothing may be transformed on the loop's thread
+        self._pool = ThreadPool(THREAD_LIMIT)
 
     async def __call__(self, websocket: Any) -> None:
         """Serve one connection to its end."""
@@ -6086,19 +5911,24 @@ class StarletteMessages:
 
         loop = asyncio.get_running_loop()
 
-        def send(reply: Reply) -> None:
-            attempt(asyncio.run_coroutine_threadsafe(self._send(websocket, reply), loop).result)  # the client may be gone
+        def send(replies: Sequence[Reply], waits: bool) -> None:
+            for reply in replies:  # the client may be gone
+                attempt(asyncio.run_coroutine_threadsafe(self._send(websocket, reply), loop).result)
 
-        exchange = ObjectExchange(self._service, send, self._threads.submit, self._pace)
+        def take(data: bytes) -> None:
+            exchange.take(ReceivedObject(data), may_call=False)  # nothing may be transformed on the loop's thread
+            exchange.wait(lambda: not exchange.is_full)
+
+        exchange = ObjectExchange(self._service, send, self._pool.submit, lambda: None)
         await websocket.accept()
         message = await websocket.receive()
         while message["type"] == "websocket.receive":
             data = message.get("bytes") or (message.get("text") or "").encode()
-            outcome = await loop.run_in_executor(self._takers, attempt, exchange.take, ReceivedObject(data))
+            outcome = await loop.run_in_executor(self._takers, attempt, take, data)
             if outcome.error is not None:
                 reason = self._service.settings.redact(describe(outcome.error))
                 logger.error("%s: %s; its WebSocket connection is closed", exchange.next_name, reason)
-                await loop.run_in_executor(self._takers, exchange.wait)
+                await loop.run_in_executor(self._takers, exchange.wait, lambda: not exchange.pending)
                 return await self._send(websocket, Reply(OP_CLOSE, reason.encode("utf-8", "replace")))
             message = await websocket.receive()
 
@@ -6216,49 +6046,13 @@ class AppFront:
             await asyncio.wrap_future(sent)
 
 
-class TakenConnections(ETLHTTPServer):
-    """WebSocket connections that uvicorn has accepted: served as the built-in server does it, on threads.
-
-    A failure is told by half a message, which ASGI cannot send; and frames, batches, bounds and drain are those of all
-    other classes.
-    """
-
-    def __init__(self, listener: socket.socket, service: Service) -> None:
-        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], ETLRequestHandler)
-        self.service = service
-        self.websockets = websockets_of(service)
-        self._threads = ThreadPool(THREAD_LIMIT, self._serve)
-
-    def take(self, connection: socket.socket, head: bytes) -> None:
-        """Serve a connection of which a request's head has been read."""
-        if attempt(self._threads.submit, connection, head).error is not None:  # there is no thread
-            connection.close()
-
-    def drain(self) -> None:
-        """Let connections end as soon as all is answered that has come."""
-        self.is_draining = True
-        self.websockets.drain()
-
-    def wait_until_quiet(self) -> None:
-        """Wait for the end of all connections."""
-        self._threads.wait_until_quiet(time.monotonic() + WORKER_GRACE_SECONDS)
-
-    def _serve(self, connection: socket.socket, head: bytes) -> None:
-        with connection:
-            handler = attempt(lambda: ETLRequestHandler(connection, connection.getpeername(), self)).value
-            if handler is not None:  # else the client is gone already
-                handler.input = ConnectionInput(connection, head)
-                handler.is_for_upgrade = True  # other requests are the application's
-                handler.handle()
-
-
 class HandOver:
     """A protocol of uvicorn's for connections that want to be WebSockets: those for `/ws` are taken over by threads.
 
     All others go to uvicorn's own protocol, for the class's own routes. This has the methods of asyncio's Protocol.
     """
 
-    def __init__(self, taken: TakenConnections, make_own: Callable[..., Any], **arguments: Any) -> None:
+    def __init__(self, taken: Server, make_own: Callable[..., Any], **arguments: Any) -> None:
         self._taken = taken
         self._own: Any = None
         self._make_own = functools.partial(make_own, **arguments)
@@ -6284,7 +6078,7 @@ class HandOver:
     def connection_lost(self, error: Optional[Exception]) -> None:
         """Take the connection over, or pass its end on."""
         if self._connection is not None:
-            self._taken.take(self._connection, self._head)
+            self._taken.add(self._connection, ahead=self._head, only_upgrades=True)
         elif self._own is not None:
             self._own.connection_lost(error)
 
@@ -6320,7 +6114,7 @@ class UvicornServer:
         self._main = main_thread
         self._lifespan = Lifespan(server.app)
         self._waker = Waker()
-        self._taken = TakenConnections(listener, service)
+        self._taken = Server(None, service, main_thread)
         self._config = uvicorn.Config(
             AppFront(server.app, self._lifespan.state, main_thread.loop), log_config=None, access_log=False, lifespan="off",
             proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
@@ -6344,11 +6138,26 @@ class UvicornServer:
         call_user(f"{name}'s shutdown", lambda: self._main.run_until(self._lifespan.stop()))
 
     def serve_forever(self) -> None:
-        """Serve until `drain`, and then what has begun."""
+        """Serve until `drain`, and then what has begun; this thread makes the class's calls meanwhile."""
+        failures: List[BaseException] = []
+
+        def serve() -> None:
+            failures.extend(filter(None, [attempt(self._serve).error]))
+            self._main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
+
+        threading.Thread(target=serve, name="acceptor", daemon=True).start()
+        self._main.work()
+        if failures:
+            raise failures[0]
+
+    def _serve(self) -> None:
+        """Run uvicorn, and beside it what serves WebSocket."""
+        taken = threading.Thread(target=self._taken.serve_forever, name="etl-ws", daemon=True)
+        taken.start()
         loop = new_loop()
         loop.add_reader(self._waker.readable, self._wake_up)
         loop.run_until_complete(self._uvicorn.serve(sockets=[self._listener]))
-        self._taken.wait_until_quiet()
+        taken.join(WORKER_GRACE_SECONDS)
 
     def drain_on(self, signals: Iterable[int]) -> None:
         """Have signals drain the server, also while the main thread transforms. Call it on the main thread."""
@@ -6367,17 +6176,18 @@ class UvicornServer:
             self._taken.drain()
 
 
-Front = Union[UvicornServer, PooledHTTPServer]
+Front = Union[UvicornServer, Server]
 
 
-def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Slots]:
-    """Make what answers requests, and what the thread that made the instance is to work on from then on."""
+def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Optional[MainThread]]:
+    """Make what answers requests, and the main thread where that is to do more than to lead the server."""
     Current.pool = Current.pool or ConnectionPool(settings)
-    threads = ThreadSlots(settings.threads or DEFAULT_THREADS)
     is_one = server.one_at_a_time and settings.threads in (None, 1)
-    has_loop = isinstance(server, FastAPIServer) and server.etl_app is not None
-    main_thread: Slots = MainLoop() if has_loop else MainThreadSlots() if is_one else threads
-    return Service(settings, server, Current.pool, main_thread if is_one else threads), main_thread
+    main: Optional[MainThread] = MainThread() if is_one else None
+    if isinstance(server, FrameworkServer) and server.etl_app is not None:
+        main = MainLoop() if isinstance(server, FastAPIServer) else CallingThread()
+    slots = main if main is not None and is_one else ThreadSlots(settings.threads or DEFAULT_THREADS)
+    return Service(settings, server, Current.pool, slots), main
 
 
 # -- Flask, by gunicorn --
@@ -6484,12 +6294,12 @@ def gunicorn_options(settings: Settings, listener: socket.socket) -> Dict[str, A
     }
 
 
-def gunicorn_worker_class(slots: List[Slots]) -> Any:
+def gunicorn_worker_class(main_threads: List[CallingThread]) -> Any:
     """Make the class of gunicorn's workers: threads serve requests, and the main thread makes transforms."""
     from gunicorn.workers import gthread
 
     setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end,
-    setattr(gthread, "DEFAULT_WORKER_DATA_TIMEOUT", LINGER_SECONDS)  # nor hold a thread
+    setattr(gthread, "DEFAULT_WORKER_DATA_TIMEOUT", 0.02)  # nor hold a thread
 
     class ETLWorker(gthread.ThreadWorker):  # type: ignore[misc]
         """A worker whose main thread does nothing else but transforms."""
@@ -6510,11 +6320,11 @@ def gunicorn_worker_class(slots: List[Slots]) -> Any:
             """Serve until SIGTERM."""
             def serve() -> None:
                 attempt(super(ETLWorker, self).run)
-                slots[0].end()
+                main_threads[0].end()
 
             thread = threading.Thread(target=serve, name="acceptor", daemon=True)
             thread.start()
-            slots[0].work()
+            main_threads[0].work()
             thread.join()
 
     return ETLWorker
@@ -6543,7 +6353,7 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
     from gunicorn.app.base import BaseApplication
     from gunicorn.arbiter import Arbiter
 
-    settings, slots = Current.settings or Settings(), []  # type: Settings, List[Slots]
+    settings, main_threads = Current.settings or Settings(), []  # type: Settings, List[CallingThread]
 
     class Application(BaseApplication):  # type: ignore[misc]
         """What gunicorn serves."""
@@ -6551,7 +6361,7 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
         def load_config(self) -> None:
             """Take our settings."""
             options = gunicorn_options(settings, listener)
-            options.update(worker_class=gunicorn_worker_class(slots), logger_class=gunicorn_logger_class())
+            options.update(worker_class=gunicorn_worker_class(main_threads), logger_class=gunicorn_logger_class())
             for name, value in options.items():
                 if name in self.cfg.settings:
                     self.cfg.set(name, value)
@@ -6563,8 +6373,8 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
             except StartupError as error:
                 report_failure(error)
                 raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-            service, main_thread = make_service(server, settings)
-            slots.append(main_thread)
+            service, main = make_service(server, settings)
+            main_threads.append(cast(CallingThread, main))
             add_flask_routes(server, service)
             return front_of(server)
 
@@ -6612,26 +6422,11 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
-def serve_beside(front: Front, main_thread: Slots) -> Optional[BaseException]:
-    """Serve, by another thread where this one is to make the class's calls; return what the server failed of."""
-    if isinstance(main_thread, ThreadSlots):
-        return attempt(front.serve_forever).error
-    failures: List[BaseException] = []
-
-    def serve() -> None:
-        failures.extend(filter(None, [attempt(front.serve_forever).error]))
-        main_thread.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
-
-    threading.Thread(target=serve, name="acceptor", daemon=True).start()
-    main_thread.work()
-    return failures[0] if failures else None
-
-
-def make_front(listener: socket.socket, server: ETLServer, service: Service, main_thread: Slots) -> Front:
+def make_front(listener: socket.socket, server: ETLServer, service: Service, main: Optional[MainThread]) -> Front:
     """Make what speaks HTTP on a listening socket."""
-    if isinstance(main_thread, MainLoop):
-        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
-    return PooledHTTPServer(listener, service, main_thread if isinstance(main_thread, MainThreadSlots) else None)
+    if isinstance(main, MainLoop):
+        return UvicornServer(listener, cast(FastAPIServer, server), service, main)
+    return Server(listener, service, main)
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -6645,13 +6440,15 @@ def serve_instance(server: ListeningServer) -> None:
         server.app.run(server.host, server.port, threaded=True)
         return
     listener = Current.listener or bind(server.host, server.port)
-    service, main_thread = make_service(server, settings)
-    with make_front(listener, server, service, main_thread) as front:
+    service, main = make_service(server, settings)
+    with make_front(listener, server, service, main) as front:
         if threading.current_thread() is threading.main_thread():
             front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
+        if Current.reports is not None and isinstance(front, Server):
+            front.leave = functools.partial(leave, Exit.OK)
         start_listening(listener)
         report(REPORT_READY)
-        error = serve_beside(front, main_thread)
+        error = attempt(front.serve_forever).error
     if error is not None:
         logger.error("the server failed", exc_info=error)
         raise StartupError(f"the server failed: {describe(error)}")

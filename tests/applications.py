@@ -8,11 +8,11 @@ import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 from websockets.sync.client import ClientConnection, connect
 
-from harness import Response, Server, make_payload
+from harness import Environ, Response, Runtime, Server, interpreter, make_payload
 
 SOON_SECONDS = 20.0
 # who serves a class, as the line tells it that says "serving"
@@ -29,10 +29,6 @@ from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThread
 class Refused(Exception):
     pass
 
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-
 def Teapot(code, text):
     return werkzeug.exceptions.ImATeapot(text)
 
@@ -46,7 +42,8 @@ class Work:
             raise kind(418, "short and stout")
         if etl_args:
             open(etl_args + ".begun", "w").close()
-            wait_for(etl_args)
+            while not os.path.exists(etl_args):
+                time.sleep(0.01)
         return data.upper() + b" " + path.encode()
 
 class Pieces:
@@ -62,13 +59,12 @@ class Pieces:
 router = fastapi.APIRouter(prefix="/routed")
 
 @router.get("/hello/{name}")
-async def hello(name: str, times: int = 1):
-    return {"hello": [name] * times}
+async def hello(name: str):
+    return {"hello": name}
 
 def dependency(request: fastapi.Request):
     if request.headers.get("x-key") != "sesame":
         raise fastapi.HTTPException(403, "no key")
-    return "a key"
 
 class Fast(Work, FastAPIServer):
     def __init__(self):
@@ -77,7 +73,7 @@ class Fast(Work, FastAPIServer):
         self.events = []
         self.app.include_router(router)
         self.app.add_api_route("/version", self.version)
-        self.app.add_api_route("/guarded", self.guarded)
+        self.app.add_api_route("/guarded", lambda: 1, dependencies=[fastapi.Depends(dependency)])
         self.app.add_api_route("/refused", self.refused)
         self.app.add_api_route("/pid", lambda: os.getpid())
         self.app.add_api_websocket_route("/echo", self.echo)
@@ -88,8 +84,6 @@ class Fast(Work, FastAPIServer):
     async def helper(self):
         await asyncio.sleep(0)
         return "1.0"
-    async def guarded(self, key=fastapi.Depends(dependency)):
-        return {"key": key}
     async def refused(self):
         raise Refused("as it pleases")
     async def echo(self, websocket: fastapi.WebSocket):
@@ -151,10 +145,14 @@ class UsesAppLate(FastAPIServer):
     def transform(self, data, path, etl_args):
         return repr(self.app)
 
-class StartsFast(Work, FastAPIServer):
+class UsesApp(FastAPIServer):
     def __init__(self):
         super().__init__()
         self.app.add_api_route("/made", lambda: "for its start")
+    def transform(self, data, path, etl_args):
+        return data.upper()
+
+class StartsFast(Work, UsesApp):
     def start(self):
         import uvicorn
         uvicorn.run(self.app, host="127.0.0.1", port=self.port)
@@ -172,7 +170,7 @@ blueprint = flask.Blueprint("mine", "mine", url_prefix="/routed")
 
 @blueprint.route("/hello/<name>")
 def hello_of_flask(name):
-    return {"hello": [name]}
+    return {"hello": name}
 
 class Flasky(Work, FlaskServer):
     def __init__(self):
@@ -197,9 +195,9 @@ class Flasky(Work, FlaskServer):
     def _handle_request(self, path):
         if path != "bucket/wrapped":
             return super()._handle_request(path)
-        body = flask.request.get_data()
+        is_get, body = flask.request.method == "GET", flask.request.get_data()
         response = super()._handle_request(path)
-        response.headers["x-wrapped"] = "%s %s %d" % (path, flask.request.method == "GET", len(body))
+        response.headers["x-wrapped"] = "%s %s %d" % (path, is_get, len(body))
         return response
     def transform(self, data, path, etl_args):
         self.database.execute("select 1")
@@ -217,16 +215,21 @@ class RegistersRoutes(Work, FlaskServer):
     def _health(self):
         return flask.Response("as well as can be")
 
-class StartsFlask(Work, FlaskServer):
-    def start(self):
+class UsesFlask(FlaskServer):
+    def __init__(self):
+        super().__init__()
         self.app.add_url_rule("/made", view_func=lambda: '"for its start"')
+    def transform(self, data, path, etl_args):
+        return data.upper()
+
+class StartsFlask(Work, UsesFlask):
+    def start(self):
         self.host = "127.0.0.1"
         super().start()
 
-class ConstructsInVain(Work, FlaskServer):
+class ConstructsInVain(UsesFlask):
     def __init__(self):
         super().__init__()
-        self.app.config["X"] = 1
         raise ValueError("no model here")
 
 # -- Classes that leave something behind where they are loaded --
@@ -274,20 +277,6 @@ class ImportsFirst(FlaskServer):
     def transform(self, data, path, etl_args):
         return data
 
-class UsesApp(FastAPIServer):
-    def __init__(self):
-        super().__init__()
-        self.app.add_api_route("/version", lambda: "1.0")
-    def transform(self, data, path, etl_args):
-        return data.upper()
-
-class UsesFlask(FlaskServer):
-    def __init__(self):
-        super().__init__()
-        self.app.add_url_rule("/version", view_func=lambda: '"1.0"')
-    def transform(self, data, path, etl_args):
-        return data.upper()
-
 class StartsUp(FlaskServer):
     def _register_routes(self):
         pass
@@ -299,6 +288,16 @@ class StartsUp(FlaskServer):
 def payload_of(name: str) -> str:
     """Return the payload of a class of this source."""
     return make_payload(SOURCE, name)
+
+
+def start(
+    start_runtime: Callable[..., Runtime], name: str, env: Optional[Environ] = None,
+    expect_traceback: bool = False
+) -> Runtime:
+    """Start a class where the frameworks are installed, by the fixture of that name."""
+    env = {"NUM_WORKERS": "1", **(env or {})}
+    return start_runtime(
+        payload_of(name), env, python=interpreter("sdk"), expect_traceback=expect_traceback)
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

@@ -19,6 +19,10 @@ class Echo(HTTPMultiThreadedServer):
         word, _, rest = etl_args.partition(" ")
         return getattr(self, word)(rest, data, path) if word else data
 
+    def touch(self, path, data, _):
+        open(path, "w").close()
+        return data
+
     def sleep(self, seconds, data, path):
         time.sleep(float(seconds))
         return data
@@ -30,9 +34,6 @@ class Echo(HTTPMultiThreadedServer):
 
     def fill(self, size, data, path):
         return bytes(int(size))
-
-    def die(self, _, data, path):
-        os._exit(3)
 
     def fail(self, text, data, path):
         raise ValueError(text)

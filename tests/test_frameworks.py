@@ -14,17 +14,19 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, Iterator, List
 
 import pytest
 from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import ClientConnection
 
 from ais_runtime_min import Exit
 from applications import (BY, CLASSES, SOON_SECONDS, body_of, object_in_work, open_websocket,
-                          payload_of, wait_until)
+                          payload_of, start, wait_until)
 from harness import RUNTIME, Environ, Runtime, Server, exact_environment, interpreter
 from peer import handshake
 from standin import BASE_PATH, StandInTarget
+from test_installing import index_variables, make_environment
 
 StartRuntime = Callable[..., Runtime]
 StartPod = Callable[[str], Runtime]
@@ -58,18 +60,19 @@ def start_pod(
     with contextlib.ExitStack() as stack:
 
         @functools.lru_cache(maxsize=None)
-        def start(kind: str) -> Runtime:
+        def start_kind(kind: str) -> Runtime:
             kind, _, is_new = kind.partition(", ")
             env = {"ETL_CLASS_PAYLOAD": payload_of(CLASSES[kind]), "NUM_WORKERS": "1",
-                   "AIS_TARGET_URL": target.url, **(index_variables() if is_new else {})}
-            python = new_python(tmp_path_factory.mktemp("new")) if is_new else interpreter("sdk")
+                   "AIS_TARGET_URL": target.url, **(variables_of_index() if is_new else {})}
+            folder = tmp_path_factory.mktemp("new")
+            python = make_environment(folder) if is_new else interpreter("sdk")
             pods.append(stack.enter_context(
                 Runtime(env=env, python=python, expect_traceback=True, start_seconds=300)))
             if is_new:
                 pods[-1].wait_for_line("installing Python packages: %s" % kind)
             return pods[-1]
 
-        yield start
+        yield start_kind
     log = "\n".join(pod.log() for pod in pods)
     raised = re.findall(r"(?m)^Traceback.*\n(?: .*\n)*(.*)$", log)
     assert [error for error in raised if not error.endswith(EXPECTED_FAILURES)] == []
@@ -90,7 +93,9 @@ def transformed(kind: str, data: bytes) -> bytes:
 
 
 @both
-def test_objects_and_health_probes_are_answered_as_for_any_class(pod: Runtime) -> None:
+def test_objects_and_health_probes_are_answered_as_for_any_class(
+    pod: Runtime, target: StandInTarget
+) -> None:
     response = pod.request("PUT", "/bucket/an%20object", b"hello")
     assert (response.status, response.body) == (200, b"HELLO bucket/an object")
     assert response.headers["content-type"] == "application/octet-stream"
@@ -98,45 +103,33 @@ def test_objects_and_health_probes_are_answered_as_for_any_class(pod: Runtime) -
     assert pod.request("PUT", "/health", b"").status == 405
     assert pod.request("DELETE", "/bucket/object").status == 405
     assert pod.request("PUT", "/bucket/object?etl_fqn=%2Fetc%2Fpasswd", b"").status == 403
-
-
-@both
-def test_objects_are_read_from_the_target_with_the_raw_path(
-    pod: Runtime, target: StandInTarget
-) -> None:
-    target.objects["/ais%2F@%23%2Fbucket%2Fobj%20ect"] = b"hello"
-    response = pod.request("GET", "/ais%2F@%23%2Fbucket%2Fobj%20ect?uuid=1")
+    path = "/ais%2F@%23%2Fbucket%2Fobj%20ect"
+    target.objects[path] = b"hello"
+    response = pod.request("GET", path + "?uuid=1")
     assert (response.status, response.body) == (200, b"HELLO ais/@#/bucket/obj ect")
-    assert target.requests[-1].target == BASE_PATH + "/ais%2F@%23%2Fbucket%2Fobj%20ect?uuid=1"
+    assert target.requests[-1].target == BASE_PATH + path + "?uuid=1"
+    response = pod.request("PUT", "/bucket/teapot", b"hello")
+    failure = {"detail": "Processing error: short and stout"}
+    assert (response.status, json.loads(response.body)) == (418, failure)
+    # on the thread that made the instance
+    assert pod.request("PUT", "/bucket/where", b"").body == b"main"
 
 
 @both
-def test_routes_and_routers_come_before_objects(pod: Runtime) -> None:
+def test_routes_middleware_dependencies_hooks_and_exception_handlers_work(
+    pod: Runtime, kind: str
+) -> None:
     assert body_of(pod, "/version")["version"] == "1.0"
-    assert body_of(pod, "/routed/hello/you") == {"hello": ["you"]}
+    assert body_of(pod, "/routed/hello/you") == {"hello": "you"}
     # by another method than the route's it is an object
     assert pod.request("PUT", "/version", b"hello").body == b"HELLO version"
-
-
-@both
-def test_middleware_and_hooks_see_objects_too(pod: Runtime) -> None:
     for path in ("/version", "/bucket/object"):
         assert pod.request("PUT", path, b"hello").headers["x-marked"] == path
-
-
-@both
-def test_dependencies_hooks_and_exception_handlers_work(pod: Runtime, kind: str) -> None:
     assert pod.request("GET", "/guarded").status == 403
-    response = pod.request("GET", "/refused")
-    assert (response.status, json.loads(response.body)) == (409, {"refused": "as it pleases"})
     if kind.startswith("fastapi"):
         assert pod.request("GET", "/guarded", headers={"X-Key": "sesame"}).status == 200
-
-
-@both
-def test_an_http_exception_of_transform_gives_its_status(pod: Runtime) -> None:
-    response = pod.request("PUT", "/bucket/teapot", b"hello")
-    assert (response.status, json.loads(response.body)) == (418, {"detail": "Processing error: short and stout"})
+    response = pod.request("GET", "/refused")
+    assert (response.status, json.loads(response.body)) == (409, {"refused": "as it pleases"})
 
 
 @both
@@ -144,11 +137,6 @@ def test_a_class_may_wrap_the_handling_of_objects_and_read_their_bodies(pod: Run
     response = pod.request("PUT", "/bucket/wrapped", iter([b"hel", b"lo"]))
     assert (response.status, response.body) == (200, b"HELLO bucket/wrapped")
     assert response.headers["x-wrapped"] == "bucket/wrapped False 5"
-
-
-@both
-def test_a_class_transforms_on_the_thread_that_made_it(pod: Runtime) -> None:
-    assert pod.request("PUT", "/bucket/where", b"").body == b"main"
 
 
 @fastapi_alone
@@ -190,15 +178,14 @@ def test_a_stream_that_fails_is_cut(pod: Runtime) -> None:
     pod.wait_for_line("/bucket/object: the answer was cut: no more of it")
 
 
-SHORT_BODIES = {
-    "length": b"Content-Length: 100\r\n\r\nhello", "chunks": b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
-    "chunk": b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel",
-}
-
-
 @all_kinds
 def test_a_body_that_ends_early_is_never_taken_for_a_whole_one(pod: Runtime, kind: str) -> None:
-    for name, framing in SHORT_BODIES.items():
+    short = {
+        "length": b"Content-Length: 100\r\n\r\nhello",
+        "chunks": b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        "chunk": b"Transfer-Encoding: chunked\r\n\r\n5\r\nhel",
+    }
+    for name, framing in short.items():
         with pod.connect() as connection:
             head = b"PUT /bucket/%b HTTP/1.1\r\nHost: pod\r\n" % name.encode()
             connection.sendall(head + framing)
@@ -234,32 +221,35 @@ def test_results_go_straight_to_their_target(
 # == WebSocket ==
 
 
-@fastapi_alone
-def test_objects_come_over_websocket(pod: Runtime) -> None:
-    with open_websocket(pod) as client:
-        for number in range(50):
-            client.send(json.dumps({"path": "object%d" % number}).encode())
-            client.send(b"hello")
-        assert [client.recv() for _ in range(50)] == [b"HELLO object%d" % number for number in range(50)]
+def send_objects(client: ClientConnection, count: int, *further: bytes) -> None:
+    """Send objects, and further messages; check what comes back for the objects."""
+    for number in range(count):
+        client.send(json.dumps({"path": "object%d" % number}).encode())
+        client.send(b"hello" * number)
+    for message in further:
+        client.send(message)
+    expected = [b"HELLO" * number + b" object%d" % number for number in range(count)]
+    assert [client.recv() for _ in range(count)] == expected
 
 
 @fastapi_alone
-def test_a_failure_over_websocket_is_told_as_a_target_understands_it(pod: Runtime) -> None:
+def test_objects_come_over_websocket_and_a_failure_is_told_as_a_target_understands_it(
+    pod: Runtime
+) -> None:
     with open_websocket(pod) as client:
-        client.send(json.dumps({"path": "bucket/teapot"}).encode())
-        client.send(b"hello")
+        send_objects(client, 50, b'{"path": "bucket/teapot"}', b"hello")
         with pytest.raises(ConnectionClosedError) as closed:
             client.recv()
     assert closed.value.rcvd and closed.value.rcvd.code == 1011
     assert closed.value.rcvd.reason == "Processing error: short and stout"
-    assert closed.value.sent and closed.value.sent.code == 1002  # since the close frame came within a message
+    # since the close frame came within a message
+    assert closed.value.sent and closed.value.sent.code == 1002
 
 
 @fastapi_alone
 def test_a_connection_whose_handshake_is_refused_serves_no_more_requests(pod: Runtime) -> None:
-    refused = handshake(Sec_WebSocket_Version="8")
     of_application = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
-    answer = pod.raw([refused, of_application])
+    answer = pod.raw([handshake(Sec_WebSocket_Version="8"), of_application])
     assert answer.startswith(b"HTTP/1.1 426 ") and b"\r\nConnection: close\r\n" in answer
     assert answer.count(b"HTTP/1.1") == 1
 
@@ -279,51 +269,44 @@ def test_ws_is_for_websocket_alone_and_gunicorn_has_none(pod: Runtime, status: i
 # == Applications of other kinds ==
 
 
-@pytest.fixture
-def start_variant(start_runtime: StartRuntime, sdk_python: str) -> StartRuntime:
-    """A function that starts one of the smaller classes."""
-
-    def run(name: str, env: Optional[Environ] = None, expect_traceback: bool = False) -> Runtime:
-        env = {"NUM_WORKERS": "1", **(env or {})}
-        return start_runtime(
-            payload_of(name), env, python=sdk_python, expect_traceback=expect_traceback)
-
-    return run
-
-
-def test_an_application_of_the_class_s_own_making_is_served(start_variant: StartRuntime) -> None:
-    runtime = start_variant("OwnApp")
+def test_an_application_of_the_class_s_own_making_is_served(start_runtime: StartRuntime) -> None:
+    runtime = start(start_runtime, "OwnApp")
     assert body_of(runtime, "/made") == "in the lifespan"
     assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
     assert runtime.terminate() == Exit.OK
-    assert [line for line in runtime.lines if line.startswith("lifespan")] == ["lifespan begins", "lifespan ends"]
+    said = [line for line in runtime.lines if line.startswith("lifespan")]
+    assert said == ["lifespan begins", "lifespan ends"]
 
 
 @pytest.mark.parametrize("name, health", [
     ("Prepares", b"Running"), ("RegistersRoutes", b"as well as can be")])
 def test_hooks_are_called_and_transforms_run_on_many_threads_where_the_user_says_so(
-    start_variant: StartRuntime, name: str, health: bytes
+    start_runtime: StartRuntime, name: str, health: bytes
 ) -> None:
-    runtime = start_variant(name, {"NUM_THREADS": "4"})
+    runtime = start(start_runtime, name, {"NUM_THREADS": "4"})
     assert body_of(runtime, "/made") == "in the hook"
     assert runtime.request("GET", "/health").body == health
     assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
     assert runtime.request("PUT", "/bucket/where", b"").body == b"another"
 
 
-def test_an_application_that_is_first_used_by_transform_is_refused_there(start_variant: StartRuntime) -> None:
-    runtime = start_variant("UsesAppLate", expect_traceback=True)
+def test_an_application_that_is_first_used_by_transform_is_refused_there(
+    start_runtime: StartRuntime
+) -> None:
+    runtime = start(start_runtime, "UsesAppLate", expect_traceback=True)
     response = runtime.request("PUT", "/bucket/object", b"")
     assert response.status == 500 and b"ETL_SERVER=fastapi" in response.body
 
 
-@contextlib.contextmanager
-def served_by_its_own(python: str, name: str, expect_traceback: bool = False) -> Iterator[Server]:
-    """Start a class that starts a server of its own."""
+@pytest.mark.parametrize("name", ["StartsFlask", "StartsFast"])
+def test_a_class_may_start_a_server_of_its_own_which_tells_failures_over_websocket_by_a_close(
+    sdk_python: str, name: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    variables = {"ETL_CLASS_PAYLOAD": payload_of(name), "PORT": str(port)}
-    with Server([python, str(RUNTIME)], exact_environment(python, variables), expect_traceback) as server:
+    variables = exact_environment(
+        sdk_python, {"ETL_CLASS_PAYLOAD": payload_of(name), "PORT": str(port)})
+    with Server([sdk_python, str(RUNTIME)], variables, expect_traceback=True) as server:
         server.port = port
 
         def is_healthy() -> bool:
@@ -334,31 +317,12 @@ def served_by_its_own(python: str, name: str, expect_traceback: bool = False) ->
         wait_until(is_healthy, "its server answers")
         assert server.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
         assert body_of(server, "/made") == "for its start"
-        yield server
-
-
-def test_a_flask_class_may_start_a_server_of_its_own(sdk_python: str) -> None:
-    with served_by_its_own(sdk_python, "StartsFlask"):
-        pass
-
-
-def test_a_server_that_a_fastapi_class_starts_tells_failures_over_websocket_by_a_close(
-    sdk_python: str
-) -> None:
-    failures = {
-        "Processing error: short and stout": [b'{"path": "bucket/teapot"}', b"hello"],
-        "it must be a JSON object": [b"{no JSON"],
-    }
-    expected = [b"HELLO" * number + b" object%d" % number for number in range(200)]
-    with served_by_its_own(sdk_python, "StartsFast", expect_traceback=True) as server:
-        for reason, last in failures.items():
+        for reason, further in [
+            ("Processing error: short and stout", [b'{"path": "bucket/teapot"}', b"hello"]),
+            ("it must be a JSON object", [b"{no JSON"]),
+        ] if name == "StartsFast" else []:
             with open_websocket(server) as client:
-                for number in range(200):
-                    client.send(json.dumps({"path": "object%d" % number}).encode())
-                    client.send(b"hello" * number)
-                for message in last:
-                    client.send(message)
-                assert [client.recv() for _ in range(200)] == expected, reason
+                send_objects(client, 200, *further)
                 with pytest.raises(ConnectionClosedError) as closed:
                     client.recv()
             assert closed.value.rcvd and closed.value.rcvd.code == 1011
@@ -369,47 +333,27 @@ def test_a_server_that_a_fastapi_class_starts_tells_failures_over_websocket_by_a
 
 
 @functools.lru_cache(maxsize=None)
-def index_variables() -> Environ:
+def variables_of_index() -> Environ:
     """Return the variables that let pip reach its index; skip where it cannot."""
-    variables: Dict[str, Optional[str]] = {
-        name: value for name, value in os.environ.items()
-        if name.startswith("PIP_") or name.lower().endswith("_proxy") or name.startswith("SSL_") or name == "HOME"}
     with tempfile.TemporaryDirectory() as folder:
-        pip = [interpreter("slim"), "-m", "pip", "--quiet"]
-        done = subprocess.run(
-            [*pip, "download", "--no-deps", "--dest", folder, "flask"], timeout=170,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if done.returncode:
-        pytest.skip("pip reaches no index")
-    return {**variables, "PIP_NO_INDEX": None}
-
-
-def new_python(folder: Path) -> str:
-    """Make an interpreter that has pip and cloudpickle alone, and may get more."""
-    subprocess.run([interpreter("slim"), "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
-    python = str(folder / "bin" / "python")
-    ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    own, lent = (subprocess.check_output([each, "-c", ask], universal_newlines=True) for each in (python, interpreter("slim")))
-    Path(own.strip(), "lent.pth").write_text(lent)
-    return python
+        command = [interpreter("slim"), "-m", "pip", "download", "--no-deps", "-d", folder, "flask"]
+        if subprocess.run(command, timeout=170).returncode:
+            pytest.skip("pip reaches no index")
+    return {**index_variables(), "PIP_NO_INDEX": None}
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name, base, is_served", [
-    ("UsesFlask", BY["flask"], True),
-    pytest.param("Imports", "FlaskServer", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name, base, status, body", [
+    ("UsesFlask", BY["flask"], 200, b"HELLO"),
+    pytest.param("Imports", "FlaskServer", 418, b"short and stout", marks=pytest.mark.slow)])
 def test_what_a_class_needs_is_installed_and_then_it_is_served(
-    tmp_path: Path, name: str, base: str, is_served: bool
+    tmp_path: Path, name: str, base: str, status: int, body: bytes
 ) -> None:
-    env = {**index_variables(), "ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "2"}
-    python = new_python(tmp_path)
+    env = {**variables_of_index(), "ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "2"}
+    python = make_environment(tmp_path)
     with Runtime(env=env, python=python, expect_traceback=True, start_seconds=300) as runtime:
         runtime.wait_for_line(r"installing Python packages: (fastapi|flask)")
         runtime.wait_for_line(r"serving %s \(%s\) on \S+ with 2 workers" % (name, base))
         response = runtime.request("PUT", "/bucket/object", b"hello")
-        if is_served:
-            assert response.body == b"HELLO"
-            assert body_of(runtime, "/version") == "1.0"
-        else:
-            assert response.status == 418
+        assert response.status == status and body in response.body
         assert runtime.terminate() == Exit.OK

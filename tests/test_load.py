@@ -6,95 +6,71 @@ cut, mixed or repeated one is noticed. The long run is deselected unless asked f
 """
 import asyncio
 import contextlib
-import hashlib
 import os
 import random
+import re
 import signal
 import socket
 import struct
 import sys
 import time
+import zlib
 from collections import Counter
-from functools import partial
 from pathlib import Path
-from typing import (
-    Awaitable, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple, TypeVar)
+from typing import Callable, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
 
 from conftest import StartRuntime
+from echo import ECHO
 from harness import QUICK_NUMBERS, Numbers, Runtime, children_of, make_payload
 from standin import StandInTarget
 
-T = TypeVar("T")
 PROBE_SECONDS = 5.0  # a kubelet waits no longer
 FEW_THREADS = {**QUICK_NUMBERS, "THREAD_LIMIT": 32}
-AT_ONCE = 100  # connections that are opened at the same time
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends RST
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-MANY_FILES = '''
+SOURCE = ECHO + '''
+class ManyFiles:
+    """Has connections get large numbers, as where there are a thousand."""
+
     def __init__(self):
         super().__init__()
         self.files = []
-        try:  # so that those of connections have large numbers, as where there are a thousand
+        try:
             self.files += (open(os.devnull) for _ in range(1100))
         except OSError:
             self.files = []
-'''
-SUBJECT = '''
-import hashlib, os, time
-from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
 
-class Subject(HTTPMultiThreadedServer):
-    """Does what the arguments tell, and says by default which object it was given."""
+class Subject(ManyFiles, Echo):
+    """Says which object it was given, unless the arguments tell that it returns something else."""
 
     def transform(self, data, path, etl_args):
-        word, _, rest = etl_args.partition(" ")
-        return getattr(self, word or "name")(data, path, rest)
+        if etl_args == "echo":
+            return data
+        result = super().transform(data, path, etl_args)
+        return "%s %08x" % (path, zlib.crc32(data)) if result is data else result
 
-    def name(self, data, path, _):
-        return "%s %s" % (path, hashlib.sha256(data).hexdigest())
-
-    def sleep(self, data, path, seconds):
-        time.sleep(float(seconds))
-        return self.name(data, path, "")
-
-    def wait(self, data, path, file):
-        while not os.path.exists(file):
-            time.sleep(0.02)
-        return self.name(data, path, "")
-
-    def pid(self, data, path, seconds):
+    def pid(self, seconds, data, path):
         time.sleep(float(seconds))
         return b"%d" % os.getpid()
 
-    def note(self, data, path, file):
+    def note(self, seconds, data, path):
         """Write down when an object is begun and done."""
-        with open(file, "a", buffering=1) as notes:
-            print("begun", path, file=notes)
-            time.sleep(0.05)
-            print("done", path, file=notes)
-        return self.name(data, path, "")
-
-    def echo(self, data, path, _):
+        sys.stdout.write("begun %s\\n" % path)
+        time.sleep(float(seconds))
+        sys.stdout.write("done %s\\n" % path)
         return data
 
-    def fail(self, data, path, _):
-        raise ValueError("as it was told")
-''' + MANY_FILES
-STREAMER = '''
-import os
-from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
-
-class Streamer(HTTPMultiThreadedServer):
+class Streamer(ManyFiles, HTTPMultiThreadedServer):
     def transform_stream(self, reader, path, etl_args):
         for piece in iter(lambda: reader.read(100000), b""):
             yield piece
             if etl_args == "fail":
                 raise ValueError("as it was told")
-''' + MANY_FILES
+'''
 
 
 # == The client ==
@@ -157,13 +133,13 @@ class Connection:
         return await self.read_answer()
 
     async def read_answer(self) -> Answer:
-        """Read one answer, whatever announces it (100 Continue) apart."""
+        """Read one answer."""
         reader, _ = await self.open()
         head = b""
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            status, fields = parse_head(head)
-            body = b"" if status in (100, 204) else await read_body(reader, fields)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            status = int(head[len("HTTP/1.1 "):][:3])
+            body = b"" if status == 204 else await read_body(reader, head)
         except (OSError, asyncio.IncompleteReadError) as error:
             self.close()
             if head or getattr(error, "partial", b""):
@@ -172,24 +148,18 @@ class Connection:
         except BaseException:
             self.close()
             raise
-        if fields.get("connection") == "close":
+        if b"\r\nconnection: close\r\n" in head:
             self.close()
         return Answer(status, body)
 
 
-def parse_head(head: bytes) -> Tuple[int, Dict[str, str]]:
-    """Return the status and the fields, names and values in lower case."""
-    line, *lines = head.decode("latin-1").split("\r\n")[:-2]
-    pairs = (text.lower().partition(":") for text in lines)
-    return int(line.split(" ")[1]), {name: value.strip() for name, _, value in pairs}
-
-
-async def read_body(reader: asyncio.StreamReader, fields: Dict[str, str]) -> bytes:
+async def read_body(reader: asyncio.StreamReader, head: bytes) -> bytes:
     """Read a body to the end that its head promises."""
-    if fields.get("transfer-encoding") != "chunked":
-        return await reader.readexactly(int(fields["content-length"]))
-    body = bytearray()
-    size = -1
+    length = re.search(rb"\r\ncontent-length: (\d+)\r\n", head)
+    if length:
+        return await reader.readexactly(int(length[1]))
+    assert b"\r\ntransfer-encoding: chunked\r\n" in head
+    body, size = bytearray(), -1
     while size:
         size = int(await reader.readuntil(b"\r\n"), 16)
         body += (await reader.readexactly(size + 2))[:-2]
@@ -203,27 +173,9 @@ def put(path: str, body: bytes = b"", arguments: str = "", fields: str = "") -> 
         path.encode(), query.encode(), len(body), fields.encode(), body)
 
 
-def put_chunked(path: str, body: bytes, arguments: str = "") -> bytes:
-    """Make a PUT request whose body goes out in chunks."""
-    head = put(path, b"", arguments).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
-    pieces = [body[start:start + 50000] for start in range(0, len(body), 50000)]
-    return b"".join([head, *(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces), b"0\r\n\r\n"])
-
-
 def named(path: str, body: bytes = b"") -> Answer:
     """Return the right answer of the class: it names the object."""
-    return Answer(200, ("%s %s" % (path, hashlib.sha256(body).hexdigest())).encode())
-
-
-async def in_turns(calls: Iterable[Callable[[], Awaitable[T]]]) -> List[T]:
-    """Make calls, a bounded number of them at the same time, and return their results in order."""
-    turn = asyncio.Semaphore(AT_ONCE)
-
-    async def one(call: Callable[[], Awaitable[T]]) -> T:
-        async with turn:
-            return await call()
-
-    return list(await asyncio.gather(*map(one, calls)))
+    return Answer(200, ("%s %08x" % (path, zlib.crc32(body))).encode())
 
 
 async def ask_once(port: int, request: bytes) -> Answer:
@@ -235,24 +187,13 @@ async def ask_once(port: int, request: bytes) -> Answer:
         connection.close()
 
 
-async def probe_until(port: int, end: asyncio.Event) -> List[float]:
-    """Send probes as a kubelet does, but more of them, until the end; return how long each took."""
-    seconds: List[float] = []
-    while not end.is_set():
-        begun = time.monotonic()
-        assert await ask_once(port, HEALTH) == (200, b"Running")
-        seconds.append(time.monotonic() - begun)
-        await asyncio.sleep(0.2)
-    return seconds
-
-
 @pytest.fixture
 def start(start_runtime: StartRuntime) -> Callable[..., Runtime]:
     """A function that serves the class of these tests by so many workers, with further variables."""
 
     def start_subject(workers: int, numbers: Numbers = QUICK_NUMBERS, **env: str) -> Runtime:
         variables = {"NUM_WORKERS": str(workers), **env}
-        return start_runtime(make_payload(SUBJECT, "Subject"), variables, numbers=numbers)
+        return start_runtime(make_payload(SOURCE, "Subject"), variables, numbers=numbers)
 
     return start_subject
 
@@ -260,8 +201,8 @@ def start(start_runtime: StartRuntime) -> Callable[..., Runtime]:
 # == A crowd ==
 
 
-async def drip(port: int, number: int) -> bool:
-    """Send a request slowly: every second one its head, the others their body. Tell whether it was answered right."""
+async def drip(port: int, number: int) -> None:
+    """Send a request slowly: every second one its head, the others their body."""
     path, body = "/b/slow-%d" % number, b"%020d" % number
     request = put(path, body)
     begin = request.index(b"Host:") if number % 2 else request.index(body)
@@ -270,49 +211,46 @@ async def drip(port: int, number: int) -> bool:
     connection = Connection(port)
     answer = await connection.exchange(request[:begin], *slowly, request[end:], pause=0.1)
     connection.close()
-    return answer == named(path, body)
+    assert answer == named(path, body)
 
 
-async def work_until(port: int, name: str, end: asyncio.Event) -> Counter[bool]:
-    """Be a busy client; count the answers that are right and those that are not."""
-    count: Counter[bool] = Counter()
-    connection = Connection(port)
-    while not end.is_set():
-        path, body = "/b/%s-%d" % (name, sum(count.values())), name.encode() * 200
-        answer = await connection.exchange(put(path, body, "sleep 0.01"))
-        count[answer == named(path, body)] += 1
+async def work_until(port: int, name: str, end: asyncio.Event) -> None:
+    """Be a busy client until the end."""
+    connection, number = Connection(port), 0
+    while not end.is_set() or not number:
+        path, body, number = "/b/%s-%d" % (name, number), name.encode() * 200, number + 1
+        assert await connection.exchange(put(path, body, "sleep 0.01")) == named(path, body)
         await asyncio.sleep(0.05)  # this client has one processor at most
     connection.close()
-    return count
 
 
-async def be_a_crowd(port: int, idle_count: int, slow_count: int, busy_count: int) -> None:
+async def probe_until(port: int, end: asyncio.Event) -> None:
+    """Send probes as a kubelet does, but more of them."""
+    while not end.is_set():
+        assert await ask_once(port, HEALTH) == (200, b"Running")
+        await asyncio.sleep(0.2)
+
+
+async def be_a_crowd(port: int) -> None:
     """Have idle, slow and busy clients at once, and probes."""
-    idle = [Connection(port) for _ in range(idle_count)]
-    await in_turns(each.open for each in idle[::2])  # half of them have never asked for anything
-    asked = await in_turns(partial(each.exchange, put("/b/idle")) for each in idle[1::2])
+    idle = [Connection(port) for _ in range(160)]
+    await asyncio.gather(*(each.open() for each in idle[::2]))  # they have never asked for anything
+    asked = await asyncio.gather(*(each.exchange(put("/b/idle")) for each in idle[1::2]))
     assert set(asked) == {named("/b/idle")}
     end = asyncio.Event()
-    busy = [asyncio.ensure_future(work_until(port, "busy-%d" % number, end)) for number in range(busy_count)]
-    probes = asyncio.ensure_future(probe_until(port, end))
-    slow = await asyncio.gather(*(drip(port, number) for number in range(slow_count)))
+    others = [asyncio.ensure_future(work_until(port, "busy-%d" % number, end)) for number in range(8)]
+    others.append(asyncio.ensure_future(probe_until(port, end)))
+    await asyncio.gather(*(drip(port, number) for number in range(30)))
     end.set()
-    counts = sum(await asyncio.gather(*busy), Counter[bool]())
-    seconds = await probes
-    print("%d answers to busy clients; %d probes, the slowest took %.2f s" % (counts[True], len(seconds), max(seconds)))
-    assert slow == [True] * slow_count
-    assert not counts[False] and counts[True] >= busy_count
-    again = await in_turns(partial(each.exchange, put("/b/again")) for each in idle)
+    await asyncio.gather(*others)
+    again = await asyncio.gather(*(each.exchange(put("/b/again")) for each in idle))
     assert set(again) == {named("/b/again")}
     for connection in idle:
         connection.close()
 
 
-def test_more_idle_clients_than_threads_and_many_slow_ones_hold_up_nobody(
-    start: Callable[..., Runtime]
-) -> None:
-    server = start(2, FEW_THREADS)
-    asyncio.run(be_a_crowd(server.port, 160, 30, 8))
+def test_more_idle_clients_than_threads_and_many_slow_ones_hold_up_nobody(start: Callable[..., Runtime]) -> None:
+    asyncio.run(be_a_crowd(start(2, FEW_THREADS).port))
 
 
 # == Full ==
@@ -374,10 +312,10 @@ def test_probes_and_errors_are_answered_while_more_requests_wait_than_there_are(
 # == Spread ==
 
 
-async def count_pids(port: int, clients: int, seconds: float) -> Counter[int]:
-    """Keep connections busy for some seconds; count the answers of each worker."""
+async def count_pids(port: int) -> Counter[int]:
+    """Keep 60 connections busy for a moment; count the answers of each worker."""
     count: Counter[int] = Counter()
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 0.3
 
     async def work() -> None:
         connection = Connection(port)
@@ -385,7 +323,7 @@ async def count_pids(port: int, clients: int, seconds: float) -> Counter[int]:
             count[int((await connection.exchange(put("/b/o", b"x" * 1000, "pid 0.002"))).body)] += 1
         connection.close()
 
-    await asyncio.gather(*(work() for _ in range(clients)))
+    await asyncio.gather(*(work() for _ in range(60)))
     return count
 
 
@@ -394,7 +332,7 @@ def test_work_spreads_over_all_workers(start: Callable[..., Runtime]) -> None:
     server = start(3)
     shares = []
     for _ in range(5):  # each time by new connections
-        count = asyncio.run(count_pids(server.port, 60, 0.3))
+        count = asyncio.run(count_pids(server.port))
         shares.append(min(count.values()) / sum(count.values()) if len(count) == 3 else 0.0)
     assert sorted(shares)[2] > 0.24, "the shares of the least busy of three workers: %s" % shares
 
@@ -416,30 +354,8 @@ async def send_as_aistore(connection: Connection, path: str, body: bytes) -> str
     return "failed"
 
 
-async def kill_workers(server: Runtime, seed: int, seconds: float) -> int:
-    """Kill a worker every 200 ms; return how many."""
-    chance, killed = random.Random(seed), 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        await asyncio.sleep(0.2)
-        victims = children_of(server.pid)
-        if victims:
-            with contextlib.suppress(ProcessLookupError):  # the one before is not reaped yet
-                os.kill(chance.choice(victims), signal.SIGKILL)
-                killed += 1
-    return killed
-
-
-async def wait_for_all_workers(server: Runtime) -> None:
-    """Send requests on new connections until every worker has answered one."""
-    seen: Set[int] = set()
-    while not seen.issuperset(children_of(server.pid)):
-        answers = await in_turns(partial(ask_once, server.port, put("/b/o", b"", "pid 0.02")) for _ in range(32))
-        seen |= {int(answer.body) for answer in answers}
-
-
-async def send_while_workers_are_killed(server: Runtime, seed: int, seconds: float) -> Counter[str]:
-    """Have 16 clients send objects, and kill workers once each of these has answered something."""
+async def send_while_workers_are_killed(server: Runtime, seconds: float) -> Counter[str]:
+    """Have 16 clients send objects, and kill a worker every 200 ms once each of these has answered something."""
     outcomes: Counter[str] = Counter()
     end = asyncio.Event()
 
@@ -452,12 +368,16 @@ async def send_while_workers_are_killed(server: Runtime, seed: int, seconds: flo
             await asyncio.sleep(0.01)
         connection.close()
 
-    await wait_for_all_workers(server)
+    while len(await count_pids(server.port)) < 4:
+        pass
     clients = [asyncio.ensure_future(work(client)) for client in range(16)]
-    killed = await kill_workers(server, seed, seconds)
+    chance, until = random.Random(1), time.monotonic() + seconds
+    while time.monotonic() < until:
+        await asyncio.sleep(0.2)
+        with contextlib.suppress(ProcessLookupError, IndexError):  # none is there, or not reaped yet
+            os.kill(chance.choice(children_of(server.pid)), signal.SIGKILL)
     end.set()
     await asyncio.gather(*clients)
-    print("%d workers killed: %s" % (killed, dict(outcomes)))
     return outcomes
 
 
@@ -469,10 +389,9 @@ def test_no_object_comes_out_wrong_while_workers_are_killed(
     start: Callable[..., Runtime], seconds: float, numbers: Numbers
 ) -> None:
     server = start(4, numbers)
-    outcomes = asyncio.run(send_while_workers_are_killed(server, 1, seconds))
+    outcomes = asyncio.run(send_while_workers_are_killed(server, seconds))
     assert server.process.poll() is None, "the pod has ended: %s" % server.lines[-1]
-    assert not outcomes["wrong"]
-    assert outcomes["right"] > 20 * outcomes["failed"]
+    assert not outcomes["wrong"] and outcomes["right"] > 20 * outcomes["failed"], outcomes
     assert server.request("PUT", "/b/o", b"hello").body == named("/b/o", b"hello").body
     assert server.terminate() == 0
 
@@ -480,13 +399,13 @@ def test_no_object_comes_out_wrong_while_workers_are_killed(
 # == Stopped ==
 
 
-async def work_until_refused(port: int, name: str, notes: Path, answered: Set[str]) -> None:
+async def work_until_refused(port: int, name: str, answered: Set[str]) -> None:
     """Be a busy client until the pod lets nobody in; collect the objects that were answered right."""
     connection = Connection(port)
     for number in range(100000):
         path = "/b/%s-%d" % (name, number)
         try:
-            answer = await connection.exchange(put(path, b"hello", "note %s" % notes))
+            answer = await connection.exchange(put(path, b"hello", "note 0.05"))
         except (NoAnswer, CutShort):  # what was never read may be lost
             with contextlib.suppress(OSError):
                 await connection.open()
@@ -496,44 +415,21 @@ async def work_until_refused(port: int, name: str, notes: Path, answered: Set[st
             answered.add(path)
 
 
-async def send_slowly(port: int, number: int, is_invited: asyncio.Semaphore) -> bool:
-    """Send a body in 1.5 s, once its worker has begun to read it: it says "100 Continue" then."""
-    path, body = "/b/slow-%d" % number, b"%015d" % number
-    connection = Connection(port)
-    request = put(path, body, fields="Expect: 100-continue\r\n")
-    assert (await connection.exchange(request[:-len(body)])).status == 100
-    is_invited.release()
-    answer = await connection.exchange(*(body[at:at + 1] for at in range(15)), pause=0.1)
-    connection.close()
-    return answer == named(path, body)
-
-
-async def stop_under_load(server: Runtime, notes: Path) -> Set[str]:
-    """Send SIGTERM to a pod that has busy and slow clients; return the objects that were answered right."""
+async def stop_under_load(server: Runtime) -> Set[str]:
+    """Send SIGTERM to a pod that has busy clients; return the objects that were answered right."""
     answered: Set[str] = set()
-    invited = asyncio.Semaphore(0)
-    busy = [work_until_refused(server.port, "busy-%d" % client, notes, answered)
-            for client in range(24)]
-    slow = [send_slowly(server.port, number, invited) for number in range(16)]
-    load = asyncio.gather(*busy), asyncio.gather(*slow)
-    for _ in slow:
-        await invited.acquire()
-    await asyncio.sleep(0.5)
+    clients = [asyncio.ensure_future(work_until_refused(server.port, "busy-%d" % number, answered)) for number in range(24)]
+    await asyncio.sleep(1.0)
     server.process.terminate()
-    await load[0]
-    assert await load[1] == [True] * len(slow)
+    await asyncio.gather(*clients)
     return answered
 
 
-def test_what_a_worker_has_begun_is_answered_when_the_pod_is_stopped_under_load(
-    start: Callable[..., Runtime], tmp_path: Path
-) -> None:
+def test_what_a_worker_has_begun_is_answered_when_the_pod_is_stopped_under_load(start: Callable[..., Runtime]) -> None:
     server = start(2)
-    answered = asyncio.run(stop_under_load(server, tmp_path / "notes"))
+    answered = asyncio.run(stop_under_load(server))
     assert server.wait(25) == 0
-    notes = (tmp_path / "notes").read_text().splitlines()
-    begun, done = ({line.split(" ")[1] for line in notes if line.startswith(word)} for word in ("begun", "done"))
-    print("%d requests were begun" % len(begun))
+    begun, done = (set(re.findall(r"(?m)^%s (\S+)$" % word, server.log())) for word in ("begun", "done"))
     assert len(begun) > 24 and begun == done
     assert begun - answered == set()
 
@@ -554,37 +450,41 @@ def footprint_of(*servers: Runtime) -> Footprint:
     each = []
     for pid in [pid for server in servers for pid in [server.pid, *children_of(server.pid)]]:
         folder = Path("/proc/%d" % pid)
-        memory = next(line for line in (folder / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
-        each.append((int(memory.split()[1]), len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))))
+        memory = re.search(r"(?m)^Pss: +(\d+)", (folder / "smaps_rollup").read_text())
+        assert memory
+        each.append((int(memory[1]), len(list((folder / "fd").iterdir())), len(list((folder / "task").iterdir()))))
     return Footprint(*map(sum, zip(*each)))
 
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # else glibc keeps what threads have freed
 
 
-async def send_in_a_row(port: int, request: bytes, count: int) -> Counter[int]:
-    """Send a request many times on one connection; count the statuses."""
-    connection = Connection(port)
-    statuses = Counter([(await connection.exchange(request)).status for _ in range(count)])
+def deliver_to(target: StandInTarget) -> str:
+    """Return the field that has a result delivered to a target."""
+    return "Ais-Node-Url: %s/ais%%2F@%%23%%2Fdst%%2Fobj\r\n" % target.root
+
+
+async def deliver_streams(port: int, target: StandInTarget) -> None:
+    """Have streams delivered one after the other, on one connection."""
+    connection, request = Connection(port), put("/b/o", b"hello", fields=deliver_to(target))
+    for _ in range(60):
+        assert (await connection.exchange(request)).status == 204
     connection.close()
-    return statuses
 
 
 @ON_LINUX
 def test_streams_delivered_one_after_the_other_need_few_connections(start_runtime: StartRuntime, target: StandInTarget) -> None:
-    server = start_runtime(make_payload(STREAMER, "Streamer"), {"NUM_WORKERS": "1"})
-    request = put("/b/o", b"hello", fields="Ais-Node-Url: %s/ais%%2F@%%23%%2Fdst%%2Fobj\r\n" % target.root)
+    server = start_runtime(make_payload(SOURCE, "Streamer"), {"NUM_WORKERS": "1"})
     before = footprint_of(server)
-    assert asyncio.run(send_in_a_row(server.port, request, 60)) == {204: 60}
+    asyncio.run(deliver_streams(server.port, target))
     assert footprint_of(server).files <= before.files + 10
 
 
 async def go_away_unanswered(port: int, times: int) -> None:
     """Reset connections whose answer has begun and is too large to have been sent."""
-    request = put("/b/o", bytes(8 << 20), "echo")
     for _ in range(times):
         connection = Connection(port)
-        await connection.send([request])
+        await connection.send([put("/b/o", bytes(8 << 20), "echo")])
         reader, _ = await connection.open()
         await reader.readuntil(b"\r\n\r\n")
         connection.close(resets=True)
@@ -609,120 +509,68 @@ SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
 SETTLE_SECONDS = 27.0  # connections to other nodes are closed when they have been idle for 20 s, looked at every 5 s
 CLIENTS = 16
 OBJECT_PATH = "/ais%2F@%23%2Fbck%2Fobj"
-SIZES = (0, 1, 1000, 70000, 1 << 20, 4 << 20)
 
 
-class Soak:
-    """All kinds of requests in random order; each method sends one and checks its answer, and those of KINDS are picked."""
+class Exchange(NamedTuple):
+    """A request and its answer; a content of None may be any, a status of 0 is no whole answer."""
 
-    KINDS = (
-        "sized", "sized", "sized", "chunked", "by_name", "by_name", "pulled", "small", "refused", "failing", "streamed",
-        "streamed", "stream_fails", "direct", "direct", "direct_stream", "aborted", "aborted", "unread", "empty",
-    )
+    kind: str
+    streams: bool
+    request: bytes
+    status: int
+    content: Optional[bytes]
 
-    def __init__(self, buffered: Runtime, streaming: Runtime, target: StandInTarget, file: Path) -> None:
-        self.servers = [buffered, streaming]
-        self.counts: Counter[str] = Counter()
-        self._target = target
-        self._file = file
-        self._chance = random.Random(1)
-        self._bodies = [self._chance.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[:size] for size in SIZES]
-        self._deliver = "Ais-Node-Url: %s/ais%%2F@%%23%%2Fdst%%2Fobj\r\n" % target.root
 
-    async def run(self, seconds: float) -> None:
-        """Have all clients at work for so long, and leave no connection behind."""
-        end = time.monotonic() + seconds
-        await asyncio.gather(*(self._work(end) for _ in range(CLIENTS)))
+def exchanges_of(body: bytes, target: StandInTarget, file: Path) -> Iterable[Exchange]:
+    """Make exchanges of all kinds."""
+    sized, path, fields = put("/b/o", body), str(file), deliver_to(target)
+    chunks = [b"%x\r\n%b\r\n" % (len(body[at:at + 50000]), body[at:at + 50000]) for at in range(0, len(body), 50000)]
+    chunked = b"".join([sized[:sized.index(b"Content")], b"Transfer-Encoding: chunked\r\n\r\n", *chunks, b"0\r\n\r\n"])
+    yield Exchange("echoed", False, put("/b/o", body, "echo"), 200, body)
+    yield Exchange("chunked", False, chunked, *named("/b/o", body))
+    yield Exchange("by name", False, put("/b/o?etl_fqn=" + path), *named("/b/o", file.read_bytes()))
+    yield Exchange("pulled", False, put(OBJECT_PATH).replace(b"PUT", b"GET", 1),
+                   *named(OBJECT_PATH, target.objects[OBJECT_PATH]))
+    yield Exchange("failing", False, put("/b/o", body, "fail"), 500, None)
+    yield Exchange("delivered", False, put("/b/o", body, "echo", fields), 204, b"")
+    yield Exchange("streamed", True, sized, 200, body)
+    yield Exchange("streamed in chunks", True, chunked, 200, body)
+    yield Exchange("failing stream", True, put("/b/o", body, "fail"), 0 if body else 200, b"")
+    yield Exchange("stream delivered", True, put("/b/o", body, fields=fields), 204, b"")
+    for request, status in [*SMALL_REQUESTS, (put("/b/o?etl_fqn=/nowhere/@ais/b/%25ob/o"), 403)]:
+        yield Exchange("small", False, request, status, None)
 
-    async def _work(self, end: float) -> None:
-        buffered, streaming = (Connection(server.port) for server in self.servers)
+
+async def load(servers: List[Runtime], exchanges: List[Exchange], target: StandInTarget, seconds: float) -> Counter[str]:
+    """Have all clients at work for so long, in random order; leave no connection behind, and return what was done."""
+    counts: Counter[str] = Counter()
+    chance, end = random.Random(1), time.monotonic() + seconds
+
+    async def work() -> None:
+        connections = [Connection(server.port) for server in servers]
         while time.monotonic() < end:
-            kind = self._chance.choice(self.KINDS)
-            await getattr(self, kind)(streaming if "stream" in kind else buffered, self._chance.choice(self._bodies))
-            self.counts[kind] += 1
-            self._target.requests.clear()  # the stand-in keeps all that it gets
-            await asyncio.sleep(self._chance.random() * 0.05)
-        buffered.close()
-        streaming.close()
+            kind, streams, request, status, content = chance.choice(exchanges)
+            connection = connections[streams]
+            goes_away = chance.choice(["", "", "", "", "in the request", "unanswered", "at once"])
+            counts["%s %s" % (kind, goes_away)] += 1
+            if goes_away:
+                size = {"in the request": chance.randrange(len(request)), "at once": 0}.get(goes_away, len(request))
+                await connection.send([request[:size]])
+                await asyncio.sleep(chance.random() * 0.05)
+                connection.close(chance.random() < 0.5)
+                continue
+            try:
+                answer = await connection.exchange(request)
+                assert answer.status == status and content in (None, answer.body), kind
+            except (CutShort, NoAnswer):  # a reset can take the begun answer away
+                assert status == 0, kind
+            target.requests.clear()  # the stand-in keeps all that it gets
+            await asyncio.sleep(chance.random() * 0.05)
+        for connection in connections:
+            connection.close()
 
-    async def sized(self, connection: Connection, body: bytes) -> None:
-        """Have an object of some size transformed into one of the same size."""
-        assert await connection.exchange(put("/b/o", body, "echo")) == (200, body)
-
-    async def chunked(self, connection: Connection, body: bytes) -> None:
-        """Send an object of unknown size."""
-        assert await connection.exchange(put_chunked("/b/o", body)) == named("/b/o", body)
-
-    async def by_name(self, connection: Connection, _: bytes) -> None:
-        """Have a file read."""
-        request = put("/b/o?etl_fqn=%s" % self._file)
-        assert await connection.exchange(request) == named("/b/o", self._file.read_bytes())
-
-    async def pulled(self, connection: Connection, _: bytes) -> None:
-        """Have an object read from the target."""
-        request = put(OBJECT_PATH).replace(b"PUT", b"GET", 1)
-        assert await connection.exchange(request) == named(OBJECT_PATH, self._target.objects[OBJECT_PATH])
-
-    async def small(self, connection: Connection, _: bytes) -> None:
-        """Send a probe."""
-        assert await connection.exchange(HEALTH) == (200, b"Running")
-
-    async def refused(self, connection: Connection, _: bytes) -> None:
-        """Ask for what there is not."""
-        request, status = self._chance.choice([*SMALL_REQUESTS, (put("/b/o?etl_fqn=/nowhere/@ais/b/%25ob/o"), 403)])
-        assert (await connection.exchange(request)).status == status
-
-    async def failing(self, connection: Connection, body: bytes) -> None:
-        """Have the class fail."""
-        assert (await connection.exchange(put("/b/o", body, "fail"))).status == 500
-
-    async def streamed(self, connection: Connection, body: bytes) -> None:
-        """Have an object streamed, of known or unknown size."""
-        make = self._chance.choice([put, put_chunked])
-        assert await connection.exchange(make("/b/o", body)) == (200, body)
-
-    async def stream_fails(self, connection: Connection, body: bytes) -> None:
-        """Have a stream fail: behind its first piece, if it has one. A reset can take the begun answer away."""
-        with contextlib.suppress(CutShort, NoAnswer):
-            assert await connection.exchange(put("/b/o", body, "fail")) == (200, b"")
-            assert not body
-
-    async def direct(self, connection: Connection, body: bytes) -> None:
-        """Have a result delivered to the target."""
-        assert await connection.exchange(put("/b/o", body, "echo", self._deliver)) == (204, b"")
-
-    async def direct_stream(self, connection: Connection, body: bytes) -> None:
-        """Have a stream delivered to the target."""
-        assert await connection.exchange(put("/b/o", body, fields=self._deliver)) == (204, b"")
-
-    async def aborted(self, connection: Connection, body: bytes) -> None:
-        """Go away in the middle of a request."""
-        request = put("/b/o", body)
-        await connection.send([request[:self._chance.randrange(len(request))]])
-        connection.close(self._chance.random() < 0.5)
-
-    async def unread(self, connection: Connection, body: bytes) -> None:
-        """Go away without reading the answer, or all of it."""
-        await connection.send([put("/b/o", body, "echo")])
-        await asyncio.sleep(self._chance.random() * 0.05)
-        connection.close(self._chance.random() < 0.5)
-
-    async def empty(self, connection: Connection, _: bytes) -> None:
-        """Connect, say nothing, and go."""
-        connection.close()
-        await connection.open()
-        connection.close(self._chance.random() < 0.5)
-
-
-async def soak(load: Soak, seconds: float) -> Tuple[Footprint, Footprint]:
-    """Return what the pods hold after the first minute, or a quarter of a short run, and at the end."""
-    found = []
-    first = min(60.0, seconds / 4)
-    for part in (first, seconds - first):
-        await load.run(part)
-        await asyncio.sleep(SETTLE_SECONDS)
-        found.append(footprint_of(*load.servers))
-    return found[0], found[1]
+    await asyncio.gather(*(work() for _ in range(CLIENTS)))
+    return counts
 
 
 @ON_LINUX
@@ -733,15 +581,19 @@ def test_a_long_run_leaves_nothing_behind(start_runtime: StartRuntime, target: S
     file = tmp_path / "object"
     file.write_bytes(b"from a file " * 10000)
     target.objects[OBJECT_PATH] = b"from the target " * 10000
+    bodies = map(os.urandom, (0, 1, 1000, 70000, 1 << 20, 4 << 20))
+    exchanges = [exchange for body in bodies for exchange in exchanges_of(body, target, file)]
     env = {"ETL_FQN_ROOTS": str(tmp_path), "NUM_WORKERS": "2", **GIVE_BACK}
-    payloads = [make_payload(SUBJECT, "Subject"), make_payload(STREAMER, "Streamer")]
-    servers = [start_runtime(payload, env, expect_traceback=True, numbers=None)  # the class fails
-               for payload in payloads]
-    workers = [children_of(server.pid) for server in servers]
-    load = Soak(servers[0], servers[1], target, file)
-    first, last = asyncio.run(soak(load, SOAK_SECONDS))
-    print("%d requests in %.0f s: %s" % (sum(load.counts.values()), SOAK_SECONDS, dict(load.counts)))
-    print("after the first minute: %s\nat the end: %s" % (first, last))
+    servers = [start_runtime(make_payload(SOURCE, name), env, expect_traceback=True, numbers=None)  # the class fails
+               for name in ("Subject", "Streamer")]
+    workers, found = [children_of(server.pid) for server in servers], []
+    first_seconds = min(60.0, SOAK_SECONDS / 4)
+    for seconds in (first_seconds, SOAK_SECONDS - first_seconds):
+        print(asyncio.run(load(servers, exchanges, target, seconds)))
+        time.sleep(SETTLE_SECONDS)
+        found.append(footprint_of(*servers))
+    first, last = found
+    print("after the first part: %s\nat the end: %s" % (first, last))
     assert [children_of(server.pid) for server in servers] == workers
     assert last.memory_kib <= 1.1 * first.memory_kib + (8 << 10)
     assert last.files <= first.files + 8

@@ -5,29 +5,24 @@ sockets. What AIStore makes of messages is in test_websocket_objects.py, how con
 test_websocket_connections.py.
 """
 import contextlib
-import itertools
 import os
 import random
 import re
 import select
-import sys
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
-from websockets.sync.client import connect
 
-from ais_runtime_min import memory_limit, unmask_by_numbers, unmasking_by_openssl
+from ais_runtime_min import memory_limit
 from echo import ECHO, served
 from harness import Runtime, Server, children_of, make_payload
 from peer import BINARY, CLOSE, PING, PONG, TEXT, Peer, frame, handshake, object_frames
 
 StartRuntime = Callable[..., Runtime]
-FRAMES = Path(__file__).resolve().parent / "frames"
 MIB = 1 << 20
 SMALL_BYTES = 16 << 10  # of messages whose masks are undone without C
-ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
@@ -52,47 +47,38 @@ class Case(NamedTuple):
     answers: List[Tuple[int, bytes, bool]]  # of a close frame the code alone
 
 
-def unescape(text: str) -> bytes:
-    """Read a payload."""
-    text = re.sub(r"\\\{([0-9]+) x ([^}]*)\}", lambda match: match[2] * int(match[1]), text)
-    return re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes([int(match[1], 16)]), text.encode("latin-1"))
-
-
-def payload_of(match: "re.Match[str]") -> bytes:
-    """Read the payload of a frame's line."""
-    payload = unescape(match["text"] or "")
+def parts(line: str) -> Tuple["re.Match[str]", bytes]:
+    """Take a frame's line apart, and read its payload."""
+    match = LINE.fullmatch(line)
+    assert match, line
+    text = re.sub(r"\\\{([0-9]+) x ([^}]*)\}", lambda found: found[2] * int(found[1]), match["text"] or "")
+    payload = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), text.encode("latin-1"))
     if match["name"] != "close" or match["exact"] or not payload:
-        return payload
+        return match, payload
     code, _, reason = payload.partition(b" ")
-    return int(code).to_bytes(2, "big") + reason
+    return match, int(code).to_bytes(2, "big") + reason
 
 
 def read_frame(line: str) -> bytes:
     """Make what a line of a case sends."""
     if line == "control":
         return frame(BINARY, b'{"path": "o"}')
-    match = LINE.fullmatch(line)
-    assert match, line
+    match, payload = parts(line)
     if match["name"] == "raw":
-        return unescape(match["text"])
+        return payload
     opcode = int(match["name"][2:]) if match["name"].startswith("op") else OPCODES[match["name"]]
-    return frame(opcode, payload_of(match), not match["more"], int(match["reserved"] or 0), None if match["bare"] else b"")
-
-
-def read_answer(line: str) -> Tuple[int, bytes, bool]:
-    """Read what must come back."""
-    match = LINE.fullmatch(line)
-    assert match, line
-    return OPCODES[match["name"]], payload_of(match), not match["more"]
+    return frame(opcode, payload, not match["more"], int(match["reserved"] or 0), None if match["bare"] else b"")
 
 
 def cases() -> Iterator[Case]:
     """Read all files of cases."""
-    for file in sorted(FRAMES.glob("*.frames")):
+    for file in sorted(Path(__file__).resolve().with_name("frames").glob("*.frames")):
         for text in re.split("^== ", file.read_text(encoding="ascii"), flags=re.MULTILINE)[1:]:
             name, *lines = text.rstrip("\n").split("\n")
             middle = lines.index("answers:")
-            yield Case(name, [read_frame(line) for line in lines[:middle]], [read_answer(line) for line in lines[middle + 1:]])
+            must_come = [(OPCODES[match["name"]], payload, not match["more"])
+                         for match, payload in map(parts, lines[middle + 1:])]
+            yield Case(name, [read_frame(line) for line in lines[:middle]], must_come)
 
 
 def ways_of(case: Case) -> Iterator[Tuple[str, List[bytes]]]:
@@ -138,50 +124,17 @@ def test_frames_are_answered_as_they_must_be(echo: Server, case: Case) -> None:
 # == Masks ==
 
 
-@pytest.mark.parametrize(
-    "make", [unmasking_by_openssl, lambda: unmask_by_numbers], ids=["openssl", "numbers"])
-def test_a_mask_is_undone_in_its_place_wherever_that_begins(
-    make: Callable[[], Callable[..., None]]
-) -> None:
-    for size, start in itertools.product([1, 15, 16, 17, 1000, (16 << 10) + 5, MIB - 1], range(9)):
-        data, mask = os.urandom(size), os.urandom(4)
-        pad = (mask * (size // 4 + 1))[:size]
-        expected = (int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")).to_bytes(size, "big")
-        buffer = bytearray(start) + data + b"after"
-        make()(memoryview(buffer)[start:start + size], mask)
-        assert buffer == bytes(start) + expected + b"after", "%d bytes at %d" % (size, start)
-
-
-def test_only_a_message_that_is_not_small_loads_what_undoes_masks_in_c(
-    start_runtime: StartRuntime
-) -> None:
-    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
-    with Peer(server) as peer:
-        control = frame(BINARY, b'{"path": "o", "etl_args": "has ctypes"}')
-        small, large = bytes(SMALL_BYTES), bytes(SMALL_BYTES + 1)
-        peer.send(control, frame(BINARY, small), control, frame(BINARY, small, False), frame(0))
-        assert [peer.result(), peer.result()] == [b"False", b"False"]
-        peer.send(control, frame(BINARY, large))
-        assert peer.result() == b"True"
-
-
 ANYTHING = """
-import sys
-
 class Anything:
-    def __getattr__(self, name):
-        return self
+    __getattr__ = __call__ = lambda self, *args: self
 
-    def __call__(self, *args):
-        return self
-
-sys.modules[__name__] = Anything()
+__getattr__ = lambda name: Anything()
 """
 
 
 @pytest.mark.parametrize("ctypes", [
-    None, "raise ImportError('no libffi')", "", "CDLL = lambda name: None", ANYTHING,
-], ids=["as it is", "missing", "empty", "without OpenSSL", "with an OpenSSL that does nothing"])
+    None, "raise ImportError('no libffi')", "CDLL = lambda name: None", ANYTHING,
+], ids=["as it is", "missing", "without OpenSSL", "with an OpenSSL that does nothing"])
 def test_masks_of_messages_of_any_size_are_undone_whatever_ctypes_there_is(
     start_runtime: StartRuntime, tmp_path: Path, ctypes: Optional[str]
 ) -> None:
@@ -190,21 +143,28 @@ def test_masks_of_messages_of_any_size_are_undone_whatever_ctypes_there_is(
         (tmp_path / "ctypes.py").write_text(ctypes)
     server = start_runtime(make_payload(ECHO, "Echo"), env)
     dice = random.Random(3)
-    boundaries = [SMALL_BYTES - 1, SMALL_BYTES, SMALL_BYTES + 1, 3 * SMALL_BYTES + 7]
+    boundaries = [SMALL_BYTES + more for more in range(-1, 9)]
     objects = [os.urandom(size) for size in (0, 1, 2, 3, 4, 5, *boundaries, 3 * MIB + 1)]
+    ask = frame(BINARY, b'{"path": "o", "etl_args": "has ctypes"}')
+    small = frame(BINARY, bytes(SMALL_BYTES)), frame(BINARY, bytes(SMALL_BYTES), False) + frame(0)
     with Peer(server) as peer:
+        for each in small:  # only a message that is not small loads what undoes masks in C
+            peer.send(ask, each)
+            assert peer.result() == b"False"
         for each in objects:
             peer.send(object_frames(each, path="o"))
             assert peer.result() == each, "%d bytes" % len(each)
         fragments = b"".join(frame(0, each, is_last=False) for each in objects)
-        control = frame(BINARY, b'{"path": "o"}')
-        data = control + frame(BINARY, is_last=False) + fragments + frame(0)
+        data = object_frames(None, path="o") + frame(BINARY, is_last=False) + fragments + frame(0)
         cuts = [0, *sorted(dice.randrange(len(data)) for _ in range(50)), len(data)]
         for begin, end in zip(cuts, cuts[1:]):
             peer.send(data[begin:end])
         assert peer.result() == b"".join(objects)
-    if ctypes is not None:
-        server.wait_for_line("large WebSocket messages are unmasked by numbers: ")
+        if ctypes is None:
+            peer.send(ask, small[0])
+            assert peer.result() == b"True"
+        else:
+            server.wait_for_line("large WebSocket messages are unmasked by numbers: ")
 
 
 # == The handshake ==
@@ -217,36 +177,31 @@ REFUSED: List[Tuple[Dict[str, str], int, bytes]] = [
     ({"Connection": "keep-alive"}, 426, b"upgrade: websocket"),
     ({"Connection": "Upgrade, close"}, 400, b""),
     ({"Sec_WebSocket_Version": ""}, 426, b"sec-websocket-version: 13"),
-    ({"Sec_WebSocket_Version": "8"}, 426, b"sec-websocket-version: 13"),
     ({"Sec_WebSocket_Version": "13, 8"}, 426, b"sec-websocket-version: 13"),
     ({"Sec_WebSocket_Key": ""}, 400, b""),
     ({"Sec_WebSocket_Key": "c2hvcnQ="}, 400, b""),
     ({"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ="}, 400, b""),
-    ({"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==="}, 400, b""),
     ({"Sec_WebSocket_Key": "!GhlIHNhbXBsZSBub25jZQ=="}, 400, b""),
     ({"Content_Length": "3"}, 400, b""),
     ({"Transfer_Encoding": "chunked"}, 400, b""),
 ]
 
 
-def test_the_answer_to_a_handshake_is_that_of_the_rfc(echo: Server) -> None:
-    head = echo.raw(handshake(), quiet=0.1)
-    assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
-    lines = head.lower().split(b"\r\n")
-    assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=" in lines
-    assert b"upgrade: websocket" in lines and b"connection: upgrade" in lines
-    unwanted = (b"content-length", b"sec-websocket-extensions", b"sec-websocket-protocol")
-    assert not any(line.startswith(unwanted) for line in lines)
-
-
-def test_a_handshake_may_say_more_than_it_must(echo: Server) -> None:
+def test_a_handshake_may_say_more_than_it_must_and_the_answer_is_that_of_the_rfc(
+    echo: Server
+) -> None:
     for fields in (
-        {"Upgrade": "WebSocket"}, {"Connection": "keep-alive, UPGRADE"},
-        {"Upgrade": "h2c, websocket"}, {"Sec_WebSocket_Extensions": "permessage-deflate"},
-        {"Sec_WebSocket_Protocol": "chat"}, {"Origin": "http://x"},
+        {}, {"Upgrade": "WebSocket"}, {"Upgrade": "h2c, websocket"},
+        {"Connection": "keep-alive, UPGRADE"}, {"Sec_WebSocket_Protocol": "chat"},
+        {"Sec_WebSocket_Extensions": "permessage-deflate"},
     ):
-        answer = echo.raw(handshake(**fields), quiet=0.05)
-        assert answer.startswith(b"HTTP/1.1 101 "), (fields, answer)
+        head = echo.raw(handshake(**fields), quiet=0.05)
+        assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), (fields, head)
+        lines = head.lower().split(b"\r\n")
+        assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=" in lines
+        assert b"upgrade: websocket" in lines and b"connection: upgrade" in lines
+        unwanted = (b"content-length", b"sec-websocket-extensions", b"sec-websocket-protocol")
+        assert not any(line.startswith(unwanted) for line in lines), fields
 
 
 def test_what_is_no_handshake_is_refused(echo: Server) -> None:
@@ -257,9 +212,6 @@ def test_what_is_no_handshake_is_refused(echo: Server) -> None:
         if not answer.startswith(b"HTTP/1.1 %d " % status) or field not in answer.lower():
             wrong.append((fields, answer))
     assert not wrong
-
-
-def test_a_handshake_is_a_get_of_http_1_1(echo: Server) -> None:
     assert echo.raw(handshake().replace(b"GET", b"PUT"), quiet=0.05).startswith(b"HTTP/1.1 405 ")
     assert echo.raw(handshake().replace(b"HTTP/1.1", b"HTTP/1.0")).startswith(b"HTTP/1.1 400 ")
     assert echo.request("GET", "/ws").status == 426
@@ -286,20 +238,19 @@ def peak_mib(pid: int) -> int:
     return int(found[1]) >> 10
 
 
-def announcement(opcode: int, size: int, is_last: bool = True) -> bytes:
-    """Make the head of a frame that is to have so many bytes; its mask is of zeros."""
-    return bytes([opcode | (0x80 if is_last else 0), 0xFF]) + size.to_bytes(8, "big") + bytes(4)
+def begin_object(size: int, fragments: int = 1, **control: str) -> bytes:
+    """Make what announces an object of so many bytes: its only fragment, or the second of two.
+
+    The mask is of zeros.
+    """
+    begin = object_frames(None, path="large", **control)
+    opcode = 0x80 | BINARY
+    if fragments > 1:
+        begin += frame(BINARY, b"begin", is_last=False)
+        opcode, size = 0x80, size - 5
+    return begin + bytes([opcode, 0xFF]) + size.to_bytes(8, "big") + bytes(4)
 
 
-def begin_object(size: int, fragments: int) -> bytes:
-    """Make what announces an object of so many bytes: its only fragment, or the second of two."""
-    control = frame(BINARY, b'{"path": "large"}')
-    if fragments == 1:
-        return control + announcement(BINARY, size)
-    return control + frame(BINARY, b"begin", is_last=False) + announcement(0, size - 5)
-
-
-@ON_LINUX
 @pytest.mark.parametrize("fragments, allowed_mib", [(1, 256), (8192, 288)])
 def test_a_large_object_comes_whole_and_takes_no_more_than_its_size(
     start_runtime: StartRuntime, fragments: int, allowed_mib: int
@@ -312,21 +263,19 @@ def test_a_large_object_comes_whole_and_takes_no_more_than_its_size(
     for _ in range(count):
         checksum = zlib.crc32(block, checksum)
     with Peer(server) as peer:
-        peer.send(frame(BINARY, b'{"path": "o", "etl_args": "checksum"}'))
         if fragments == 1:
-            peer.send(announcement(BINARY, count * len(block)))
-            for _ in range(count):
-                peer.send(block)
+            peer.send(begin_object(count * len(block), etl_args="checksum"))
         else:
-            peer.send(frame(BINARY, block, False))
-            for _ in range(count - 2):
-                peer.send(frame(0, block, False, mask=b"mask"))
-            peer.send(frame(0, block))
+            control = object_frames(None, path="o", etl_args="checksum")
+            peer.send(control, frame(BINARY, is_last=False))
+        for _ in range(count):
+            peer.send(block if fragments == 1 else frame(0, block, is_last=False, mask=b"mask"))
+        if fragments > 1:
+            peer.send(frame(0))
         assert peer.result() == b"%d %08x" % (count * len(block), checksum)
     assert peak_mib(worker) - before < allowed_mib + 16
 
 
-@ON_LINUX
 def test_sixteen_gibibytes_may_be_announced_and_take_no_memory_before_they_come(
     start_runtime: StartRuntime
 ) -> None:
@@ -335,7 +284,7 @@ def test_sixteen_gibibytes_may_be_announced_and_take_no_memory_before_they_come(
     worker, = children_of(server.pid)
     before = peak_mib(worker)
     with Peer(server) as whole, Peer(server) as fragmented, Peer(server) as small:
-        whole.send(begin_object(size, 1), bytes(MIB))
+        whole.send(begin_object(size), bytes(MIB))
         fragmented.send(begin_object(size, 2), bytes(MIB))
         for _ in range(20):
             small.send(object_frames(b"x" * 100_000, path="small"))
@@ -354,16 +303,3 @@ def test_more_than_the_memory_of_the_container_is_refused_when_it_is_announced(
             code, reason = peer.break_reason()
         assert code == 1009
         assert "%d bytes" % size in reason and "memory" in reason
-
-
-def test_the_real_client_may_ping_between_fragments(echo: Server) -> None:
-    with connect(echo.url.replace("http", "ws") + "/ws") as websocket:
-        def fragments() -> Iterator[bytes]:
-            for number in range(5):
-                yield b"%d" % number
-                websocket.ping()
-
-        websocket.send(b'{"path": "o"}')
-        websocket.send(fragments())
-        assert websocket.recv() == b"01234"
-        assert websocket.ping().wait(10)

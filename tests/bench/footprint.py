@@ -12,11 +12,10 @@ from typing import Dict, List, Sequence
 
 import psutil
 
-from bench.scenarios import MIB, Scenario
+from bench.scenarios import DEFAULT_WORKERS, MIB, Scenario
 from bench.servers import Peers, Server, ServerFailure
 from bench.throughput import Effort, Figure, processes, say, settle
 
-WORKERS = 4  # the default of NUM_WORKERS
 BLOCK = bytes(range(256)) * 4096  # one MiB of a stream
 
 
@@ -49,7 +48,7 @@ def start_ms(peer: str, peers: Peers, scenario: Scenario) -> float:
     """Return the milliseconds from exec to the first healthy answer, or to the end of a bare import."""
     if peer == "imports":
         return _imports_ms(peers)
-    prepared = peers.prepare(peer, WORKERS, False)
+    prepared = peers.prepare(peer, DEFAULT_WORKERS, False)
     began = time.perf_counter()
     with Server(peer, *prepared) as server:
         server.wait_until_healthy()
@@ -68,7 +67,7 @@ def _imports_ms(peers: Peers) -> float:
 
 def idle_mib(peer: str, peers: Peers, scenario: Scenario) -> float:
     """Return the proportional set size of all the server's processes, as it is where no other Python runs beside them."""
-    with peers.start(peer, WORKERS) as server:
+    with peers.start(peer, DEFAULT_WORKERS) as server:
         settle(server)
         return own_size(processes(server)) / MIB
 

@@ -68,8 +68,8 @@ def _label(value: float) -> str:
 
 
 def _tick(scenario: Scenario) -> str:
-    connections = "%d connection%s" % (scenario.connections, "s" if scenario.connections > 1 else "")
-    return connections if scenario.kind in ("put", "fqn") else "%s, %s" % (KINDS[scenario.kind], connections)
+    load = scenario.title.rpartition("KiB, " if scenario.size == KIB else "MiB, ")[2].replace(", ", ",\n")
+    return load if scenario.kind in ("put", "fqn") else "%s, %s" % (KINDS[scenario.kind], load)
 
 
 def _finish(drawing: Drawing, file: Path, caption: str) -> None:

@@ -32,6 +32,7 @@ class Scenario(NamedTuple):
     size: int
     connections: int
     peers: Tuple[str, ...]
+    workers: Optional[int] = None  # of each server; None: as many as the command line says
 
     @property
     def unit(self) -> str:
@@ -74,12 +75,20 @@ def _load(kind: str, what: str, size: int, connections: int, peers: Tuple[str, .
     return Scenario("%s-%s-%d" % (kind, short, connections), "%s %s, %s" % (what, label, many), kind, size, connections, peers)
 
 
+def _by_default_workers(scenario: Scenario) -> Scenario:
+    """Return a scenario with the default of NUM_WORKERS, also on machines with fewer cores."""
+    return scenario._replace(name=scenario.name + "-w4", title=scenario.title + ", 4 workers", workers=DEFAULT_WORKERS,
+                             peers=("ours", "ours-fastapi", "fastapi"))
+
+
+DEFAULT_WORKERS = 4
 DELIVERING = ("ours", "fastapi", "threaded")
 SCENARIOS = (
     *(_load("put", "PUT", KIB, connections) for connections in (1, 16, 128)),
     *(_load("put", "PUT", MIB, connections) for connections in (1, 8, 16, 128)),
     *(_load("fqn", "by FQN", KIB, connections) for connections in (1, 16, 128)),
     *(_load("fqn", "by FQN", MIB, connections) for connections in (1, 16, 128)),
+    *(_by_default_workers(_load(kind, what, KIB, 16)) for kind, what in (("put", "PUT"), ("fqn", "by FQN"))),
     _load("direct", "direct put", KIB, 16, DELIVERING),
     _load("direct", "direct put", MIB, 16, DELIVERING),
     _load("stream", "streamed", MIB, 16, ("ours", "fastapi")),  # the threaded server's end with their connection, see METHOD
@@ -92,22 +101,25 @@ SCENARIOS = (
 )
 
 BARS = (
-    Bar("put-1k-16", "ours", True, 2.5, "fastapi"),
+    Bar("put-1k-16", "ours", True, 3, "fastapi"),
     Bar("put-1k-16", "ours", True, 15, "threaded"),
-    Bar("put-1k-16", "ours-fastapi", True, 1.5, "fastapi"),
-    Bar("fqn-1k-16", "ours", True, 4, "fastapi"),
+    Bar("put-1k-16", "ours-fastapi", True, 2.5, "fastapi"),
+    Bar("fqn-1k-16", "ours", True, 3.5, "fastapi"),
+    Bar("fqn-1k-16", "ours-fastapi", True, 2.5, "fastapi"),
+    Bar("fqn-1k-16-w4", "ours", True, 3.5, "fastapi"),
+    Bar("fqn-1k-16-w4", "ours-fastapi", True, 2.5, "fastapi"),
     Bar("put-1m-8", "ours", True, 1.7, "fastapi"),
-    Bar("direct-1k-16", "ours", True, 2, "fastapi"),
-    Bar("direct-1m-16", "ours", True, 1.5, "fastapi"),
-    Bar("ws-1k-8", "ours", True, 2, "fastapi"),
+    Bar("direct-1k-16", "ours", True, 5, "fastapi"),
+    Bar("direct-1m-16", "ours", True, 2, "fastapi"),
+    Bar("ws-1k-8", "ours", True, 2.5, "fastapi"),
     Bar("ws-1m-8", "ours", True, 1, "fastapi"),
-    Bar("ws-fqn-1k-8", "ours", True, 2, "fastapi"),
+    Bar("ws-fqn-1k-8", "ours", True, 4, "fastapi"),
     Bar("ws-fqn-1m-8", "ours", True, 1.5, "fastapi"),
-    Bar("start", "ours", False, 0.25, "threaded"),
-    Bar("start", "ours", False, 0.08, "fastapi"),
-    Bar("start", "ours", False, 2.5, "imports"),
-    Bar("start", "ours-fastapi", False, 0.08, "fastapi"),
-    Bar("memory", "ours", False, 0.15, "fastapi"),
-    Bar("memory", "ours", False, 0.6, "threaded"),
+    Bar("start", "ours", False, 0.22, "threaded"),
+    Bar("start", "ours", False, 0.06, "fastapi"),
+    Bar("start", "ours-script", False, 1.9, "ours"),
+    Bar("start", "ours-fastapi", False, 0.06, "fastapi"),
+    Bar("memory", "ours", False, 0.12, "fastapi"),
+    Bar("memory", "ours", False, 0.5, "threaded"),
     Bar("stream-memory", "ours", False, 32, None),
 )

@@ -77,7 +77,7 @@ class Fleet:
     def __init__(self, peers: Peers, workers: int) -> None:
         self._peers = peers
         self._workers = workers
-        self._streaming = False
+        self._kind = (workers, False)
         self._servers: Dict[str, Server] = {}
 
     def __enter__(self) -> "Fleet":
@@ -93,14 +93,15 @@ class Fleet:
         while self._servers:
             self._servers.popitem()[1].kill()
 
-    def get(self, peer: str, streaming: bool) -> Server:
-        """Return the peer's server; those of the other class are stopped, to have their memory back."""
-        if streaming != self._streaming:
+    def get(self, peer: str, scenario: Scenario) -> Server:
+        """Return the peer's server; those of another kind are stopped, to have their memory back."""
+        kind = (scenario.workers or self._workers, scenario.streams)
+        if kind != self._kind:
             self.stop()
-            self._streaming = streaming
+            self._kind = kind
         if peer not in self._servers:
             say("  starting %s", peer)
-            self._servers[peer] = self._peers.start(peer, self._workers, streaming)
+            self._servers[peer] = self._peers.start(peer, *kind)
             settle(self._servers[peer])
         return self._servers[peer]
 
@@ -190,7 +191,7 @@ def measure(
         for scenario in scenarios:
             say("%s: %s", scenario.name, scenario.title)
             exchange = Exchange(scenario, place, sink)
-            servers = [fleet.get(peer, scenario.streams) for peer in scenario.peers]
+            servers = [fleet.get(peer, scenario) for peer in scenario.peers]
             yield scenario.name, _measure_one(scenario, exchange, servers, sink, effort)
 
 
