@@ -3024,14 +3024,14 @@ class Sources:
         return Source(body)
 
     def load(self, request: ETLRequest) -> Optional[LoadedObject]:
-        """Read a small object by its path, as `open` does; None for a large one, or where the class gets the path."""
+        """Read an object of up to a MiB by its path; None for a larger one, or where the class gets the path."""
         if self._settings.direct_fqn:
             return None
         file = open_object_file(self._locate(request.fqn), self._settings.fqn_roots)
         if file is None or isinstance(file, LoadedObject):
             return file
-        file.close()
-        return None
+        with file:
+            return LoadedObject(read_whole(file.read, file.size)) if file.size <= WRITE_BYTES else None
 
     def close_idle(self) -> None:
         """Close connections that have been idle for too long, those to the outside world too."""
@@ -3683,9 +3683,9 @@ class Service:
         return self._transforms.message_room
 
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
-        """Read a small object that a request names by its path; return both as if the object had come with it.
+        """Read an object that a request names by its path; return both as if the object had come with it.
 
-        None where the object is not small, not here as a whole, or cannot be read.
+        None where the object has more than a MiB, is not here as a whole, or cannot be read.
         """
         loaded = attempt(self._sources.load, request).value
         if loaded is None:
@@ -4725,7 +4725,7 @@ class ObjectExchange:
             message = ReceivedObject(message)
         if may_call and not self.pending and not request.pipeline:
             loaded = self._service.load(request) if request.fqn else (request, message)
-            if loaded is not None and loaded[1].size <= READ_BYTES:
+            if loaded is not None and loaded[1].size <= WRITE_BYTES:
                 return self._answer_here(Exchanged(*loaded))
         exchanged = Exchanged(request, message)
         with self._change:
