@@ -8,10 +8,10 @@ import json
 import os
 import sys
 from importlib.machinery import SourceFileLoader
-from pathlib import Path
 from typing import Any, Dict
 
-RUNTIME = Path(__file__).resolve().parent.parent / "ais_runtime_min.py"
+# Without pathlib: on some Pythons that loads modules which the runtime loads late.
+FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 NUMBERS: Dict[str, float] = json.loads(os.environ.get("TEST_NUMBERS", "{}"))
 
 
@@ -27,6 +27,7 @@ class Definitions(Dict[str, Any]):
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(RUNTIME.parent)  # as where the file itself is run
-    code: Any = SourceFileLoader("ais_runtime_min", str(RUNTIME)).get_code("ais_runtime_min")
+    sys.path[0] = FOLDER  # as where the file itself is run
+    path = os.path.join(FOLDER, "ais_runtime_min.py")
+    code: Any = SourceFileLoader("ais_runtime_min", path).get_code("ais_runtime_min")
     exec(code, globals(), Definitions())
