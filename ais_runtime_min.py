@@ -190,7 +190,6 @@ TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
 WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker, each of which may want a thread: half are left to requests
-# a client that does not read; of the others 16 transform, the rest read and deliver
 QUICK_SECONDS = 0.0005  # calls of the class that take less are made by the leader: other threads are not worth it
 TURN_SECONDS = 0.05  # of calls of the class that one connection has from the leader at a time: others wait meanwhile
 LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
@@ -3178,8 +3177,8 @@ class Pace:
     """Tell from the last calls whether calls are quick.
 
     Handing a call to another thread costs as much as a quick one takes. So quick calls are made by
-    the leader, and once three of the last four were slow, or one was very slow, calls are handed
-    over for a hundred times as long as it took.
+    the leader. Once three in four of about the last sixteen were slow, or one took a hundred times
+    as long as a quick one may, calls are handed over for a hundred times as long as the last took.
     """
 
     def __init__(self, quick_seconds: float = QUICK_SECONDS) -> None:
@@ -4309,7 +4308,7 @@ OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9,
 DATA_OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY)
 CONTROL_OPCODES = (OP_CLOSE, OP_PING, OP_PONG)
 CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
-CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1000, 1001, 1002, 1005
+CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1001, 1002, 1005
 CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
 Unmasking = Callable[[memoryview, bytes], None]
 # that may be sent, of IANA's; 3000 to 4999 too
@@ -4685,7 +4684,7 @@ class ObjectExchange:
         self._bytes = 0  # of those
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
-        self._change = threading.Condition()  # of the four above
+        self._change = threading.Condition()  # of pending, _current, _bytes and _is_sending
 
     @property
     def is_between_objects(self) -> bool:
@@ -4850,8 +4849,8 @@ class WebSocketConnection(Connection):
         self._ending: Optional[Sequence[bytes]] = None  # the last frames, once nothing more is read
         self._lingers = False  # whether its client may still send when it is closed
         self._is_lost = False  # whether nothing can be sent any more
-        self._is_paused = False
         self._is_open = True  # as the supervisor counts
+        self._is_paused = False
         self._parts: List[bytes] = []  # what is to be sent
         self._size = 0  # of the replies among these, about
         self._lock = threading.Lock()  # of the three above

@@ -6,7 +6,7 @@ from typing import Callable, Iterator, Optional, Sequence
 
 import pytest
 
-from harness import QUICK_NUMBERS, Environ, Numbers, Runtime, SDKServer, Server, interpreter
+from harness import QUICK_NUMBERS, Environ, Numbers, Runtime, interpreter
 from standin import Certificates, StandInTarget
 
 StartRuntime = Callable[..., Runtime]
@@ -23,12 +23,6 @@ def slim_python() -> str:
 def sdk_python() -> str:
     """The interpreter that has the real `aistore[etl]`."""
     return interpreter("sdk")
-
-
-@pytest.fixture(scope="session")
-def sdkcore_python() -> str:
-    """The interpreter that has cloudpickle and `aistore` without its extras."""
-    return interpreter("sdkcore")
 
 
 @pytest.fixture(scope="session")
@@ -75,16 +69,6 @@ def start_runtime(servers: contextlib.ExitStack, target: StandInTarget) -> Start
     ) -> Runtime:
         variables = {"AIS_TARGET_URL": target.url, "ETL_CLASS_PAYLOAD": payload, **(env or {})}
         return servers.enter_context(Runtime(args, variables, python, expect_traceback, numbers))
-
-    return start
-
-
-@pytest.fixture
-def start_sdk_server(servers: contextlib.ExitStack, target: StandInTarget) -> Callable[..., Server]:
-    """A function that starts the SDK's own server for a class, with the same target as the runtime."""
-
-    def start(source: str, name: str, kind: str, workers: int = 1, env: Optional[Environ] = None) -> SDKServer:
-        return servers.enter_context(SDKServer(source, name, kind, workers, {"AIS_TARGET_URL": target.url, **(env or {})}))
 
     return start
 

@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = ROOT / "ais_runtime_min.py"
 QUICK = ROOT / "tests" / "quick.py"
-QUICK_NUMBERS = {  # about a tenth of the runtime's own, for what a test would wait for
+QUICK_NUMBERS = {  # a tenth of the runtime's own or so, for what a test would wait for
     "DEATHS_SECONDS": 6.0,
     "DRAIN_SECONDS": 1.0,
     "FORSAKEN_SECONDS": 1.0,
@@ -84,7 +84,8 @@ def make_payload(source: str, name: str, python: Optional[str] = None) -> str:
     python = python or interpreter("sdk")
     environment = Path(python).parents[1]
     made_from = (environment / "made-from").read_text()
-    key = hashlib.sha256("\0".join([made_from, name, source]).encode()).hexdigest()
+    how = (ROOT / "tests" / "pickler.py").read_text()
+    key = hashlib.sha256("\0".join([made_from, how, name, source]).encode()).hexdigest()
     kept = environment.parent / "payloads" / key
     if not kept.exists():
         payload = _pickler(python).pickle(source, name)
@@ -109,7 +110,9 @@ class _Pickler:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({"source": source, "name": name}) + "\n")
         self._process.stdin.flush()
-        done = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, "what pickles has ended: %s" % self._process.poll()
+        done = json.loads(line)
         assert done["code"] == 0, "cannot pickle %s:\n%s" % (name, done["output"])
         return str(done["output"].splitlines()[-1])
 
@@ -368,7 +371,8 @@ class SDKServer(Server):
         self._folder = tempfile.TemporaryDirectory()
         script = Path(self._folder.name, "served.py")
         script.write_text(source + SDK_TAILS[kind].format(name=name, port=port))
-        options = SDK_COMMANDS[kind].format(port=port, workers=workers).replace("served.py", str(script)).split(" ")
+        words = SDK_COMMANDS[kind].format(port=port, workers=workers).split(" ")
+        options = [str(script) if word == "served.py" else word for word in words]
         environment = exact_environment(python, {"PYTHONPATH": self._folder.name, **(env or {})})
         super().__init__([python, *options], environment)
         self.port = port

@@ -7,6 +7,7 @@ the project, one at a time, and the test files of its section run there until th
 files from another checkout, to compare two suites.
 """
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     source = (run.ROOT / "ais_runtime_min.py").read_text(encoding="utf-8")
     environments = run.make_environments()
-    misses = 0
+    misses = tries = 0
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         for name in COPIED:
             shutil.copy(run.ROOT / name, folder)
@@ -51,10 +52,11 @@ def main(argv: Sequence[str]) -> int:
             line = "%s: %s (%s)" % (mutation.section, mutation.fault, " ".join(mutation.files))
             if re.search(arguments.only, line):
                 verdict = tried(mutation, source, Path(folder), environments)
+                tries += 1
                 misses += not verdict.startswith("caught")
                 print("%s: %s" % (line, verdict), flush=True)
-    print("mutations: %d missed" % misses)
-    return 1 if misses else 0
+    print("mutations: %d tried, %d missed" % (tries, misses))
+    return 1 if misses else 0 if tries else os.EX_USAGE
 
 
 def read_cases(text: str) -> Iterator[Mutation]:
@@ -72,7 +74,8 @@ def tried(mutation: Mutation, source: str, folder: Path, environments: Path) -> 
         return "UNKNOWN, the runtime has its text %d times" % source.count(mutation.old)
     (folder / "ais_runtime_min.py").write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
     files = ["tests/test_%s.py" % name for name in mutation.files]
-    command = [str(run.python_of(environments / "test")), "-m", "pytest", "-x", "-n", run.PROCESSES,
+    marks = "(%s) and not alone" % run.NOT_SLOW
+    command = [str(run.python_of(environments / "test")), "-m", "pytest", "-x", "-n", run.PROCESSES, "-m", marks,
                "-p", "no:cacheprovider", "--tb=no", *files]
     begun = time.monotonic()
     try:

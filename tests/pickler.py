@@ -1,8 +1,8 @@
 """Pickle classes by the real SDK, one after the other: run by `harness.make_payload` on an interpreter that has `aistore[etl]`.
 
-A line of input is JSON, `{"source": …, "name": …}`; so is the line of output, `{"code": …, "output": …}`, whose last line of
-output is the payload where the code is 0. Importing the SDK takes a second, so this process does it once and forks for each
-class, whose script then runs as a user's would: as `__main__`, in an empty folder.
+A line of input is JSON, `{"source": …, "name": …}`; so is the line of output, `{"code": …, "output": …}`: the last line of
+`output` is the payload if `code`, the status of wait(2), is 0. Importing the SDK takes a second, so this process does it once
+and forks for each class, whose script then runs as a user's would: as `__main__`, in an empty folder.
 """
 import json
 import os
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def pickled(source: str, name: str) -> Dict[str, Any]:
-    """Run a script in a child process and return its exit code and what it printed."""
+    """Run a script in a child process and return its wait status and what it printed."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:

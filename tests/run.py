@@ -69,18 +69,19 @@ def split_marks(arguments: Sequence[str], marks: str) -> Tuple[List[str], str]:
     for argument in following:
         if argument == "-m":
             marks = next(following, marks)
-        elif argument.startswith("-m") and not argument.startswith("--"):
-            marks = argument[2:]
+        elif argument.startswith("-m"):
+            marks = argument[2:].lstrip("=")
         else:
             rest.append(argument)
-    return rest, marks
+    return rest, marks or "soak or not soak"
 
 
 def run_tests(environments: Path, arguments: List[str], marks: str) -> int:
     """Run the tests of these marks, first those that may run beside others; return the exit code of both runs."""
     command = [str(python_of(environments / "test")), "-m", "pytest"]
-    runs = [["-n", PROCESSES, "--dist", "loadfile", "-m", "(%s) and not alone" % marks], ["-m", "(%s) and alone" % marks]]
-    codes = [subprocess.run([*command, *options, *arguments], cwd=str(ROOT), env=test_variables(environments)).returncode
+    runs = [["-n", PROCESSES, "--dist", "loadfile", *arguments, "-m", "(%s) and not alone" % marks],
+            [*arguments, "-n", "0", "-m", "(%s) and alone" % marks]]
+    codes = [subprocess.run([*command, *options], cwd=str(ROOT), env=test_variables(environments)).returncode
              for options in runs]
     return next((code for code in codes if code not in (0, NO_TESTS)), min(codes))
 
@@ -138,12 +139,14 @@ def make_environment(environment: Path) -> None:
 
 
 def has_pip() -> bool:
-    """Tell whether this Python puts pip into the environments that it makes: Debian's does not."""
+    """Tell whether this Python puts pip into the environments that it makes: Debian's wants python3-venv for that."""
     return importlib.util.find_spec("ensurepip") is not None
 
 
 def install_command(environment: Path) -> List[str]:
     """Return the command that installs into an environment, but for what it installs; uv is a tenth of pip's time."""
+    if not has_pip() and not pythons.has_tools():
+        raise EnvironmentFailure("this Python makes no environments with pip: run these tests by another one first")
     try:
         return [str(pythons.tool("uv")), "pip", "install", "--quiet", "--python", str(python_of(environment))]
     except pythons.Missing as reason:
@@ -171,15 +174,17 @@ def call(command: List[str], group: str) -> None:
 def run_everywhere(arguments: List[str], slow: bool) -> int:
     """Run this file under each Python that is there; return non-zero if one failed or none was found."""
     results: Dict[str, str] = {}
+    interpreters: Dict[str, str] = {}
     for version in VERSIONS:
         try:
-            interpreter = find_python(version)
+            interpreters[version] = find_python(version)
         except pythons.Missing as reason:
             results[version] = "missing: %s" % reason
-            continue
+    ends = (min(interpreters, key=VERSIONS.index, default=""), max(interpreters, key=VERSIONS.index, default=""))
+    for version, interpreter in interpreters.items():
         print("tests/run.py: Python %s, %s" % (version, interpreter), flush=True)
         begun, code = time.monotonic(), 0
-        for chosen in [arguments] if arguments else choices(version, slow):
+        for chosen in [[*arguments, *["--slow"] * slow]] if arguments else choices(version, version in ends, slow):
             code = code or subprocess.run([interpreter, str(Path(__file__).resolve()), *chosen]).returncode
         results[version] = "%s in %.0f s" % ("failed (exit code %d)" % code if code else "passed", time.monotonic() - begun)
     for version, result in results.items():
@@ -188,10 +193,9 @@ def run_everywhere(arguments: List[str], slow: bool) -> int:
     return 0 if outcomes == {"passed"} else 1
 
 
-def choices(version: str, slow: bool) -> List[List[str]]:
-    """Return the arguments of this file's runs for one of all Pythons."""
-    ends = (VERSIONS[0], VERSIONS[-1])
-    runs = [["-m", "not soak and not image"] if slow else []] if version in ends else [OF_VERSION]
+def choices(version: str, is_end: bool, slow: bool) -> List[List[str]]:
+    """Return the arguments of this file's runs for one of all Pythons; the oldest and the newest are the ends."""
+    runs = [["-m", "not soak and not image"] if slow else []] if is_end else [OF_VERSION]
     return [*runs, ["-m", "image"]] if slow and version == IMAGE_VERSION else runs
 
 

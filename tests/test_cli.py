@@ -394,7 +394,7 @@ def test_a_signal_while_the_file_is_imported_ends_it_without_a_traceback(
     bare_python: str, tmp_path: Path, number: int, codes: Sequence[int]
 ) -> None:
     file = tmp_path / "slow.py"
-    file.write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n" + IMPORT + UPPER)
+    file.write_text("import time\nprint('importing', flush=True)\nfor _ in range(600):\n    time.sleep(0.1)\n" + IMPORT + UPPER)
     words = ["serve", str(file), "--port", "0"]
     with Server(*started(bare_python, words, {"AIS_TARGET_URL": None})) as runtime:
         runtime.wait_for_line("importing")

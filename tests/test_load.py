@@ -2,7 +2,7 @@
 
 All load comes from one asyncio client in this process; every answer names its object, so that a
 cut, mixed or repeated one is noticed. The long run is deselected unless asked for, by
-`tests/run.py -m soak tests/test_load.py -s`; the variable SOAK_SECONDS shortens it.
+`tests/run.py -m soak -n 0 -s tests/test_load.py`; the variable SOAK_SECONDS shortens it.
 """
 import asyncio
 import contextlib

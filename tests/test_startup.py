@@ -6,6 +6,7 @@ import pickle
 import re
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -440,8 +441,9 @@ def test_what_a_class_sets_or_asks_of_tls_is_that_of_the_module(start_curious: S
 
 
 def test_what_few_classes_need_is_loaded_by_none_that_do_not(start_curious: StartRuntime) -> None:
+    always = ["inspect"] if sys.version_info[:2] == (3, 14) else []  # its dataclasses load it at once
     runtime = start_curious()
-    assert do(runtime, LIST) == "[]"
+    assert do(runtime, LIST) == str(always)
     assert re.fullmatch(r"Point\(x: ('typing.Any'|Any)\)", do(runtime, COPY))
     assert do(runtime, LIST) == "['inspect', 'shutil']"
 

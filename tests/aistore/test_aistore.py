@@ -1,6 +1,6 @@
 """The runtime behind a real AIStore: each scenario of scenarios.py is a test.
 
-    AISNODE=/path/to/aisnode python3 tests/run.py tests/aistore      (as root)
+    AISNODE=/path/to/aisnode python3 tests/run.py --slow tests/aistore      (as root)
 
 `AISNODE` is AIStore's own binary: `CGO_ENABLED=0 go build -tags etl -o "$AISNODE" ./cmd/aisnode` in a clone of NVIDIA/aistore.
 One cluster serves all tests; a scenario that does not end takes its cluster with it, and the next one gets a new one.

@@ -34,9 +34,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse(argv)
     chosen = [scenario.beside_before() if arguments.against else scenario
               for scenario in scenarios.SCENARIOS if re.search(arguments.only, scenario.name)]
-    if arguments.list or not chosen:
+    if not chosen:
+        return complain("no scenario matches %r: --list names them" % arguments.only, os.EX_USAGE)
+    if arguments.list:
         print("\n".join("%-14s %s (%s)" % (scenario.name, scenario.title, scenario.unit) for scenario in chosen))
-        return 0 if chosen else os.EX_USAGE
+        return 0
     if arguments.against and not arguments.against.is_file():
         return complain("--against wants a file, and %s is none" % arguments.against, os.EX_USAGE)
     if load.wrk_is_missing():
