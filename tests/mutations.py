@@ -74,20 +74,22 @@ def tried(mutation: Mutation, source: str, folder: Path, environments: Path) -> 
         return "UNKNOWN, the runtime has its text %d times" % source.count(mutation.old)
     (folder / "ais_runtime_min.py").write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
     files = ["tests/test_%s.py" % name for name in mutation.files]
-    marks = "(%s) and not alone" % run.NOT_SLOW
-    command = [str(run.python_of(environments / "test")), "-m", "pytest", "-x", "-n", run.PROCESSES, "-m", marks,
-               "-p", "no:cacheprovider", "--tb=no", *files]
     begun = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=str(folder), env=run.test_variables(environments), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "caught, the tests hang"
-    seconds = time.monotonic() - begun
-    failed = re.search(r"(?m)^(?:FAILED|ERROR) (?:tests/)?(\S+::\S+)", done.stdout)
-    if failed:
-        return "caught in %.0f s by %s" % (seconds, failed[1])
-    return "MISSED in %.0f s" % seconds if done.returncode == 0 else "BROKEN: %s" % done.stdout[-300:]
+    for options in (["-n", run.PROCESSES, "-m", "(%s) and not alone" % run.NOT_SLOW], ["-m", "(%s) and alone" % run.NOT_SLOW]):
+        command = [str(run.python_of(environments / "test")), "-m", "pytest", "-x", *options,
+                   "-p", "no:cacheprovider", "--tb=no", *files]
+        try:
+            done = subprocess.run(command, cwd=str(folder), env=run.test_variables(environments), timeout=LIMIT_SECONDS,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  universal_newlines=True)
+        except subprocess.TimeoutExpired:
+            return "caught, the tests hang"
+        failed = re.search(r"(?m)^(?:FAILED|ERROR) (?:tests/)?(\S+::\S+)", done.stdout)
+        if failed:
+            return "caught in %.0f s by %s" % (time.monotonic() - begun, failed[1])
+        if done.returncode not in (0, run.NO_TESTS):
+            return "BROKEN: %s" % done.stdout[-300:]
+    return "MISSED in %.0f s" % (time.monotonic() - begun)
 
 
 if __name__ == "__main__":
