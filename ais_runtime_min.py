@@ -5211,7 +5211,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """
 
     def __init__(self, listener: Optional[socket.socket], service: Service,
-                 main: Optional[MainThread] = None) -> None:
+                 main_thread: Optional[MainThread] = None) -> None:
         address = listener.getsockname()[:2] if listener else ("", 0)
         socketserver.BaseServer.__init__(self, address, cast(Any, None))
         self.service = service
@@ -5220,7 +5220,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.is_late = False  # whether clients that still send are not waited for any more
         self.connections: Set[Connection] = set()
         self._listener = listener
-        self._main = main
+        self._main = main_thread
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
         self._share = Current.share or Share()
@@ -5249,15 +5249,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self._listener is not None:
             self._listener.setblocking(False)
             self._selector.register(self._listener, selectors.EVENT_READ)
-        main = self._main_here()
-        if main is not None:
-            main.wake = self._waker.wake
-        may_call = main is self._main and not self.service.is_streaming
+        main_thread = self._main_here()
+        if main_thread is not None:
+            main_thread.wake = self._waker.wake
+        may_call = main_thread is self._main and not self.service.is_streaming
         attempt(threading.Thread(target=self._watch, name="deputy", daemon=True).start)
         while not (self._drain_began and self._is_over):
             self._lead(self._take_lead(), may_call, self._is_busy)
-            while main is not None and main.calls:
-                main.make_call()
+            while main_thread is not None and main_thread.calls:
+                main_thread.make_call()
         self._has_ended = True
 
     def _main_here(self) -> Optional[MainThread]:
@@ -5314,14 +5314,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
         The class is called only if it may be: whoever calls it must be watched, by `is_busy`.
         """
-        main = self._main_here()
+        main_thread = self._main_here()
         while self._term == term and not (self._drain_began and self._is_over):
             is_busy.clear()
-            ready = self._selector.select(0 if main is not None and main.calls else self._patience)
+            has_calls = main_thread is not None and main_thread.calls
+            ready = self._selector.select(0 if has_calls else self._patience)
             is_busy.set()
             if not all(self._serve(key.data, term, may_call) for key, _ in ready if key.data):
                 return
-            if main is not None and main.calls and not self._make_call(main, term):
+            if main_thread and main_thread.calls and not self._make_call(main_thread, term):
                 return
             others = [key.fileobj for key, _ in ready if key.data is None]
             self._look_around(others, len(ready), term)
@@ -5368,14 +5369,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             return Next.CLOSE
         return wish
 
-    def _make_call(self, main: MainThread, term: int) -> bool:
+    def _make_call(self, main_thread: MainThread, term: int) -> bool:
         """Make a call of another thread's, on the main thread; False if the lead is lost."""
         with self._lock:
             if self._term != term:
                 return False
             self.turn += 1
             self._is_in_turn = True
-        main.make_call()
+        main_thread.make_call()
         with self._lock:
             has_lead = self._term == term
             self._is_in_turn = self._is_in_turn and not has_lead
@@ -6182,11 +6183,11 @@ def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Option
     """Make what answers requests, and the main thread where that is to do more than to lead the server."""
     Current.pool = Current.pool or ConnectionPool(settings)
     is_one = server.one_at_a_time and settings.threads in (None, 1)
-    main: Optional[MainThread] = MainThread() if is_one else None
+    main_thread: Optional[MainThread] = MainThread() if is_one else None
     if isinstance(server, FrameworkServer) and server.etl_app is not None:
-        main = MainLoop() if isinstance(server, FastAPIServer) else CallingThread()
-    slots = main if main is not None and is_one else ThreadSlots(settings.threads or DEFAULT_THREADS)
-    return Service(settings, server, Current.pool, slots), main
+        main_thread = MainLoop() if isinstance(server, FastAPIServer) else CallingThread()
+    slots = main_thread if main_thread is not None and is_one else ThreadSlots(settings.threads or DEFAULT_THREADS)
+    return Service(settings, server, Current.pool, slots), main_thread
 
 
 # -- Flask, by gunicorn --
@@ -6372,8 +6373,8 @@ def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socke
             except StartupError as error:
                 report_failure(error)
                 raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-            service, main = make_service(server, settings)
-            main_threads.append(cast(CallingThread, main))
+            service, main_thread = make_service(server, settings)
+            main_threads.append(cast(CallingThread, main_thread))
             add_flask_routes(server, service)
             return front_of(server)
 
@@ -6421,11 +6422,11 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
-def make_front(listener: socket.socket, server: ETLServer, service: Service, main: Optional[MainThread]) -> Front:
+def make_front(listener: socket.socket, server: ETLServer, service: Service, main_thread: Optional[MainThread]) -> Front:
     """Make what speaks HTTP on a listening socket."""
-    if isinstance(main, MainLoop):
-        return UvicornServer(listener, cast(FastAPIServer, server), service, main)
-    return Server(listener, service, main)
+    if isinstance(main_thread, MainLoop):
+        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
+    return Server(listener, service, main_thread)
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -6439,8 +6440,8 @@ def serve_instance(server: ListeningServer) -> None:
         server.app.run(server.host, server.port, threaded=True)
         return
     listener = Current.listener or bind(server.host, server.port)
-    service, main = make_service(server, settings)
-    with make_front(listener, server, service, main) as front:
+    service, main_thread = make_service(server, settings)
+    with make_front(listener, server, service, main_thread) as front:
         if threading.current_thread() is threading.main_thread():
             front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
         if Current.reports is not None and isinstance(front, Server):
