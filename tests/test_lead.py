@@ -370,6 +370,13 @@ def test_bytes_that_cannot_begin_a_request_are_refused_at_once(
     assert time.monotonic() - begun < 8
 
 
+def test_half_a_head_is_refused_when_its_time_is_over(start_runtime: StartRuntime) -> None:
+    numbers = {**QUICK_NUMBERS, "HEAD_TIMEOUT_SECONDS": 0.5}
+    runtime = start_runtime(make_payload(THREADED, "Nap"), {"NUM_WORKERS": "1"}, numbers=numbers)
+    answer = runtime.raw(b"PUT /b/o HTTP/1.1\r\nHo", first=10, quiet=5)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_method_that_comes_byte_by_byte_is_waited_for(start_runtime: StartRuntime) -> None:
     runtime = start_runtime(make_payload(THREADED, "Nap"), {"NUM_WORKERS": "1"})
     request = b"\r\nPUT /b/o HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
