@@ -3344,7 +3344,6 @@ class Transforms:
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
         self._server = server
-        self.is_streaming = server.use_streaming  # whether the class transforms in pieces
         self._slots = slots
         self._decodes = isinstance(server, FrameworkServer)
         self._memory = memory_limit()

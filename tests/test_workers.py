@@ -115,7 +115,7 @@ class Obedient(HTTPMultiThreadedServer):
         try:
             with open("/proc/%s/stat" % pid) as file:
                 return "%s of %s" % tuple(file.read().rpartition(")")[2].split()[:2])
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the second if it goes between open and read
             return "gone"
 '''
 ON_MAIN_THREAD = OBEDIENT.replace("Obedient(HTTPMultiThreadedServer)", "OnMainThread(FastAPIServer)")

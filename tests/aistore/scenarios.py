@@ -337,7 +337,7 @@ def child_processes(pid: int) -> List[int]:
     """Return the children of a process that has one thread."""
     try:
         return [int(child) for child in Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
 
 
