@@ -88,6 +88,7 @@ if __name__ == "__main__":
 import codecs
 import collections
 import contextlib
+import email.utils
 import enum
 import errno
 import functools
@@ -155,7 +156,7 @@ CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nob
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
 WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
 WORKER_OPTION = "--worker"  # what a worker's own command line begins with, where it is not forked
-UNMASK_BYTES = 16 << 10  # of a WebSocket message that are unmasked at once: larger and smaller numbers take longer
+UNMASK_BYTES = 16 << 10  # of a WebSocket message that whoever leads takes at once, and unmasks as one number
 AHEAD_LIMIT_MESSAGES = 64  # objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
 AHEAD_LIMIT_BYTES = 16 << 20  # of such objects and their results, past which no more are read; one is always read
 BATCH_LIMIT_PARTS = 512  # of results that leave in one system call: it takes 1024
@@ -1183,9 +1184,10 @@ def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
 
 def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -> Sequence[Any]:
     """Send parts in one system call; return what the kernel has not taken."""
-    sent = connection.sendmsg(parts, (), flags)
-    if sent == sum(map(len, parts)):
-        return ()
+    batch = parts[:BATCH_LIMIT_PARTS]
+    sent = connection.sendmsg(batch, (), flags)
+    if sent == sum(map(len, batch)):
+        return parts[BATCH_LIMIT_PARTS:]
     views = [memoryview(part) for part in parts]
     while sent >= len(views[0]):
         sent -= len(views.pop(0))
@@ -3788,6 +3790,7 @@ class Next(enum.Enum):
     THREAD = enum.auto()  # to be served by a thread that may wait
     PAUSE = enum.auto()  # nothing, until it asks again by itself
     UPGRADE = enum.auto()  # to speak WebSocket from now on
+    LINGER = enum.auto()  # to be closed as soon as its client has stopped sending
     CLOSE = enum.auto()
     RESET = enum.auto()  # to be closed so that half an answer is not taken for a whole one
     NOTHING = enum.auto()  # another thread serves it by now
@@ -3800,25 +3803,23 @@ class Connection:
     there is something to do
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what is
-    wanted next. What they raise ends the connection.
+    wanted next. What they raise ends the connection. Times are those of time.monotonic().
     """
 
-    is_over = False  # whether it is to be served and ended, although nothing may have come
+    is_over = False  # whether it is to be ended by the next sweep, although nothing may have come
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
-        # The Server of section 16; the protocols use its service, settle, kick, submit,
+        # The Server of section 16; the protocols use its service, settle, submit, sweep_soon,
         # may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with each call of
         # the class.
         self.server = server
         self.input = source
         self.served = 0  # calls of the class, since the server last looked
         self.since = time.monotonic()  # when it became idle, or the first byte of what is here came
-        self._may_call = False  # whether the thread that attends may call the class
-        self._calls_until = 0.0  # and for how long
-        self._linger_bytes = 0  # that are still to be read and forgotten, while it lingers
+        self._calls_until = 0.0  # until when the thread that attends may call the class
 
-    def attend(self, may_call: bool) -> Next:
+    def attend(self, now: float, may_call: bool) -> Next:
         """Serve what has come without waiting; call the class only if `may_call`."""
         raise NotImplementedError
 
@@ -3830,12 +3831,8 @@ class Connection:
         """Tell whether the connection may be closed because the pod stops."""
         raise NotImplementedError
 
-    def retire(self) -> Next:
-        """Make room for others, if still nothing has come."""
-        return Next.CLOSE if self.dismiss() else Next.READ
-
     def is_expired(self, now: float) -> bool:
-        """Tell whether its client has let it wait for too long."""
+        """Tell whether it is over, or its client has let it wait for too long."""
         raise NotImplementedError
 
     def expire(self) -> Next:
@@ -3844,7 +3841,7 @@ class Connection:
 
     def let_go(self) -> bool:
         """Let go of the thread that attends; return True if another one may go on."""
-        self._may_call = False
+        self._calls_until = 0.0
         return False
 
     def pause(self) -> bool:
@@ -3868,25 +3865,34 @@ class Connection:
         except BlockingIOError:  # readable no more, or never was
             return True
 
-    def linger(self) -> Next:
-        """Read on before closing, or a reset would take the answer from a client that sends."""
-        if attempt(self.socket.shutdown, socket.SHUT_WR).error is not None:  # the client is gone
-            return Next.CLOSE
-        self._linger_bytes, self.since = LINGER_LIMIT_BYTES, time.monotonic()
-        self.input.take(self.input.ahead)
-        return Next.READ
 
-    @property
-    def is_lingering(self) -> bool:
-        """Whether nothing is left to do but to read on for a moment."""
-        return self._linger_bytes > 0
+class LingeringConnection(Connection):
+    """A connection whose last answer has left while its client may still send.
 
-    def forget_some(self) -> Next:
-        """Read and forget what comes while it lingers."""
-        data = attempt(self.socket.recv, READ_BYTES, socket.MSG_DONTWAIT)
-        self._linger_bytes -= len(data.value or b"")
-        is_waiting = isinstance(data.error, BlockingIOError)
-        return Next.READ if is_waiting or (data.value and self._linger_bytes > 0) else Next.CLOSE
+    Closing it now would reset it, and the reset could take the answer from the client. So what
+    comes is read and forgotten for a while.
+    """
+
+    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
+        super().__init__(connection, server, source)
+        source.take(source.ahead)
+        self._bytes_left = LINGER_LIMIT_BYTES
+        self._deadline = self.since + DRAIN_SECONDS
+        attempt(connection.shutdown, socket.SHUT_WR)  # a client that is gone shows in `attend`
+
+    def attend(self, now: float, may_call: bool) -> Next:
+        """Read and forget what has come."""
+        is_open = self.receive()
+        self._bytes_left -= len(self.input.take(self.input.ahead))
+        return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
+
+    def dismiss(self) -> bool:
+        """Let the client finish, also while the pod stops."""
+        return False
+
+    def is_expired(self, now: float) -> bool:
+        """Tell whether the client has gone on sending for too long."""
+        return now > self._deadline or self.server.is_late
 
 
 class Head(NamedTuple):
@@ -3905,12 +3911,6 @@ class Head(NamedTuple):
             return self.is_http_1_0
         options = {option.strip().lower() for option in connection.split(",")}
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
-
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits to be told to send its body (RFC 9110, 10.1.1)."""
-        expects = self.fields.get("expect")
-        return expects is not None and expects.lower() == "100-continue" and not self.is_http_1_0
 
 
 UNKNOWN_HEAD = Head("", "", False, {})  # of a request that could not be parsed
@@ -3971,12 +3971,7 @@ def check_partial_head(source: ConnectionInput) -> None:
 @functools.lru_cache(maxsize=1)
 def http_date(seconds: int) -> str:
     """Write a time since the epoch as RFC 9110, 5.6.7 wants it, in any locale."""
-    now = time.gmtime(seconds)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[now.tm_wday]
-    months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-    month = months[now.tm_mon - 1]
-    clock = f"{now.tm_hour:02}:{now.tm_min:02}:{now.tm_sec:02}"
-    return f"{day}, {now.tm_mday:02} {month} {now.tm_year} {clock} GMT"
+    return email.utils.formatdate(seconds, usegmt=True)
 
 
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
@@ -4019,22 +4014,21 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
     import binascii
     import hashlib
 
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
     words = {word.strip().lower() for word in fields.get("connection", "").split(",")}
     protocols = {protocol.strip().lower() for protocol in fields.get("upgrade", "").split(",")}
     if "websocket" not in protocols or "upgrade" not in words:
-        raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED,
-                           {"Upgrade": "websocket", "Connection": "Upgrade"})
+        raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED, upgrade)
     if fields.get("sec-websocket-version") != "13":
-        needed = {"Sec-WebSocket-Version": "13", "Upgrade": "websocket", "Connection": "Upgrade"}
         raise RequestError("only version 13 of WebSocket is spoken here",
-                           HTTPStatus.UPGRADE_REQUIRED, needed)
+                           HTTPStatus.UPGRADE_REQUIRED, {"Sec-WebSocket-Version": "13", **upgrade})
     key = fields.get("sec-websocket-key", "")
     if not WEBSOCKET_KEY.fullmatch(key):
         raise BadRequest("the Sec-WebSocket-Key is malformed")
     digest = hashlib.sha1(key.encode() + WEBSOCKET_GUID, usedforsecurity=False).digest()
     accept = binascii.b2a_base64(digest, newline=False).decode()
-    return Answer(HTTPStatus.SWITCHING_PROTOCOLS, b"", (
-        ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)))
+    return Answer(HTTPStatus.SWITCHING_PROTOCOLS, b"",
+                  (*upgrade.items(), ("Sec-WebSocket-Accept", accept)))
 
 
 HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
@@ -4060,53 +4054,50 @@ class HTTPConnection(Connection):
         super().__init__(connection, server, ConnectionInput(connection, ahead))
         # whether it is closed after one request, unless that upgrades it
         self._only_upgrades = only_upgrades
+        self._waits = False  # whether the thread that serves it may wait
         self._todo: Optional[Framed] = None  # a request that waits for a thread
         # of an answer, what the leader could not send without waiting
         self._unsent: Sequence[Any] = ()
         self._wish = Next.READ  # what is to become of the connection once all is sent
-        self._lingers = False  # whether its client may still send when it is closed
         self._is_cut = False  # whether an answer has begun whose end only the connection's can tell
-        self._send_flags = 0
         self._serving = "connection"  # the object of the request that is being answered
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         set_timeout(connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
         set_timeout(connection, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
 
-    def attend(self, may_call: bool) -> Next:
+    def attend(self, now: float, may_call: bool) -> Next:
         """Serve the requests that have come, as far as nothing has to be waited for."""
-        if self._linger_bytes > 0:
-            return self.forget_some()
+        if not self.input.ahead:
+            self.since = now
         if not self.receive():
             return Next.CLOSE
-        self._may_call, self._send_flags = may_call, socket.MSG_DONTWAIT
-        self._calls_until = time.monotonic() + TURN_SECONDS
+        self._waits, self._calls_until = False, now + TURN_SECONDS if may_call else 0.0
         return self._serve_all()
 
     def work(self) -> Next:
         """Send the rest of an answer, then serve the requests that are here."""
-        self._send_flags = 0
+        self._waits = True
         unsent, self._unsent = self._unsent, ()
         send_parts(self.socket, unsent)
         return self._serve_all()
 
     def dismiss(self) -> bool:
         """Tell whether no request has begun to come."""
-        return not (self.input.ahead or self.is_lingering or is_ready(self.socket, select.POLLIN))
+        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
     def is_expired(self, now: float) -> bool:
         """Tell whether the client has taken too long."""
         limit = HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS
-        return now - self.since > (DRAIN_SECONDS if self.is_lingering else limit)
+        return now - self.since > limit
 
     def expire(self) -> Next:
         """Answer a head that did not come whole in time; close what is idle."""
         if not self.input.ahead:
             return Next.CLOSE
-        self._send_flags = socket.MSG_DONTWAIT
         error = UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
-        self._respond(self._refused(error))
-        return self._end()
+        self._waits, self._todo = False, self._refused(error)
+        return self._serve_all()
 
     def fail(self, error: BaseException) -> Next:
         """Log what went wrong; a stream without chunks must end by a reset."""
@@ -4124,20 +4115,12 @@ class HTTPConnection(Connection):
             if framed is None:
                 break
             self._todo = framed
-            if not self._send_flags:
+            if self._waits:
                 self._respond(framed)
             elif not self._serve_at_once(framed):
                 return Next.THREAD
             self._todo = None
-        return self._end()
-
-    def _end(self) -> Next:
-        """Tell what is wanted, now that all requests are answered that were here."""
-        if self._unsent:
-            return Next.THREAD
-        if self._lingers:
-            return self.linger()
-        return self._wish
+        return Next.THREAD if self._unsent else self._wish
 
     # -- reading --
 
@@ -4157,10 +4140,13 @@ class HTTPConnection(Connection):
             body = body_of(head, source)
         except UnframedRequest as error:
             return self._refused(error)
-        source.invite = None
-        if "expect" in head.fields and head.expects_continue and not source.ahead:
-            source.invite = self._send_continue
-        return Framed(head, body, self._understand(head, body))
+        # a client may wait to be told to send its body (RFC 9110, 10.1.1)
+        expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
+        source.invite = self._send_continue if expects and not source.ahead else None
+        try:
+            return Framed(head, body, self._understand(head, body))
+        except RequestError as error:
+            return Framed(head, body, error_answer(error.status, str(error), error.headers))
 
     def _refused(self, error: UnframedRequest) -> Framed:
         """Make what stands for a request that cannot be framed; nothing behind it can be read."""
@@ -4170,17 +4156,11 @@ class HTTPConnection(Connection):
 
     def _understand(self, head: Head, body: MessageBody) -> Union[ETLRequest, Answer]:
         """Tell what a request asks for, or answer it if the class is not needed for that."""
-        try:
-            pipeline = head.fields.get("ais-node-url", "")
-            request = ETLRequest.parse(head.method, head.target, pipeline)
-            if request.raw_path == "/health":
-                return HEALTHY
-            return self._upgrade_answer(head, body) if request.raw_path == "/ws" else request
-        except RequestError as error:
-            return error_answer(error.status, str(error), error.headers)
-
-    def _upgrade_answer(self, head: Head, body: MessageBody) -> Answer:
-        """Answer a WebSocket handshake, or raise RequestError."""
+        request = ETLRequest.parse(head.method, head.target, head.fields.get("ais-node-url", ""))
+        if request.raw_path == "/health":
+            return HEALTHY
+        if request.raw_path != "/ws":
+            return request
         if head.is_http_1_0 or body.size != 0 or head.wants_close:
             raise BadRequest("a handshake is of HTTP/1.1, has no body, and keeps its connection")
         answer = upgrade_answer(head.fields)
@@ -4193,25 +4173,20 @@ class HTTPConnection(Connection):
 
     def _serve_at_once(self, framed: Framed) -> bool:
         """Answer a request without waiting; return False if something is missing."""
-        head, body, asked = framed
+        _, body, asked = framed
         if body.size is None or body.size > self.input.ahead:
             return False
         if isinstance(asked, Answer):
             self._respond(framed)
             return True
-        if not self._may_call or asked.pipeline or asked.latest or body.size > READ_BYTES:
+        if asked.pipeline or asked.latest or body.size > READ_BYTES:
             return False
         if time.monotonic() > self._calls_until:
             return False
-        if asked.fqn:
-            loaded = self.server.service.load(asked)
-            if loaded is None:
-                return False
-            self._respond(framed, loaded)
-        elif asked.method == "PUT":
-            self._respond(framed)
-        else:
+        loaded = self.server.service.load(asked) if asked.fqn else None
+        if loaded is None and (asked.fqn or asked.method != "PUT"):
             return False
+        self._respond(framed, loaded)
         self.served += 1
         self.server.turn += 1
         return True
@@ -4231,8 +4206,8 @@ class HTTPConnection(Connection):
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._wish = Next.UPGRADE
         elif not keeps:
-            self._wish = Next.CLOSE
-            self._lingers = not body.is_at_end or head is UNKNOWN_HEAD
+            has_all = body.is_at_end and head is not UNKNOWN_HEAD
+            self._wish = Next.CLOSE if has_all else Next.LINGER
 
     def _drain(self, body: MessageBody) -> None:
         """Read what an error has left of a small body."""
@@ -4261,37 +4236,33 @@ class HTTPConnection(Connection):
         return not head.is_http_1_0  # a stream reads the body to its end, or is cut
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
-        """Send an answer, whose head tells the client whether the connection can be used again."""
+        """Send an answer, whose head tells the client whether the connection can be used again.
+
+        A body in pieces that fails shows by the missing last chunk, or by a reset.
+        """
         is_chunked = answer.is_open and not head.is_http_1_0
         fields = [*answer.headers, *answer.framing(is_chunked)]
         if not keeps or head.is_http_1_0:
             fields.append(("Connection", "keep-alive" if keeps else "close"))
-        text = answer_head(answer.status, fields)
+        text, last = answer_head(answer.status, fields), b"0\r\n\r\n" if is_chunked else b""
         if head.method == "HEAD":
-            self._send(text)
-        elif isinstance(answer.body, bytes):
-            self._send(text, b"0\r\n\r\n" if is_chunked else answer.body)
-        else:
-            self._send_pieces(text, answer.body, is_chunked)
-
-    def _send_pieces(self, text: bytes, pieces: Iterator[bytes], is_chunked: bool) -> None:
-        """Send a body piece by piece; a failure shows by the missing last chunk."""
+            return self._send(text)
+        if isinstance(answer.body, bytes):
+            return self._send(text, last or answer.body)
         self._is_cut = not is_chunked
-        for piece in pieces:
-            if is_chunked:
-                self._send(text + b"%x\r\n" % len(piece), piece, b"\r\n")
-            else:
-                self._send(text, piece)
+        for piece in answer.body:
+            size = b"%x\r\n" % len(piece) if is_chunked else b""
+            self._send(text + size, piece, b"\r\n" if is_chunked else b"")
             text = b""
-        self._send(text, b"0\r\n\r\n" if is_chunked else b"")
+        self._send(text, last)
         self._is_cut = False
 
     def _send(self, *parts: bytes) -> None:
         """Send parts; on the thread that leads, what the client takes without waiting."""
-        if not self._send_flags:
+        if self._waits:
             return send_parts(self.socket, parts)
         try:
-            self._unsent = send_some(self.socket, parts, self._send_flags)
+            self._unsent = send_some(self.socket, parts, socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._unsent = parts
 
@@ -4304,12 +4275,13 @@ class HTTPConnection(Connection):
 # results, AIStore's own protocol (ext/etl/websocket_comm.go); and connections, which join the two.
 
 OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
-DATA_OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY)
-CONTROL_OPCODES = (OP_CLOSE, OP_PING, OP_PONG)
+OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG)
+FRAME_HEAD_LIMIT_BYTES = 14
+# what stands in a frame's head where its size does not fit: where that ends, and the least it may be
+EXTENDED_SIZES = {126: (4, 126), 127: (10, 1 << 16)}
 CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1001, 1002, 1005
 CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
-Unmasking = Callable[[memoryview, bytes], None]
 # that may be sent, of IANA's; 3000 to 4999 too
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
@@ -4319,6 +4291,14 @@ class MessageError(RequestError):
 
     def __init__(self, detail: str, code: int = CLOSE_PROTOCOL) -> None:
         super().__init__(detail)
+        self.code = code
+
+
+class Closed(Exception):
+    """The client has sent a close frame, with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
         self.code = code
 
 
@@ -4356,24 +4336,70 @@ def parse_close(payload: bytes) -> int:
     return code
 
 
+class Frame(NamedTuple):
+    """The head of a frame that a client has sent; sizes are in bytes."""
+
+    is_last: bool
+    opcode: int
+    size: int  # of the payload
+    mask: bytes
+    head_size: int
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the frame is no part of a message."""
+        return self.opcode >= OP_CLOSE
+
+
+def parse_frame(head: bytes) -> Optional[Frame]:
+    """Parse the head of a frame (RFC 6455, 5.2 and 5.5); None where it is not here as a whole.
+
+    Raises MessageError for what no client may send, as soon as that shows.
+    """
+    if len(head) < 2:
+        return None
+    opcode, size = head[0] & 0x0F, head[1] & 0x7F
+    if head[0] & 0x70:
+        raise MessageError("a reserved bit is set, and no extension was agreed on")
+    if opcode not in OPCODES:
+        raise MessageError(f"the opcode {opcode} is reserved")
+    if not head[1] & 0x80:
+        raise MessageError("a client's frame has no mask")
+    if opcode >= OP_CLOSE and not (head[0] & 0x80 and size <= CONTROL_LIMIT_BYTES):
+        raise MessageError("a control frame is too long or fragmented")
+    start, least = EXTENDED_SIZES.get(size, (2, 0))
+    if len(head) < start + 4:
+        return None
+    size = int.from_bytes(head[2:start], "big") if least else size
+    if not least <= size < 1 << 63:
+        raise MessageError("the length of a frame is malformed")
+    return Frame(head[0] >= 0x80, opcode, size, head[start:start + 4], start + 4)
+
+
+def next_frame(source: ConnectionInput) -> Frame:
+    """Take the head of a frame, and wait for it; ShortBody where the connection ends before."""
+    while True:
+        frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
+        if frame is not None:
+            source.take(frame.head_size)
+            return frame
+        if not source.fill():
+            raise ShortBody("a message ended early")
+
+
 def unmasked(data: Any, mask: bytes) -> bytes:
-    """Undo the mask of up to `UNMASK_BYTES` (RFC 6455, 5.3), as one whole number."""
+    """Undo the mask of data (RFC 6455, 5.3), as one whole number."""
     size = len(data)
     pad = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
 
 
 def unmask_by_numbers(data: memoryview, mask: bytes) -> None:
-    """Undo the mask of data where it lies, by whole numbers of `UNMASK_BYTES`."""
-    whole = len(data) - len(data) % UNMASK_BYTES
-    pad = int.from_bytes(mask * (UNMASK_BYTES // 4), "little") if whole else 0
-    for start in range(0, whole, UNMASK_BYTES):
-        piece = data[start:start + UNMASK_BYTES]
-        piece[:] = (int.from_bytes(piece, "little") ^ pad).to_bytes(UNMASK_BYTES, "little")
-    data[whole:] = unmasked(data[whole:], mask)
+    """Undo the mask of data where it lies."""
+    data[:] = unmasked(data, mask)
 
 
-def unmasking_by_openssl() -> Unmasking:
+def unmasking_by_openssl() -> Callable[[memoryview, bytes], None]:
     """Make a function that undoes masks in the C of OpenSSL; raise where there is none.
 
     That is nine times as fast as by numbers, and the OpenSSL is the one that Python's hashlib is
@@ -4405,61 +4431,13 @@ def unmasking_by_openssl() -> Unmasking:
 
 
 @functools.lru_cache(maxsize=None)
-def fastest_unmasking() -> Unmasking:
-    """Return the fastest of these functions that this interpreter has."""
-    by_openssl = attempt(unmasking_by_openssl)
-    if by_openssl.error is None:
-        return cast(Unmasking, by_openssl.value)
-    logger.debug("large WebSocket messages are unmasked by numbers: %s", describe(by_openssl.error))
+def fastest_unmasking() -> Callable[[memoryview, bytes], None]:
+    """Return the faster of these functions, if this interpreter has it."""
+    by_openssl, error = attempt(unmasking_by_openssl)
+    if error is None:
+        return cast(Callable[[memoryview, bytes], None], by_openssl)
+    logger.debug("large WebSocket messages are unmasked by numbers: %s", describe(error))
     return unmask_by_numbers
-
-
-def unmask(data: memoryview, mask: bytes) -> bytes:
-    """Undo the mask of data where it lies; return the mask for what follows it."""
-    function = fastest_unmasking() if len(data) > UNMASK_BYTES else unmask_by_numbers
-    function(data, mask)
-    turn = len(data) % 4
-    return mask[turn:] + mask[:turn]
-
-
-class Frame(NamedTuple):
-    """The head of a frame that a client has sent."""
-
-    is_last: bool
-    opcode: int
-    size: int
-    mask: bytes
-
-
-def check_frame(first: int, second: int) -> None:
-    """Raise MessageError for a head that no client may send (RFC 6455, 5.2 and 5.5)."""
-    opcode = first & 0x0F
-    if first & 0x70:
-        raise MessageError("a reserved bit is set, and no extension was agreed on")
-    if opcode not in DATA_OPCODES and opcode not in CONTROL_OPCODES:
-        raise MessageError(f"the opcode {opcode} is reserved")
-    if not second & 0x80:
-        raise MessageError("a client's frame has no mask")
-    if opcode in CONTROL_OPCODES and not (first & 0x80 and second & 0x7F <= CONTROL_LIMIT_BYTES):
-        raise MessageError("a control frame is too long or fragmented")
-
-
-def next_frame(source: ConnectionInput) -> Optional[Frame]:
-    """Read the head of a frame, strictly; None where the connection ends before it."""
-    if not source.need(2):
-        return None
-    first, second = source.peek(2)
-    check_frame(first, second)
-    size = second & 0x7F
-    more = {126: 2, 127: 8}.get(size, 0)
-    if not source.need(2 + more + 4):  # nothing is taken before: another thread may read on
-        return None
-    source.take(2)
-    if more:
-        size = int.from_bytes(source.take(more), "big")
-        if not (126 if more == 2 else 1 << 16) <= size < 1 << 63:
-            raise MessageError("the length of a frame is malformed")
-    return Frame(first >= 0x80, first & 0x0F, size, source.take(4))
 
 
 class MessageStream(BodyStream):
@@ -4469,52 +4447,56 @@ class MessageStream(BodyStream):
     come, and may object.
     """
 
-    def __init__(self, source: ConnectionInput, frame: Frame, control: Callable[[Frame], None],
-                 admit: Callable[[int], None]) -> None:
+    def __init__(self, source: ConnectionInput, frame: Frame,
+                 control: Callable[[int, bytes], None], admit: Callable[[int], None]) -> None:
         super().__init__()
         self._source = source
         self._control = control
         self._admit = admit
-        self._announced = frame.size
-        admit(frame.size)
         self._is_text = frame.opcode == OP_TEXT
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
+        self._announced = self._left = 0
+        self._is_last, self._mask = False, b""
         self.size = frame.size if frame.is_last else None
+        self._begin(frame)
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes of the payload, 0 at its end."""
-        while not self._left and not self._is_last:
-            self._begin_fragment()
-        if not self._left:
-            return 0
-        view = memoryview(buffer)[:self._left]
         try:
+            while not self._left and not self._is_last:
+                self._begin_fragment()
+            if not self._left:
+                return 0
+            view = memoryview(buffer)[:self._left]
             count = self._source.readinto(view, 0 if self._is_text else socket.MSG_WAITALL)
         except OSError as error:
             raise ShortBody(f"a message broke off: {describe(error)}") from None
         if not count:
             raise ShortBody("a message ended early")
-        self._mask = unmask(view[:count], self._mask)
+        unmask = fastest_unmasking() if count > UNMASK_BYTES else unmask_by_numbers
+        unmask(view[:count], self._mask)
+        turn = count % 4
+        self._mask = self._mask[turn:] + self._mask[:turn]
         self._left -= count
         self._check_text(view[:count])
         return count
 
-    def _begin_fragment(self) -> None:
-        """Go on with the message's next frame."""
-        try:
-            frame = next_frame(self._source)
-        except OSError as error:
-            raise ShortBody(f"a message broke off: {describe(error)}") from None
-        if frame is None:
-            raise ShortBody("a message ended early")
-        if frame.opcode in CONTROL_OPCODES:
-            return self._control(frame)
-        if frame.opcode != OP_CONTINUATION:
-            raise MessageError("a message begins within another")
+    def _begin(self, frame: Frame) -> None:
         self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
         self._announced += frame.size
         self._admit(self._announced)
+
+    def _begin_fragment(self) -> None:
+        """Go on with the message's next frame, or with a control frame before it."""
+        frame = next_frame(self._source)
+        if frame.is_control:
+            if not self._source.need(frame.size):
+                raise ShortBody("a frame ended early")
+            payload = unmasked(self._source.take(frame.size), frame.mask)
+            return self._control(frame.opcode, payload)
+        if frame.opcode != OP_CONTINUATION:
+            raise MessageError("a message begins within another")
+        self._begin(frame)
         self._check_text(b"")
 
     def _check_text(self, data: Any) -> None:
@@ -4526,20 +4508,15 @@ class MessageStream(BodyStream):
                 raise MessageError("a text is no UTF-8", CLOSE_BAD_TEXT) from None
 
 
-class Closed(Exception):
-    """The client has sent a close frame."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 class MessageReader:
     """Read whole messages, one at a time; answer control frames by `send`.
 
     A message that is not small takes room in memory that the worker's connections share, until its
     transform begins. Text is taken for its bytes: AIStore sends none, and there is nothing else
     that it could mean.
+
+    Both methods raise Closed at a close frame, and MessageError where the connection must be
+    closed.
     """
 
     def __init__(self, source: ConnectionInput, room: Room, send: Callable[..., None]) -> None:
@@ -4549,62 +4526,38 @@ class MessageReader:
         self.begins_large = False  # whether what comes next must be read by `read`
 
     def small(self) -> Optional[bytes]:
-        """Take the next message if it is small and here as a whole.
-
-        Raises Closed at a close frame and MessageError where the connection must be closed.
-        """
+        """Take the next message if it is small and here as a whole."""
         source = self._source
         while True:
-            head = source.peek(4)
-            if len(head) < 2:
+            frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
+            if frame is None:
                 self.begins_large = False
                 return None
-            check_frame(head[0], head[1])
-            opcode, size, start = head[0] & 0x0F, head[1] & 0x7F, 6
-            if size == 126 and len(head) == 4:
-                size, start = int.from_bytes(head[2:], "big"), 8
-            is_plain = head[0] == OP_BINARY | 0x80 or opcode in CONTROL_OPCODES
-            is_malformed = start == 8 and size < 126
-            self.begins_large = not is_plain or is_malformed or size == 127 or size > UNMASK_BYTES
-            if self.begins_large or source.ahead < start + size:
+            is_plain = frame.is_last and frame.opcode >= OP_BINARY
+            self.begins_large = not is_plain or frame.size > UNMASK_BYTES
+            if self.begins_large or source.ahead < frame.head_size + frame.size:
                 return None
-            mask = source.take(start)[-4:]
-            payload = unmasked(source.take(size), mask)
-            if opcode == OP_BINARY:
+            source.take(frame.head_size)
+            payload = unmasked(source.take(frame.size), frame.mask)
+            if frame.opcode == OP_BINARY:
                 return payload
-            self._take_control(opcode, payload)
+            self._take_control(frame.opcode, payload)
 
-    def read(self) -> Optional[ReceivedObject]:
-        """Read a message; None at the end of the connection.
+    def read(self) -> ReceivedObject:
+        """Read the message that begins now; ShortBody where the connection ends within it.
 
-        Raises Closed at a close frame, ShortBody in the middle of a message, MessageError or
-        ObjectTooLarge where the connection must be closed.
+        Raises ObjectTooLarge where there will never be memory for it.
         """
-        while True:
-            frame = next_frame(self._source)
-            if frame is None:
-                return None
-            if frame.opcode not in CONTROL_OPCODES:
-                return self._read_from(frame)
-            self._control(frame)
-
-    def _read_from(self, frame: Frame) -> ReceivedObject:
-        """Read the message that a frame begins, as there is memory for it."""
+        frame = next_frame(self._source)
         if frame.opcode == OP_CONTINUATION:
             raise MessageError("there is no message to be continued")
-        stream = MessageStream(self._source, frame, self._control, self._room.check)
+        stream = MessageStream(self._source, frame, self._take_control, self._room.check)
         waiting = WaitingBody(self._room, stream)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(waiting.close)
             received = ReceivedObject(waiting.readall(), waiting.close)
             on_failure.pop_all()
         return received
-
-    def _control(self, frame: Frame) -> None:
-        """Read a control frame to its end, and take care of it."""
-        if not self._source.need(frame.size):
-            raise ShortBody("a frame ended early")
-        self._take_control(frame.opcode, unmasked(self._source.take(frame.size), frame.mask))
 
     def _take_control(self, opcode: int, payload: bytes) -> None:
         """Answer a ping; a close frame ends all, and a pong says nothing to us."""
@@ -4848,7 +4801,6 @@ class WebSocketConnection(Connection):
         self._ending: Optional[Sequence[bytes]] = None  # the last frames, once nothing more is read
         self._lingers = False  # whether its client may still send when it is closed
         self._is_lost = False  # whether nothing can be sent any more
-        self._is_open = True  # as the supervisor counts
         self._is_paused = False
         self._parts: List[bytes] = []  # what is to be sent
         self._size = 0  # of the replies among these, about
@@ -4856,51 +4808,42 @@ class WebSocketConnection(Connection):
         self._sending = threading.Lock()  # held while something is sent
         report(REPORT_OPENED)
 
-    def attend(self, may_call: bool) -> Next:
+    def attend(self, now: float, may_call: bool) -> Next:
         """Take the messages that have come, but for a large one and what is behind it."""
-        if self._linger_bytes > 0:
-            return self.forget_some()
-        self._may_call, self.since = may_call, time.monotonic()
-        self._calls_until = self.since + TURN_SECONDS
-        if self.is_over:
-            return self._finish(())
-        has_more = self.receive()
-        if self.server.is_late and self._is_within_object:
-            return self._finish(self._ending_for(RequestError("the pod is stopping")))
-        if self.server.is_late or not has_more:
+        self.since, self._calls_until = now, now + TURN_SECONDS if may_call else 0.0
+        if not self.receive() or self.server.is_late:
             return self._finish(self._ending_at_the_end())
-        return self._converse(waits=False)
+        return self._take_messages(waits=False)
 
     def work(self) -> Next:
         """Send what is kept, then take messages, large ones too, or end."""
+        self._calls_until = 0.0
         self._flush()
-        return self._converse(waits=True) if self._ending is None else self._end()
+        return self._take_messages(waits=True) if self._ending is None else self._end()
 
     def dismiss(self) -> bool:
         """Say goodbye, where no object has begun to come."""
-        if self.is_lingering or self._is_within_object or self._objects.pending:
+        is_busy = self._is_within_object or self._objects.pending
+        if is_busy or is_ready(self.socket, select.POLLIN):
             return False
-        if is_ready(self.socket, select.POLLIN):
-            return False
-        self._put(close_frame(CLOSE_GOING_AWAY))
-        self._flush(socket.MSG_DONTWAIT)
+        self._send_at_once(close_frame(CLOSE_GOING_AWAY))
         return True
 
     def is_expired(self, now: float) -> bool:
-        """Tell whether the client has paused too long within an object."""
-        if self.is_lingering:
-            return now - self.since > DRAIN_SECONDS
-        return self._is_within_object and now - self.since > BODY_PAUSE_SECONDS
+        """Tell whether it is over, or the client has paused too long within an object."""
+        return self.is_over or (self._is_within_object and now - self.since > BODY_PAUSE_SECONDS)
 
     def expire(self) -> Next:
         """End the connection for that."""
-        if self.is_lingering:
-            return Next.CLOSE
+        if self.is_over:
+            return self._finish(())
         return self._finish(self._ending_for(ShortBody("a message paused for too long")))
 
     def fail(self, error: BaseException) -> Next:
         """End the connection; what it has taken is answered before."""
-        return super().fail(error) if self._ending is not None else self._finish(self._ending_for(error))
+        if self._ending is not None:
+            return super().fail(error)
+        return self._finish(self._ending_for(error))
 
     def let_go(self) -> bool:
         """Have another thread take messages, if an object holds this one up."""
@@ -4913,15 +4856,9 @@ class WebSocketConnection(Connection):
             self._is_paused = self._must_pause
             return self._is_paused
 
-    def end_reading(self) -> None:
-        """Have whoever reads find the end, since it is late."""
-        attempt(self.socket.shutdown, socket.SHUT_RD)
-
     def close(self) -> None:
         """Tell the supervisor that it is closed."""
-        if self._is_open:
-            self._is_open = False
-            report(REPORT_CLOSED)
+        report(REPORT_CLOSED)
 
     @property
     def _is_within_object(self) -> bool:
@@ -4934,19 +4871,17 @@ class WebSocketConnection(Connection):
             return False
         return self._ending is not None or self._objects.is_full or self.server.is_crowded()
 
-    # -- reading --
-
-    def _converse(self, waits: bool) -> Next:
-        """Take the messages that are here; an error ends the connection."""
-        wish, error = attempt(self._take_messages, waits)
-        return cast(Next, wish) if error is None else self.fail(error)
-
     def _take_messages(self, waits: bool) -> Next:
-        while not (self.is_over or (self._objects.pending and self._must_pause)):
-            message = self._next_message(waits)
-            if isinstance(message, Next):
-                return message
-            may_call = not waits and self._may_call and time.monotonic() < self._calls_until
+        """Take the messages that are here, and large ones only where this thread may wait."""
+        while not (self.is_over or self._must_pause):
+            message: Union[bytes, ReceivedObject, None] = self._reader.small()
+            if message is None and self._reader.begins_large:
+                if not waits:
+                    return Next.THREAD
+                message = self._reader.read()
+            if message is None:
+                return Next.READ if self._flush(socket.MSG_DONTWAIT) else Next.THREAD
+            may_call = time.monotonic() < self._calls_until
             if not self._objects.take(message, may_call):
                 return Next.NOTHING
             if self._size >= WRITE_BYTES and not self._flush(socket.MSG_DONTWAIT):
@@ -4954,28 +4889,11 @@ class WebSocketConnection(Connection):
         self._flush(socket.MSG_DONTWAIT)  # what is answered must not wait for what is pending
         return self._finish(()) if self.is_over else Next.PAUSE
 
-    def _next_message(self, waits: bool) -> Union[bytes, ReceivedObject, Next]:
-        """Take a message, a large one only if this thread may wait, or tell what is wanted."""
-        message = self._reader.small()
-        if message is not None:
-            return message
-        if not self._reader.begins_large:
-            return self._rest()
-        if not waits:
-            return Next.THREAD
-        self._flush()
-        large = self._reader.read()
-        return self._finish(self._ending_at_the_end()) if large is None else large
-
-    def _rest(self) -> Next:
-        """Wait for more, once all that is to be sent has left."""
-        return Next.READ if self._flush(socket.MSG_DONTWAIT) else Next.THREAD
-
     # -- the end --
 
     def _ending_at_the_end(self) -> Sequence[bytes]:
         """Return the last frames where the client sends nothing more, or is not to."""
-        if self.server.is_late and not self._objects.is_between_objects:
+        if self.server.is_late and self._is_within_object:
             return self._ending_for(RequestError("the pod is stopping"))
         return [close_frame(CLOSE_GOING_AWAY)] if self.server.is_draining else []
 
@@ -5017,8 +4935,7 @@ class WebSocketConnection(Connection):
         self._ending = ()
         if not self._flush(flags):
             return Next.THREAD
-        self.close()
-        return self.linger() if self._lingers and not self._is_lost else Next.CLOSE
+        return Next.LINGER if self._lingers and not self._is_lost else Next.CLOSE
 
     # -- sending --
 
@@ -5045,7 +4962,7 @@ class WebSocketConnection(Connection):
         if goes_on:
             self.server.settle(self, Next.THREAD)
         elif self.is_over:
-            self.server.kick(self)
+            self.server.sweep_soon()
 
     def _put(self, *parts: bytes) -> None:
         """Keep parts to be sent."""
@@ -5076,8 +4993,7 @@ class WebSocketConnection(Connection):
         """Send parts and return what the client does not take without waiting."""
         try:
             while parts and not self._is_lost:
-                rest = send_some(self.socket, parts[:BATCH_LIMIT_PARTS], flags)
-                parts = [*rest, *parts[BATCH_LIMIT_PARTS:]]
+                parts = send_some(self.socket, parts, flags)
             return ()
         except OSError as error:
             if flags and isinstance(error, BlockingIOError):
@@ -5118,17 +5034,16 @@ class ThreadPool:
 
     def _start_thread(self) -> None:
         """Start another thread; if the system has none left, the others do its work."""
-        try:
-            threading.Thread(target=self._serve, name="etl", daemon=True).start()
+        thread = threading.Thread(target=self._serve, name="etl", daemon=True)
+        error = attempt(thread.start).error
+        if error is None:
             self._threads += 1
-            self._is_short = False
-        except RuntimeError as error:
-            if not self._is_short:
-                logger.error("%d threads serve connections, and another cannot be started: %s",
-                             self._threads, error)
-            self._is_short = True
-            if not self._threads:
-                raise
+        elif not self._is_short:
+            logger.error("%d threads serve connections, and another cannot be started: %s",
+                         self._threads, error)
+        self._is_short = error is not None
+        if error is not None and not self._threads:
+            raise error
 
     def _serve(self) -> None:
         """Do one job after the other, forever."""
@@ -5231,8 +5146,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._is_busy = threading.Event()  # whether the leader has something to do
         self._is_closed = False  # whether nobody else is let in
         self._has_ended = False  # whether `serve_forever` is done
-        self._lock = threading.Lock()  # of the selector and of the four below:
-        self._kicked: List[Connection] = []
+        self._lock = threading.Lock()  # of the selector and of the three below:
         self._term = 0  # goes up with each change of the leader
         self._is_in_turn = False  # whether the leader does something that may take long
         self._current: Optional[Connection] = None  # what it serves
@@ -5321,40 +5235,42 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             is_busy.set()
             if not all(self._serve(key.data, term, may_call) for key, _ in ready if key.data):
                 return
-            if main_thread and main_thread.calls and not self._make_call(main_thread, term):
-                return
+            if main_thread is not None and main_thread.calls:
+                if not self._take_turn(None, term, main_thread.make_call):
+                    return
             others = [key.fileobj for key, _ in ready if key.data is None]
             self._look_around(others, len(ready), term)
 
     def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
         """Serve a readable connection and note the pace; return False if the lead is lost."""
         began = time.monotonic()
-        if not connection.input.ahead and not connection.is_lingering:
-            connection.since = began
         may_call = may_call and self._pace.is_quick(began)
-        has_lead = self._take_turn(connection, term, connection.attend, may_call)
+        has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
         if connection.served and has_lead:
             now = time.monotonic()
             self._pace.note((now - began) / connection.served, now)
         connection.served = 0
         return has_lead
 
-    def _take_turn(self, connection: Connection, term: int, serve: Callable[..., Next],
+    def _take_turn(self, connection: Optional[Connection], term: int, serve: Callable[..., Any],
                    *args: Any) -> bool:
-        """Serve a registered connection and settle it; return False if the lead is lost."""
+        """Serve a registered connection and settle it, or do what has none.
+
+        Returns False if the lead is lost, without having done it if it was lost before.
+        """
         with self._lock:
             if self._term != term:
                 return False
             self.turn += 1
             self._current, self._is_in_turn = connection, True
-        wish = self._wish_after(connection, serve, *args)
+        wish = serve(*args) if connection is None else self._wish_after(connection, serve, *args)
         with self._lock:
             has_lead = self._term == term
             if has_lead:
                 self._is_in_turn, self._current = False, None
-                if wish is not Next.READ:
+                if connection is not None and wish is not Next.READ:
                     self._selector.unregister(connection.socket)
-        if wish is not Next.READ or not has_lead:
+        if connection is not None and (wish is not Next.READ or not has_lead):
             self.settle(connection, wish)
         return has_lead
 
@@ -5367,19 +5283,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if wish is Next.READ and self.is_draining and connection.dismiss():
             return Next.CLOSE
         return wish
-
-    def _make_call(self, main_thread: MainThread, term: int) -> bool:
-        """Make a call of another thread's, on the main thread; False if the lead is lost."""
-        with self._lock:
-            if self._term != term:
-                return False
-            self.turn += 1
-            self._is_in_turn = True
-        main_thread.make_call()
-        with self._lock:
-            has_lead = self._term == term
-            self._is_in_turn = self._is_in_turn and not has_lead
-        return has_lead
 
     # -- connections --
 
@@ -5400,17 +5303,24 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             with self._lock:
                 self._selector.register(connection.socket, selectors.EVENT_READ, connection)
             if connection.is_over:
-                self.kick(connection)
+                self.sweep_soon()
         elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
             if attempt(self.process_request, connection, None).error is not None:
                 self._close(connection)  # there is no thread: its client tries again
         elif wish is Next.UPGRADE:
-            websocket = WebSocketConnection(connection.socket, self, connection.input)
-            self.connections.add(websocket)
-            self.connections.discard(connection)
-            self.settle(websocket, Next.THREAD if websocket.input.ahead else Next.READ)
+            self._replace(connection, WebSocketConnection)
+        elif wish is Next.LINGER:
+            self._replace(connection, LingeringConnection)
         elif wish is Next.CLOSE or wish is Next.RESET:
             self._close(connection, is_reset=wish is Next.RESET)
+
+    def _replace(self, connection: Connection, kind: Type[Connection]) -> None:
+        """Go on with a connection as one of another kind."""
+        successor = kind(connection.socket, self, connection.input)
+        connection.close()
+        self.connections.add(successor)
+        self.connections.discard(connection)
+        self.settle(successor, Next.THREAD if successor.input.ahead else Next.READ)
 
     def _close(self, connection: Connection, is_reset: bool = False) -> None:
         """Close a connection, by a reset if half an answer could look like a whole one."""
@@ -5431,10 +5341,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if not self._drain_began:
             self._share.publish(len(self.connections))
 
-    def kick(self, connection: Connection) -> None:
-        """Have a connection served, although nothing may have come."""
-        with self._lock:
-            self._kicked.append(connection)
+    def sweep_soon(self) -> None:
+        """Have the leader look at once for connections that are over."""
+        self._next_sweep = 0.0
         self._waker.wake()
 
     def may_upgrade(self) -> bool:
@@ -5466,28 +5375,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
             if self._waker.readable in ready and self._waker.take():
                 self.is_draining = True
-            kicked, self._kicked = self._kicked, []
         if self.is_draining and not self._drain_began:
             self._begin_drain(term)
         elif self._listener in ready:
             self._accept_some(EXCESS_LIMIT if crowd > CROWD_LIMIT // 2 else 0, term)
-        if kicked and not self._serve_kicked(kicked, term):
-            return
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + self._patience
             self._sweep(now, term)
-
-    def _serve_kicked(self, kicked: List[Connection], term: int) -> bool:
-        """Serve connections that are over; False if the lead is lost, and with it the rest."""
-        while kicked:
-            connection = kicked.pop()
-            is_waiting = connection in self._registered()
-            if is_waiting and not self._take_turn(connection, term, connection.attend, False):
-                for each in (connection, *kicked):
-                    self.kick(each)
-                return False
-        return True
 
     def _sweep(self, now: float, term: int) -> None:
         """End connections whose time is over; in a drain all that are idle."""
@@ -5495,16 +5390,17 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self.is_draining and not self.is_late and now > late:
             self.is_late = True
             for connection in list(self.connections):
-                if isinstance(connection, WebSocketConnection):
-                    connection.end_reading()
+                if isinstance(connection, WebSocketConnection):  # whoever reads finds the end
+                    attempt(connection.socket.shutdown, socket.SHUT_RD)
         for connection in self._registered():
             if connection.is_expired(now):
-                serve: Callable[[], Next] = connection.expire
+                has_lead = self._take_turn(connection, term, connection.expire)
             elif self.is_draining:
-                serve = functools.partial(connection.attend, False)
+                has_lead = self._take_turn(connection, term, connection.attend, now, False)
             else:
                 continue
-            if not self._take_turn(connection, term, serve):
+            if not has_lead:
+                self._next_sweep = 0.0  # the thread that leads by now is to look at the rest
                 return
         self.service.close_idle()
 
@@ -5538,11 +5434,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _make_room(self, term: int) -> None:
         """Close some of the connections that have been idle longest, or wait a moment."""
+        def retire(connection: Connection) -> Next:  # unless a request has come meanwhile
+            return Next.CLOSE if connection.dismiss() else Next.READ
+
         idle = sorted((connection for connection in self._registered()
                        if isinstance(connection, HTTPConnection) and connection.dismiss()),
                       key=lambda connection: connection.since)
         for connection in idle[:min(CROWD_LIMIT, len(idle) // 4 + 1)]:
-            self._take_turn(connection, term, connection.retire)
+            self._take_turn(connection, term, retire, connection)
         if not idle:
             time.sleep(0.05)
 

@@ -79,7 +79,7 @@ class Scripted(Connection):
         self.wish = Next.READ
         self.on_work: Callable[[], None] = lambda: None
 
-    def attend(self, may_call: bool) -> Next:
+    def attend(self, now: float, may_call: bool) -> Next:
         self.attended.append(may_call)
         return self.wish
 
@@ -127,7 +127,7 @@ def test_a_connection_whose_leader_lost_the_lead_is_registered_by_it(
     server: Server, pair: List[socket.socket]
 ) -> None:
     class Losing(Scripted):
-        def attend(self, may_call: bool) -> Next:
+        def attend(self, now: float, may_call: bool) -> Next:
             server._take_lead()
             assert server._registered() == []
             return Next.READ
@@ -172,7 +172,7 @@ def test_a_connection_that_is_readable_no_more_goes_on(
     ours = pair[1]
     arguments = () if kind is HTTPConnection else (ConnectionInput(ours),)
     connection = kind(ours, server, *arguments)
-    assert connection.attend(True) is Next.READ
+    assert connection.attend(time.monotonic(), True) is Next.READ
 
 
 def test_a_connection_whose_request_has_just_come_is_not_dismissed(

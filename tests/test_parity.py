@@ -312,6 +312,15 @@ def agrees(actual: Seen, wanted: Seen) -> bool:
     return actual.status == wanted.status and (wanted.body == ANY or actual.body == wanted.body)
 
 
+# How an SDK's server cuts an answer depends on whether its head has left before the failure.
+CUTS = ("IncompleteRead", "RemoteDisconnected")
+
+
+def agrees_or_is_cut(actual: Seen, wanted: Seen) -> bool:
+    """Tell the same of an SDK's server, whose cut answer may show in either way."""
+    return agrees(actual, wanted) or (wanted.status in CUTS and actual.status in CUTS)
+
+
 @pytest.mark.parametrize(
     "difference", DIFFERENCES, ids=["%s %.40s" % each.case[:2] for each in DIFFERENCES])
 def test_the_runtime_is_right_where_the_sdk_is_wrong(
@@ -322,7 +331,7 @@ def test_the_runtime_is_right_where_the_sdk_is_wrong(
         wrong = expected(difference.upstream, pair, difference.case) or right
         ours, upstream = look_at_both(pair, difference.case, files)
         assert agrees(ours, right), (pair.name, difference.defect, ours, right)
-        assert agrees(upstream, wrong), (pair.name, difference.defect, upstream, wrong)
+        assert agrees_or_is_cut(upstream, wrong), (pair.name, difference.defect, upstream, wrong)
 
 
 def ask_both(pair: Pair, target: str) -> List[Response]:
