@@ -3183,8 +3183,7 @@ class Pace:
     as long as a quick one may, calls are handed over for a hundred times as long as the last took.
     """
 
-    def __init__(self, quick_seconds: float = QUICK_SECONDS) -> None:
-        self._quick_seconds = quick_seconds
+    def __init__(self) -> None:
         self._slow = 0.0  # calls, of the last sixteen
         self._hands_over_until = 0.0
 
@@ -3194,8 +3193,8 @@ class Pace:
 
     def note(self, seconds: float, now: float) -> None:
         """Take note of how long a call took."""
-        self._slow += (seconds >= self._quick_seconds) - self._slow / 16
-        if self._slow > 12 or seconds > 100 * self._quick_seconds:
+        self._slow += (seconds >= QUICK_SECONDS) - self._slow / 16
+        if self._slow > 12 or seconds > 100 * QUICK_SECONDS:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
@@ -3968,12 +3967,8 @@ def check_partial_head(source: ConnectionInput) -> None:
         raise UnframedRequest("this is not HTTP")
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(seconds: int) -> str:
-    """Write a time since the epoch as RFC 9110, 5.6.7 wants it, in any locale."""
-    return email.utils.formatdate(seconds, usegmt=True)
-
-
+# an answer's time as RFC 9110, 5.6.7 wants it, in any locale
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
 
@@ -4724,26 +4719,19 @@ class ObjectExchange:
         with self._change:
             self._bytes += len(reply.data) - exchanged.size
             exchanged.size, exchanged.reply = len(reply.data), reply
-        while self._send_ready():
-            pass
+        while True:
+            with self._change:
+                ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
+                if self._is_sending or not ready:
+                    break
+                self._is_sending = True
+            self._send_in_turn([cast(Reply, each.reply) for each in ready], waits=True)
+            with self._change:
+                self._is_sending = False
+                for each in ready:
+                    self._bytes -= self.pending.popleft().size
+                self._change.notify_all()
         self._told()
-
-    def _send_ready(self) -> bool:
-        """Send the replies that are next; return False if there are none to send."""
-        with self._change:
-            if self._is_sending:
-                return False
-            ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
-            self._is_sending = bool(ready)
-        if not ready:
-            return False
-        self._send_in_turn([cast(Reply, each.reply) for each in ready], waits=True)
-        with self._change:
-            self._is_sending = False
-            for each in ready:
-                self._bytes -= self.pending.popleft().size
-            self._change.notify_all()
-        return True
 
     def _send_in_turn(self, replies: Sequence[Reply], waits: bool) -> None:
         """Send replies, but for those behind a failure that has ended all."""
@@ -5137,6 +5125,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._main = main_thread
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
+        self.submit = self._pool.submit
         self._share = Current.share or Share()
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
@@ -5144,7 +5133,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._next_sweep = 0.0
         self._drain_began = 0.0
         self._is_busy = threading.Event()  # whether the leader has something to do
-        self._is_closed = False  # whether nobody else is let in
         self._has_ended = False  # whether `serve_forever` is done
         self._lock = threading.Lock()  # of the selector and of the three below:
         self._term = 0  # goes up with each change of the leader
@@ -5180,7 +5168,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     @property
     def _is_over(self) -> bool:
         """Whether the server, which drains, has drained or has no time left for that."""
-        if self._is_closed and not self.connections:
+        if self._listener is None and not self.connections:
             return True
         return time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
 
@@ -5351,10 +5339,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
         return not self.is_draining and count < WEBSOCKET_LIMIT
 
-    def submit(self, function: Callable[[Any], None], argument: Any) -> None:
-        """Have a thread of the pool call a function; RuntimeError if there is none."""
-        self._pool.submit(function, argument)
-
     def is_crowded(self) -> bool:
         """Tell whether half of the threads are busy: then no connection is to have several."""
         return self._pool.busy > THREAD_LIMIT // 2
@@ -5460,6 +5444,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Close the listening socket."""
         if self._listener is not None:
             self._listener.close()
+            self._listener = None
 
     def _begin_drain(self, term: int) -> None:
         """Accept who was let in by the system and not yet by us, and nobody else."""
@@ -5475,8 +5460,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     break
             with self._lock:
                 self._selector.unregister(self._listener)
-            self._listener.close()
-        self._is_closed = True
+            self.server_close()
         self._waker.wake()
 
 
