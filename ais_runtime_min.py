@@ -5146,6 +5146,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
         """Lead the server until `drain`, then until what has begun is answered."""
+        self._publish()  # that it is there: its first connection may be the last of all workers'
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
         if self._listener is not None:
             self._listener.setblocking(False)

@@ -6,6 +6,7 @@ cut, mixed or repeated one is noticed. The long run is deselected unless asked f
 """
 import asyncio
 import contextlib
+import http.client
 import os
 import random
 import re
@@ -335,6 +336,21 @@ def test_work_spreads_over_all_workers(start: Callable[..., Runtime]) -> None:
         count = asyncio.run(count_pids(server.port))
         shares.append(min(count.values()) / sum(count.values()) if len(count) == 3 else 0.0)
     assert sorted(shares)[2] > 0.24, "the shares of the least busy of three workers: %s" % shares
+
+
+@pytest.mark.alone
+def test_the_first_connections_of_a_pod_spread_over_all_workers(
+        start: Callable[..., Runtime]) -> None:
+    least = []
+    for _ in range(3):
+        server, pids = start(2), Counter[str]()
+        with contextlib.ExitStack() as stack:
+            for _ in range(16):  # one after the other, and all stay open
+                client = stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)))
+                client.request("PUT", "/b/o?etl_args=pid+0", b"x")
+                pids[client.getresponse().read().decode()] += 1
+        least.append(min(pids.values()) if len(pids) == 2 else 0)
+    assert sorted(least)[1] >= 4, "connections of the worker that has least, of 16: %s" % least
 
 
 # == Killed ==
