@@ -3810,8 +3810,8 @@ class Connection:
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
         # The Server of section 16; the protocols use its service, settle, submit, sweep_soon,
-        # may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with each call of
-        # the class.
+        # may_upgrade, is_quick, is_crowded, is_draining, is_late, and count up its `turn` with each
+        # call of the class.
         self.server = server
         self.input = source
         self.served = 0  # calls of the class, since the server last looked
@@ -4801,13 +4801,14 @@ class WebSocketConnection(Connection):
         self.since, self._calls_until = now, now + TURN_SECONDS if may_call else 0.0
         if not self.receive() or self.server.is_late:
             return self._finish(self._ending_at_the_end())
-        return self._take_messages(waits=False)
+        return self._take_messages(socket.MSG_DONTWAIT)
 
     def work(self) -> Next:
         """Send what is kept, then take messages, large ones too, or end."""
-        self._calls_until = 0.0
+        now = time.monotonic()
+        self._calls_until = now + TURN_SECONDS if self.server.is_quick(now) else 0.0
         self._flush()
-        return self._take_messages(waits=True) if self._ending is None else self._end()
+        return self._take_messages() if self._ending is None else self._end()
 
     def dismiss(self) -> bool:
         """Say goodbye, where no object has begun to come."""
@@ -4859,22 +4860,26 @@ class WebSocketConnection(Connection):
             return False
         return self._ending is not None or self._objects.is_full or self.server.is_crowded()
 
-    def _take_messages(self, waits: bool) -> Next:
-        """Take the messages that are here, and large ones only where this thread may wait."""
+    def _take_messages(self, flags: int = 0) -> Next:
+        """Take the messages that are here; with MSG_DONTWAIT, but for large ones.
+
+        Quick objects are answered on this thread, also where it is one of the pool: it has read
+        them, and another one would have to be woken. Behind one that is not quick they are pending.
+        """
         while not (self.is_over or self._must_pause):
             message: Union[bytes, ReceivedObject, None] = self._reader.small()
             if message is None and self._reader.begins_large:
-                if not waits:
+                if flags:
                     return Next.THREAD
                 message = self._reader.read()
             if message is None:
-                return Next.READ if self._flush(socket.MSG_DONTWAIT) else Next.THREAD
+                return Next.READ if self._flush(flags) else Next.THREAD
             may_call = time.monotonic() < self._calls_until
             if not self._objects.take(message, may_call):
                 return Next.NOTHING
-            if self._size >= WRITE_BYTES and not self._flush(socket.MSG_DONTWAIT):
+            if self._size >= WRITE_BYTES and not self._flush(flags):
                 return Next.THREAD
-        self._flush(socket.MSG_DONTWAIT)  # what is answered must not wait for what is pending
+        self._flush(flags)  # what is answered must not wait for what is pending
         return self._finish(()) if self.is_over else Next.PAUSE
 
     # -- the end --
@@ -5305,8 +5310,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _replace(self, connection: Connection, kind: Type[Connection]) -> None:
         """Go on with a connection as one of another kind."""
+        connection.close()  # the supervisor hears of that before the client
         successor = kind(connection.socket, self, connection.input)
-        connection.close()
         self.connections.add(successor)
         self.connections.discard(connection)
         self.settle(successor, Next.THREAD if successor.input.ahead else Next.READ)
@@ -5339,6 +5344,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Tell whether another connection may become one of WebSocket."""
         count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
         return not self.is_draining and count < WEBSOCKET_LIMIT
+
+    def is_quick(self, now: float) -> bool:
+        """Tell whether calls of the class are quick, and not worth another thread."""
+        return self._pace.is_quick(now)
 
     def is_crowded(self) -> bool:
         """Tell whether half of the threads are busy: then no connection is to have several."""
