@@ -92,7 +92,7 @@ class Scripted(Connection):
         return True
 
     def is_expired(self, now: float) -> bool:
-        return False
+        return self.is_over
 
     def pause(self) -> bool:
         return True
@@ -142,12 +142,12 @@ def test_a_connection_whose_leader_lost_the_lead_is_registered_by_it(
 def test_many_quick_objects_of_one_turn_are_not_taken_for_a_slow_one(
     start_runtime: StartRuntime, base: str
 ) -> None:
-    numbers = {**QUICK_NUMBERS, "QUICK_SECONDS": 0.1, "LEAD_SECONDS": 0.2, "TURN_SECONDS": 10.0}
+    numbers = {**QUICK_NUMBERS, "QUICK_SECONDS": 0.02, "LEAD_SECONDS": 0.2, "TURN_SECONDS": 10.0}
     runtime = start_runtime(payload_of(base), {"NUM_WORKERS": "1"}, numbers=numbers)
-    with Peer(runtime) as peer:
-        for _ in range(2):
-            peer.send(object_frames(b"x", path="o", etl_args="0.01") * 60)
-            assert [peer.result() for _ in range(60)] == [b"main"] * 60
+    with Peer(runtime) as peer:  # a single call of 2 s would count as slow by itself
+        for count in (500, 5):
+            peer.send(object_frames(b"x", path="o", etl_args="0.005") * count)
+            assert [peer.result() for _ in range(count)] == [b"main"] * count
 
 
 def test_objects_by_path_are_handed_over_while_calls_are_slow(
@@ -212,7 +212,44 @@ def test_a_drain_begins_once_though_two_threads_see_it(server: Server) -> None:
     assert began and server._drain_began == began
 
 
+def test_a_connection_that_is_over_is_ended_though_it_was_not_registered_when_that_came(
+    server: Server, pair: List[socket.socket]
+) -> None:
+    connection = Scripted(pair[1], server)
+    server._look_around([], 0, server._take_lead())  # the next look is far away
+    server.connections.add(connection)
+    connection.is_over = True
+    server.settle(connection, Next.READ)
+    server._look_around([], 0, server._take_lead())
+    assert server._registered() == [] and not server.connections
+
+
+def test_a_connection_ends_at_once_when_an_object_fails_on_another_thread(
+    start_runtime: StartRuntime
+) -> None:
+    numbers = {**QUICK_NUMBERS, "SWEEP_SECONDS": 30.0}
+    runtime = start_runtime(
+        make_payload(THREADED, "Nap"), {"NUM_WORKERS": "1"}, numbers=numbers, expect_traceback=True)
+    with Peer(runtime, 10) as peer:
+        peer.send(object_frames(b"x", path="o", etl_args="0.1"))
+        assert peer.result() == b"main"  # the next ones are handed over
+        peer.send(object_frames(b"x", path="o", etl_args="not a number"))
+        assert peer.break_reason()[0] == 1011
+
+
 # == A leader that is held up ==
+
+
+def test_a_signal_is_heard_while_the_main_thread_computes(start_runtime: StartRuntime) -> None:
+    source = THREADED.replace("time.sleep(", "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 1 + int(4e6) * int(")
+    runtime = start_runtime(make_payload(source.replace("or 0))", "or 0)))"), "Nap"), {"NUM_WORKERS": "1"})
+    with ThreadPoolExecutor(1) as clients, runtime.connect(1) as idle:
+        slow = clients.submit(runtime.request, "PUT", "/b/slow?etl_args=1", b"x")
+        time.sleep(0.5)
+        runtime.process.terminate()
+        assert idle.recv(1) == b"" and not slow.done()
+        assert slow.result().body == b"main"
+    assert runtime.wait() == 0
 
 
 @pytest.mark.alone
@@ -289,16 +326,17 @@ def test_many_calls_of_one_client_hold_up_no_other_client(start_runtime: StartRu
 
 @pytest.mark.alone
 def test_results_of_one_turn_take_bounded_memory(start_runtime: StartRuntime) -> None:
-    payload = make_payload(THREADED.replace("return b", "return bytes(300_000) or b"), "Nap")
-    runtime = start_runtime(payload, {"NUM_WORKERS": "1"})
+    payload = make_payload(THREADED.replace("return b", "return b'x' * 300_000; return b"), "Nap")
+    numbers = {**QUICK_NUMBERS, "TURN_SECONDS": 5.0, "LEAD_SECONDS": 5.0, "QUICK_SECONDS": 0.1}
+    runtime = start_runtime(payload, {"NUM_WORKERS": "1"}, numbers=numbers)
     worker, = children_of(runtime.pid)
     with Peer(runtime) as peer:
         before = most_memory_of(worker)
-        with contextlib.suppress(socket.timeout):
-            peer.socket.settimeout(1)
-            peer.send(object_frames(b"", path="o") * 2000)  # 600 MB of results, which nobody reads
-        time.sleep(0.5)
+        peer.send(object_frames(b"", path="o") * 2000)  # 600 MB of results, which nobody reads
+        time.sleep(1)
         assert most_memory_of(worker) - before < 64 << 20
+        for _ in range(2000):  # and the client, which is slow, gets all of them
+            assert peer.result() == b"x" * 300_000
 
 
 def most_memory_of(pid: int) -> int:
@@ -311,9 +349,12 @@ def most_memory_of(pid: int) -> int:
 def test_a_result_leaves_though_the_objects_behind_it_are_too_many_to_read_on(
     start_runtime: StartRuntime
 ) -> None:
-    runtime = start_runtime(make_payload(THREADED, "Nap"), {"NUM_WORKERS": "1"})
+    # the first takes all the time there is for calls of one turn: those behind it are handed over
+    numbers = {**QUICK_NUMBERS, "QUICK_SECONDS": 0.5, "LEAD_SECONDS": 1.0, "TURN_SECONDS": 0.01}
+    runtime = start_runtime(make_payload(THREADED, "Nap"), {"NUM_WORKERS": "1"}, numbers=numbers)
     with Peer(runtime) as peer:
-        peer.send(object_frames(b"x", path="o") + object_frames(b"x", path="o", etl_args="3") * 70)
+        first = object_frames(b"x", path="o", etl_args="0.1")
+        peer.send(first + object_frames(b"x", path="o", etl_args="3") * 70)
         begun = time.monotonic()
         assert peer.result() in (b"main", b"another") and time.monotonic() - begun < 2
 

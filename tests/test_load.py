@@ -342,7 +342,7 @@ def test_work_spreads_over_all_workers(start: Callable[..., Runtime]) -> None:
 def test_the_first_connections_of_a_pod_spread_over_all_workers(
         start: Callable[..., Runtime]) -> None:
     least = []
-    for _ in range(3):
+    for _ in range(5):
         server, pids = start(2), Counter[str]()
         with contextlib.ExitStack() as stack:
             for _ in range(16):  # one after the other, and all stay open

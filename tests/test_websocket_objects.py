@@ -229,6 +229,17 @@ def test_what_comes_behind_an_object_that_takes_long_is_read_whole_and_finds_roo
             assert peer.result() == b"behind" * 100, "cut behind %d bytes" % cut
 
 
+def test_no_more_objects_are_read_than_may_wait_to_be_answered(start_runtime: StartRuntime) -> None:
+    limits = {**QUICK_NUMBERS, "AHEAD_LIMIT_BYTES": MIB}
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"}, numbers=limits)
+    with Peer(server, timeout=2) as peer:
+        peer.send(object_frames(b"x", path="o", etl_args="sleep 0.1"))
+        assert peer.result() == b"x"  # from now on objects are handed over
+        one = object_frames(bytes(100_000), path="o", etl_args="sleep 5")
+        with pytest.raises(socket.timeout):  # the system takes some ten MB, and the pod one
+            peer.send(one * 400)
+
+
 def test_objects_take_room_in_memory_only_until_they_are_transformed(
     start_runtime: StartRuntime
 ) -> None:

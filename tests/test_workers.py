@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from urllib.parse import quote
 
 import pytest
 
@@ -325,6 +326,33 @@ def test_a_worker_hears_of_a_signal_that_another_than_its_main_thread_has_taken(
         connection.sendall(b"PUT /b/o?etl_args=take_signal%201.5 HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(1000).endswith(b"taken")
         wait_until(lambda: not all(any_alive([pid]) for pid in workers), "one of them has ended")
+
+
+@pytest.mark.parametrize("name", ["Obedient", "OnMainThread"])
+def test_a_worker_whose_main_thread_never_comes_back_ends_by_itself(
+        start: StartPod, tmp_path: Path, name: str) -> None:
+    server = start(1, name, {**QUICK_NUMBERS, "WORKER_GRACE_SECONDS": 1.0})
+    with server.connect() as client:
+        file = quote(str(tmp_path / "never"), safe="")
+        client.sendall(b"PUT /b/o?etl_args=wait%%20%b HTTP/1.1\r\nHost: x\r\n\r\n" % file.encode())
+        server.wait_for_line("waiting")
+        server.process.terminate()
+        assert server.wait(SOON_SECONDS) == 0
+    assert not any("is killed" in line for line in server.lines)
+
+
+def test_clients_whom_the_system_has_let_in_are_answered(start: StartPod) -> None:
+    server = start(1)
+    worker, = children_of(server.pid)
+    os.kill(worker, signal.SIGSTOP)
+    with server.connect() as client:
+        client.sendall(b"PUT /b/o HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+        server.process.terminate()
+        time.sleep(0.3)  # the signal waits for the worker
+        os.kill(worker, signal.SIGCONT)
+        answer = b"".join(iter(lambda: client.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"hello")
+    assert server.wait() == 0
 
 
 def test_a_request_that_a_worker_has_begun_to_read_is_answered(start: StartPod) -> None:
