@@ -155,7 +155,8 @@ LINGER_LIMIT_BYTES = 64 << 20  # read after the last answer, so that a client wh
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
 WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
-WORKER_OPTION = "--worker"  # what a worker's own command line begins with, where it is not forked
+FRESH_START = "AIS_RUNTIME_FRESH_START"  # the variable by which a process that starts over tells itself of the class
+TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once unless forking is not safe
 UNMASK_BYTES = 16 << 10  # of a WebSocket message that whoever leads takes at once, and unmasks as one number
 AHEAD_LIMIT_MESSAGES = 64  # objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
 AHEAD_LIMIT_BYTES = 16 << 20  # of such objects and their results, past which no more are read; one is always read
@@ -327,9 +328,13 @@ def describe(error: BaseException) -> str:
 
 
 class StartupError(Exception):
-    """What keeps the pod from serving; its text is the last line of the log."""
+    """What keeps the pod from serving; its text is the last line of the log.
+
+    `story` is what the log has before that: the traceback of the user's code. It is logged once, by the supervisor.
+    """
 
     exit = Exit.SOFTWARE
+    story = ""
 
 
 class ConfigError(StartupError):
@@ -951,17 +956,22 @@ class TargetFolder:
 
     def make(self) -> None:
         """Make the folder; OSError where nothing can be written."""
+        import tempfile
+
+        if not self.path:
+            self.take_over(tempfile.mkdtemp(prefix="ais-packages-"), ())
+
+    def take_over(self, path: str, requirements: Iterable[str]) -> None:
+        """Be the owner of a folder, which has these already."""
         import atexit
         import shutil
-        import tempfile
 
         def remove(owner: int = os.getpid()) -> None:
             if os.getpid() == owner:  # forked workers call what is registered too
-                shutil.rmtree(self.path, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
 
-        if not self.path:
-            self.path = tempfile.mkdtemp(prefix="ais-packages-")
-            atexit.register(remove)
+        self.path, self.requirements = path, list(requirements)
+        atexit.register(remove)
 
     def search_path(self, path: Sequence[str]) -> List[str]:
         """Return a search path for modules with the folder in its place; the standard library comes first."""
@@ -1019,7 +1029,6 @@ def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMa
     `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can be imported at once.
     """
     import importlib.util
-    import site
 
     requirements = split_requirements(text)
     for requirement in requirements:
@@ -1039,6 +1048,13 @@ def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMa
         variables.pop(name, None)
     Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                              "--progress-bar=off", *arguments], variables).run()
+    use_packages_of(folder, environ)
+
+
+def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
+    """Have packages found that pip has put into a folder, by this process and those that it starts."""
+    import site
+
     sys.path[:] = target_folder.search_path(sys.path)
     environ.update(target_folder.variables(environ))
     site.addsitedir(folder)  # reads its .pth files, as a start of Python does
@@ -1913,6 +1929,7 @@ class ConnectionPool:
 REPORT_READY = b"R"
 REPORT_BEGUN = b"B"  # to serve a request, for the first time
 REPORT_ANSWERED = b"A"  # for the first time
+REPORT_STORY = b"S"  # a line of the traceback that belongs to a failed start, which follows
 REPORT_OPENED = b"O"  # a WebSocket connection
 REPORT_CLOSED = b"C"  # a WebSocket connection
 REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason follows
@@ -2608,11 +2625,22 @@ def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
     return result
 
 
+def users_info(error: BaseException) -> Any:
+    """Return what `exc_info` of a log record is to be: the part of a traceback that is the user's."""
+    frames = user_traceback(error)
+    return (type(error), error, frames) if frames else None
+
+
 def log_user_error(what: str, error: BaseException) -> None:
     """Log an exception of user code, with the part of its traceback that is the user's."""
-    frames = user_traceback(error)
-    logger.error("%s: %s", what, describe(error),
-                 exc_info=(type(error), error, frames) if frames else None)
+    logger.error("%s: %s", what, describe(error), exc_info=users_info(error))
+
+
+def with_story(failure: StartupError, what: str, error: BaseException) -> StartupError:
+    """Give a failure the traceback of the user's exception that is its reason."""
+    record = logging.LogRecord(logger.name, logging.ERROR, "", 0, "%s: %s", (what, describe(error)), users_info(error))
+    failure.story = logging.Formatter().format(record)
+    return failure
 
 
 def load_etl_class(settings: Settings) -> Type[ETLServer]:
@@ -2634,8 +2662,8 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     if isinstance(error, ModuleNotFoundError):
         raise missing_module(error, pickled)
     if error is not None:
-        log_user_error("unpickling", error)
-        raise PayloadError(f"{FAILED}: {type(error).__name__}: {describe(error)}")
+        failure = PayloadError(f"{FAILED}: {type(error).__name__}: {describe(error)}")
+        raise with_story(failure, "unpickling", error)
     return checked_class(cls)
 
 
@@ -3810,8 +3838,8 @@ class Connection:
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
         # The Server of section 16; the protocols use its service, settle, submit, sweep_soon,
-        # may_upgrade, is_quick, is_crowded, is_draining, is_late, and count up its `turn` with each
-        # call of the class.
+        # may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with each call of
+        # the class.
         self.server = server
         self.input = source
         self.served = 0  # calls of the class, since the server last looked
@@ -4453,7 +4481,7 @@ class MessageStream(BodyStream):
         self._announced = self._left = 0
         self._is_last, self._mask = False, b""
         self.size = frame.size if frame.is_last else None
-        self._begin(frame)
+        self._begin_frame(frame)
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes of the payload, 0 at its end."""
@@ -4476,13 +4504,13 @@ class MessageStream(BodyStream):
         self._check_text(view[:count])
         return count
 
-    def _begin(self, frame: Frame) -> None:
+    def _begin_frame(self, frame: Frame) -> None:
         self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
         self._announced += frame.size
         self._admit(self._announced)
 
     def _begin_fragment(self) -> None:
-        """Go on with the message's next frame, or with a control frame before it."""
+        """Go on with the message's next frame; a control frame before it is answered."""
         frame = next_frame(self._source)
         if frame.is_control:
             if not self._source.need(frame.size):
@@ -4491,7 +4519,7 @@ class MessageStream(BodyStream):
             return self._control(frame.opcode, payload)
         if frame.opcode != OP_CONTINUATION:
             raise MessageError("a message begins within another")
-        self._begin(frame)
+        self._begin_frame(frame)
         self._check_text(b"")
 
     def _check_text(self, data: Any) -> None:
@@ -4518,7 +4546,7 @@ class MessageReader:
         self._source = source
         self._room = room
         self._send = send
-        self.begins_large = False  # whether what comes next must be read by `read`
+        self.needs_read = False  # whether what comes next must be read by `read`
 
     def small(self) -> Optional[bytes]:
         """Take the next message if it is small and here as a whole."""
@@ -4526,11 +4554,11 @@ class MessageReader:
         while True:
             frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
             if frame is None:
-                self.begins_large = False
+                self.needs_read = False
                 return None
             is_plain = frame.is_last and frame.opcode >= OP_BINARY
-            self.begins_large = not is_plain or frame.size > UNMASK_BYTES
-            if self.begins_large or source.ahead < frame.head_size + frame.size:
+            self.needs_read = not is_plain or frame.size > UNMASK_BYTES
+            if self.needs_read or source.ahead < frame.head_size + frame.size:
                 return None
             source.take(frame.head_size)
             payload = unmasked(source.take(frame.size), frame.mask)
@@ -4649,9 +4677,11 @@ class ObjectExchange:
         """What log lines call that of which the next message is a part."""
         return "a control message" if self._awaited is None else self._awaited.name
 
-    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
+    def take(self, message: Union[bytes, ReceivedObject], may_call: bool,
+             submit: Optional[Callable[[Callable[[Any], None], Any], None]] = None) -> bool:
         """Take a message, and answer its object here if that is quick and `may_call`.
 
+        `submit` is used for this object in the place of the exchange's own.
         Returns False if the object was let go meanwhile, and another thread takes the messages
         behind it. Raises BadRequest where no control message was understood, after which none can
         be.
@@ -4678,7 +4708,7 @@ class ObjectExchange:
             self.pending.append(exchanged)
             self._bytes += exchanged.size
         # there is no other thread
-        if attempt(self._submit, self._run, exchanged).error is not None:
+        if attempt(submit or self._submit, self._run, exchanged).error is not None:
             self._run(exchanged)
         return True
 
@@ -4750,9 +4780,9 @@ class ObjectExchange:
 
     def _answer(self, exchanged: Exchanged) -> Reply:
         request = exchanged.request
-        if self._is_broken:
-            return Reply(OP_CLOSE, b"")
         with exchanged.body as body:
+            if self._is_broken:
+                return Reply(OP_CLOSE, b"")
             answer, content = self._service.answer_message(request, body)
         if answer.status == HTTPStatus.NO_CONTENT:
             return Reply(OP_TEXT, dict(answer.headers).get(HEADER_DIRECT_PUT_LENGTH, "0").encode())
@@ -4783,7 +4813,8 @@ class WebSocketConnection(Connection):
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
+        # macOS complains where the client is gone
+        attempt(connection.setsockopt, socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._reader = MessageReader(source, server.service.message_room, self._send_at_once)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
         self._ending: Optional[Sequence[bytes]] = None  # the last frames, once nothing more is read
@@ -4805,8 +4836,7 @@ class WebSocketConnection(Connection):
 
     def work(self) -> Next:
         """Send what is kept, then take messages, large ones too, or end."""
-        now = time.monotonic()
-        self._calls_until = now + TURN_SECONDS if self.server.is_quick(now) else 0.0
+        self._calls_until = 0.0
         self._flush()
         return self._take_messages() if self._ending is None else self._end()
 
@@ -4861,26 +4891,30 @@ class WebSocketConnection(Connection):
         return self._ending is not None or self._objects.is_full or self.server.is_crowded()
 
     def _take_messages(self, flags: int = 0) -> Next:
-        """Take the messages that are here; with MSG_DONTWAIT, but for large ones.
-
-        Quick objects are answered on this thread, also where it is one of the pool: it has read
-        them, and another one would have to be woken. Behind one that is not quick they are pending.
-        """
+        """Take the messages that are here; with MSG_DONTWAIT, but for large ones."""
         while not (self.is_over or self._must_pause):
-            message: Union[bytes, ReceivedObject, None] = self._reader.small()
-            if message is None and self._reader.begins_large:
-                if flags:
-                    return Next.THREAD
-                message = self._reader.read()
+            message = self._reader.small()
+            if message is None and self._reader.needs_read:
+                return Next.THREAD if flags else self._take_large()
             if message is None:
                 return Next.READ if self._flush(flags) else Next.THREAD
-            may_call = time.monotonic() < self._calls_until
-            if not self._objects.take(message, may_call):
+            if not self._objects.take(message, time.monotonic() < self._calls_until):
                 return Next.NOTHING
             if self._size >= WRITE_BYTES and not self._flush(flags):
                 return Next.THREAD
         self._flush(flags)  # what is answered must not wait for what is pending
         return self._finish(()) if self.is_over else Next.PAUSE
+
+    def _take_large(self) -> Next:
+        """Read a large message, have another thread take those behind it, and answer its object."""
+        self._flush()
+        jobs: List[Tuple[Callable[[Any], None], Any]] = []
+        self._objects.take(self._reader.read(), False, submit=lambda *job: jobs.append(job))
+        for function, argument in jobs:
+            wish = Next.THREAD if self.input.ahead else Next.READ
+            self.server.settle(self, Next.PAUSE if self._must_pause else wish)
+            function(argument)
+        return Next.NOTHING if jobs else Next.THREAD  # of two messages it was the first
 
     # -- the end --
 
@@ -4963,8 +4997,12 @@ class WebSocketConnection(Connection):
             self._parts += parts
 
     def _send_at_once(self, *parts: bytes) -> None:
-        """Send parts, if the client takes them without waiting."""
-        self._put(*parts)
+        """Send parts, if the client takes them without waiting.
+
+        To a client that reads nothing some pongs are not sent, as RFC 6455, 5.5.3 allows.
+        """
+        if len(self._parts) < BATCH_LIMIT_PARTS:
+            self._put(*parts)
         self._flush(socket.MSG_DONTWAIT)
 
     def _flush(self, flags: int = 0) -> bool:
@@ -5161,7 +5199,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             main_thread.wake = self._waker.wake
         may_call = main_thread is self._main and not self.service.is_streaming
         attempt(threading.Thread(target=self._watch, name="deputy", daemon=True).start)
-        while not (self._drain_began and self._is_over):
+        while not (self._drain_began and self._is_done):
             self._lead(self._take_lead(), may_call, self._is_busy)
             while main_thread is not None and main_thread.calls:
                 main_thread.make_call()
@@ -5172,7 +5210,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return self._main if self._main is not None and self._main.is_here else None
 
     @property
-    def _is_over(self) -> bool:
+    def _is_done(self) -> bool:
         """Whether the server, which drains, has drained or has no time left for that."""
         if self._listener is None and not self.connections:
             return True
@@ -5211,7 +5249,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             error = attempt(self._lead, term, False, threading.Event()).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)
-            if self._drain_began and self._is_over:
+            if self._drain_began and self._is_done:
                 time.sleep(10 * LEAD_SECONDS)  # the leader may just be on its way
                 if not self._has_ended:
                     self.leave()
@@ -5222,18 +5260,18 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         The class is called only if it may be: whoever calls it must be watched, by `is_busy`.
         """
         main_thread = self._main_here()
-        while self._term == term and not (self._drain_began and self._is_over):
+        while self._term == term and not (self._drain_began and self._is_done):
             is_busy.clear()
             has_calls = main_thread is not None and main_thread.calls
             ready = self._selector.select(0 if has_calls else self._patience)
             is_busy.set()
-            if not all(self._serve(key.data, term, may_call) for key, _ in ready if key.data):
-                return
+            for key, _ in ready:
+                if key.data and not self._serve(key.data, term, may_call):
+                    return
             if main_thread is not None and main_thread.calls:
                 if not self._take_turn(None, term, main_thread.make_call):
                     return
-            others = [key.fileobj for key, _ in ready if key.data is None]
-            self._look_around(others, len(ready), term)
+            self._look_around(ready, term)
 
     def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
         """Serve a readable connection and note the pace; return False if the lead is lost."""
@@ -5305,7 +5343,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._replace(connection, WebSocketConnection)
         elif wish is Next.LINGER:
             self._replace(connection, LingeringConnection)
-        elif wish is Next.CLOSE or wish is Next.RESET:
+        elif wish in (Next.CLOSE, Next.RESET):
             self._close(connection, is_reset=wish is Next.RESET)
 
     def _replace(self, connection: Connection, kind: Type[Connection]) -> None:
@@ -5323,7 +5361,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._publish()
         if is_reset:
             at_once = struct.pack("ii", True, 0)
-            connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            attempt(connection.socket.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, at_once)
             self.close_request(connection.socket)
         else:
             self.shutdown_request(connection.socket)
@@ -5345,10 +5383,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
         return not self.is_draining and count < WEBSOCKET_LIMIT
 
-    def is_quick(self, now: float) -> bool:
-        """Tell whether calls of the class are quick, and not worth another thread."""
-        return self._pace.is_quick(now)
-
     def is_crowded(self) -> bool:
         """Tell whether half of the threads are busy: then no connection is to have several."""
         return self._pool.busy > THREAD_LIMIT // 2
@@ -5362,8 +5396,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # -- what the leader does beside serving --
 
-    def _look_around(self, ready: Sequence[Any], crowd: int, term: int) -> None:
+    def _look_around(self, events: Sequence[Tuple[selectors.SelectorKey, int]], term: int) -> None:
         """See to signals and wake-ups, to new connections, and to those whose time is over."""
+        ready = [key.fileobj for key, _ in events if key.data is None]
         with self._lock:
             if self._term != term:  # what has come is for the thread that leads by now
                 return
@@ -5372,7 +5407,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self.is_draining and not self._drain_began:
             self._begin_drain(term)
         elif self._listener in ready:
-            self._accept_some(EXCESS_LIMIT if crowd > CROWD_LIMIT // 2 else 0, term)
+            self._accept_some(EXCESS_LIMIT if len(events) > CROWD_LIMIT // 2 else 0, term)
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + self._patience
@@ -5414,11 +5449,16 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _accept(self, term: int) -> bool:
         """Accept a connection; False if there was none, or no room for one."""
+        listener = self._listener
+        if listener is None:  # another thread, which leads by now, has begun to drain
+            return False
         try:
-            connection, _ = cast(socket.socket, self._listener).accept()
+            connection, _ = listener.accept()
         except BlockingIOError:  # another worker was faster
             return False
         except OSError as error:
+            if error.errno == errno.EBADF:  # closed just now, as above
+                return False
             logger.error("a connection could not be accepted: %s", error)
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
                 self._make_room(term)
@@ -5527,8 +5567,8 @@ def install_framework(name: str, serves: bool) -> None:
     for module, _ in wanted:
         problem = attempt(importlib.import_module, module).error
         if problem is not None:
-            log_user_error(module, problem)
-            raise PackageError(f"the class needs {module}, which cannot be imported: {describe(problem)}")
+            failure = PackageError(f"the class needs {module}, which cannot be imported: {describe(problem)}")
+            raise with_story(failure, module, problem)
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
@@ -5537,8 +5577,8 @@ def call_user(what: str, function: Callable[[], T]) -> T:
     if isinstance(error, StartupError):
         raise error
     if error is not None:
-        log_user_error(what, error)
-        raise ClassError(f"{what} failed: {type(error).__name__}: {describe(error)}")
+        failure = ClassError(f"{what} failed: {type(error).__name__}: {describe(error)}")
+        raise with_story(failure, what, error)
     return cast(T, value)
 
 
@@ -5546,6 +5586,8 @@ def report_failure(error: StartupError) -> None:
     """Tell the supervisor why this worker ends."""
     if isinstance(error, FrameworkNeeded):
         return report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
+    for line in error.story.splitlines():
+        report(REPORT_STORY + line.encode("utf-8", "replace"))
     report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode("utf-8", "replace")))
 
 
@@ -6409,72 +6451,19 @@ def die_with(life: int) -> None:
     os._exit(Exit.SOFTWARE)
 
 
-class Place(NamedTuple):
-    """What a supervisor gives to a worker: open files, which are the worker's from then on, and its number."""
+class Served(NamedTuple):
+    """What a supervisor has to know of the class that its workers serve."""
 
-    listener: int  # the shared socket; -1 where the class listens by itself
-    reports: int  # the pipe to the supervisor
-    life: int  # the pipe that closes when the supervisor is gone
-    shares: int  # the memory of `Share`, or -1
-    slot: int = 0
-    workers: int = 1
-
-    @property
-    def descriptors(self) -> List[int]:
-        """The open files."""
-        return [end for end in self[:4] if end >= 0]
+    name: str
+    base: str  # the SDK's base class
+    server: str  # what ETL_SERVER says, or "" where the construction will tell
+    has_own_start: bool  # whether it overrides `start`: then it serves as it likes, in one process, as upstream
 
     @classmethod
-    def parse(cls, text: str) -> Tuple[Place, List[str]]:
-        """Read what `Launch.start_worker` wrote: the place, and the search path for modules."""
-        value = attempt(json.loads, text).value
-        kinds = [type(part) for part in value] if isinstance(value, list) else []
-        if kinds != [*[int] * len(cls._fields), list] or not all(isinstance(entry, str) for entry in value[-1] or [0]):
-            raise UsageError(f"{WORKER_OPTION} is for workers that the supervisor starts")
-        return cls(*value[:-1]), value[-1]
-
-    def take(self, load: Callable[[], Type[ETLServer]]) -> NoReturn:
-        """Be a worker: load the class, serve it, and end the process."""
-        Current.reports = self.reports
-        _, error = attempt(self._settle_in)
-        code, error = attempt(run_worker, load) if error is None else Outcome(error=error)
-        if error is not None:
-            report(b"%b%d %b" % (REPORT_FAILED, Exit.SYSTEM, describe(error).encode("utf-8", "replace")))
-        leave(Exit.SYSTEM if error is not None else cast(int, code))
-
-    def _settle_in(self) -> None:
-        """Take over what the supervisor gave."""
-        Current.listener = socket.socket(fileno=self.listener) if self.listener >= 0 else None
-        Current.share = Share(self.workers, self.slot, self.shares) if self.shares >= 0 else None
-        threading.Thread(target=die_with, args=(self.life,), name="life", daemon=True).start()
-
-
-class Launch(NamedTuple):
-    """How a process was started, and how others like it are: what a class changes when it is loaded is not in here."""
-
-    arguments: Sequence[str]
-    environ: Mapping[str, str]
-    path: Sequence[str]
-    folder: str
-
-    def start_worker(self, place: Place) -> int:
-        """Start a process that does the same and takes a place; return its id. OSError where that is not possible."""
-        what = json.dumps([*place, [self.folder, *target_folder.search_path(self.path)]])
-        command = [sys.executable, os.path.abspath(__file__), WORKER_OPTION, what, *self.arguments]
-        for end in place.descriptors:
-            os.set_inheritable(end, True)
-        try:
-            return os.posix_spawn(command[0], command, {**self.environ, **target_folder.variables(self.environ)})
-        finally:
-            for end in place.descriptors:
-                os.set_inheritable(end, False)
-
-
-def take_workers_signals() -> None:
-    """Let signals do to this process what they do to a worker before it serves."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
+    def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
+        """Tell it of a class that is loaded here."""
+        base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
+        return cls(etl_class.__name__, base, server, getattr(etl_class, "start") is not ListeningServer.start)
 
 
 def has_threads() -> bool:
@@ -6485,6 +6474,66 @@ def has_threads() -> bool:
         return threading.active_count() > 1
 
 
+def may_be_forked() -> bool:
+    """Tell whether this process can be forked now that the class is loaded.
+
+    A fork has one thread, and locks that others held just then are held in it forever. Libraries for numbers know that:
+    they end their threads before a fork, and start them again when they are needed. A trial shows whether all do.
+    """
+    if not has_threads():
+        return True
+    if not sys.platform.startswith("linux"):  # a system library may be in use by a thread at any time
+        return False
+    with stops_put_off():
+        return fork_ends() and not has_threads()
+
+
+@contextlib.contextmanager
+def stops_put_off() -> Iterator[None]:
+    """Have signals to stop wait for the end of a block: what their handlers raise would be lost in a fork's hooks."""
+    came: List[int] = []
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def fork_ends() -> bool:
+    """Fork a child that ends at once; return False if it does not."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of the threads, which are what is tried here
+        pid, error = attempt(os.fork)
+    if pid == 0:
+        os._exit(0)
+    deadline = time.monotonic() + TRIAL_FORK_SECONDS
+    while error is None and time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        time.sleep(0.001)
+    if error is None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return False
+
+
+def reseed() -> None:
+    """Give this worker random numbers of its own: a fork has the state of its parent, as all other workers do.
+
+    The standard library sees to its own.
+    """
+    for name, seed in (("numpy.random", lambda module: module.seed()), ("torch", lambda module: module.seed()),
+                       ("tensorflow", lambda module: module.random.set_seed(int.from_bytes(os.urandom(4), "big")))):
+        if name in sys.modules:
+            attempt(seed, sys.modules[name])
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FLAG_OF_REPORT = {
     REPORT_READY: "is_ready", REPORT_BEGUN: "has_begun", REPORT_ANSWERED: "has_answered", REPORT_OPENED: "has_opened"}
 
@@ -6502,6 +6551,7 @@ class Worker:
         self.websockets = 0  # connections that are open
         self.has_opened = False  # whether any was opened since the supervisor has looked
         self.breakage = ""  # why a failed object has closed one, the last of them
+        self.story: List[str] = []  # of its failure, in lines
         self.failure: Optional[StartupError] = None
 
     def read_reports(self) -> bool:
@@ -6522,13 +6572,15 @@ class Worker:
             self.websockets += 1 if kind == REPORT_OPENED else -1
         elif kind == REPORT_BROKEN:
             self.breakage = text
+        elif kind == REPORT_STORY:
+            self.story.append(text)
         elif kind == REPORT_NEEDS:
             name, _, serves = text.partition(" ")
             self.failure = FrameworkNeeded(name, serves == "1")
         elif kind == REPORT_FAILED:
             code, _, reason = text.partition(" ")
             self.failure = StartupError(reason)
-            self.failure.exit = Exit(int(code))
+            self.failure.exit, self.failure.story = Exit(int(code)), "\n".join(self.story)
 
 
 def how_it_died(status: int) -> str:
@@ -6548,18 +6600,16 @@ class Supervisor:
 
     It has one thread and one place where it waits, the selector: for reports of the workers, and for signals, whose
     handlers only count. A worker that dies is replaced after a delay that doubles with each death in a row; a worker
-    that has answered a request ends the row, and where such a one lives the pod is not given up. A class that left
-    threads behind when it was loaded is not forked, since their locks would be held forever: its workers are processes
-    of their own, which load it again. Workers notice its own death by a pipe whose other end closes.
+    that has answered a request ends the row, and where such a one lives the pod is not given up. Workers get the class
+    from `load`, which loads it where the supervisor has not. They notice its own death by a pipe whose other end closes.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    SIGNALS = (*STOP_SIGNALS, signal.SIGCHLD)
 
-    def __init__(self, settings: Settings, etl_class: Type[ETLServer], launch: Launch) -> None:
+    def __init__(self, settings: Settings, served: Served, load: Callable[[], Type[ETLServer]]) -> None:
         self._settings = settings
-        self._class = etl_class
-        self._launch = launch
-        self._forks = not has_threads()
+        self._served = served
+        self._load = load
         self._listener: Optional[socket.socket] = None
         self._workers: Dict[int, Worker] = {}
         self._due: List[float] = []  # when to start a worker
@@ -6610,21 +6660,16 @@ class Supervisor:
                 os.close(end)
 
     @property
-    def _has_own_start(self) -> bool:
-        """Whether the class overrides `start`: then it serves as it likes, in one process, as upstream."""
-        return getattr(self._class, "start") is not ListeningServer.start
-
-    @property
     def _is_single(self) -> bool:
         """Whether there is one process, whose end is that of the pod: gunicorn has workers of its own."""
-        return self._has_own_start or self._settings.server == "flask"
+        return self._served.has_own_start or self._settings.server == "flask"
 
     @property
     def _count(self) -> int:
         return 1 if self._is_single else self._settings.workers
 
     def _bind(self) -> None:
-        if not self._has_own_start:
+        if not self._served.has_own_start:
             self._listener = bind(self._settings.host, self._settings.port)
             self._settings = self._settings._replace(port=self._listener.getsockname()[1])
         Current.settings = self._settings
@@ -6649,26 +6694,23 @@ class Supervisor:
             self._start_worker()
 
     def _start_worker(self) -> None:
-        """Start a worker, by a fork or afresh, and take note of it."""
+        """Fork a worker, and take note of it."""
         slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
-        listener = self._listener.fileno() if self._listener is not None else -1
+        ends: List[int] = []
         try:
-            reports, reporter = os.pipe()
-        except OSError as error:
+            ends += os.pipe()
+            pid = self._fork(slot, *ends)
+        except OSError as error:  # no memory or too many processes or files, perhaps for a moment
+            for end in ends:
+                os.close(end)
             return self._start_later(f"a worker cannot be started: {error.strerror}")
-        place = Place(listener, reporter, self._life[0], self._shares, slot, self._count)
-        try:
-            pid = self._fork(place, reports) if self._forks else self._launch.start_worker(place)
-        except OSError as error:  # no memory or too many processes, perhaps for a moment
-            os.close(reports)
-            return self._start_later(f"a worker cannot be started: {error.strerror}")
-        finally:
-            os.close(reporter)
+        reports, reporter = ends
+        os.close(reporter)
         os.set_blocking(reports, False)
         self._workers[pid] = Worker(pid, reports, slot)
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
-    def _fork(self, place: Place, reports: int) -> int:
+    def _fork(self, slot: int, reports: int, reporter: int) -> int:
         """Fork. Signals wait meanwhile: one that came between the fork and the child's own handlers would be lost."""
         sys.stdout.flush()
         sys.stderr.flush()
@@ -6676,23 +6718,39 @@ class Supervisor:
         try:
             pid = os.fork()
             if not pid:
-                self._become_worker(place, reports, masked)
+                self._become_worker(slot, reports, reporter, masked)
             return pid
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
-    def _become_worker(self, place: Place, reports: int, masked: Iterable[int]) -> NoReturn:
+    def _become_worker(self, slot: int, reports: int, reporter: int, masked: Iterable[int]) -> NoReturn:
         """The child's side of the fork: let go of what is the supervisor's, serve, and never return."""
         try:
             signal.set_wakeup_fd(-1)
-            take_workers_signals()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             self._selector.close()
-            for end in (*self._wakeup, self._life[1], reports, *(worker.reports for worker in self._workers.values())):
+            others = [worker.reports for worker in self._workers.values()]
+            for end in (*self._wakeup, self._life[1], reports, *others):
                 os.close(end)
-            place.take(lambda: self._class)
+            Current.reports, Current.listener = reporter, self._listener
+            Current.share = Share(self._count, slot, self._shares) if self._shares >= 0 else None
+            code, error = attempt(self._serve)
+            if error is not None:
+                failure = StartupError(describe(error))
+                failure.exit = Exit.SYSTEM
+                report_failure(failure)
+            leave(Exit.SYSTEM if error is not None else cast(int, code))
         finally:
             leave(Exit.SOFTWARE)
+
+    def _serve(self) -> int:
+        """Be a worker, to its exit code."""
+        threading.Thread(target=die_with, args=(self._life[0],), name="life", daemon=True).start()
+        reseed()
+        return run_worker(self._load)
 
     def _seconds_to_wait(self) -> Optional[float]:
         moments = self._due + [moment for moment in (self._deadline, self._forsaken_at) if moment]
@@ -6764,6 +6822,8 @@ class Supervisor:
             self._deaths = self._idle_deaths = 0
         was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         self._idle_deaths += was_killed and worker.is_ready and not worker.has_begun
+        if worker.failure is not None and worker.failure.story:
+            logger.error(worker.failure.story)
         self._start_later(f"worker {worker.pid} {worker.failure or how_it_died(status)}")
 
     def _start_later(self, why: str) -> None:
@@ -6817,14 +6877,62 @@ class Supervisor:
 
 
 def prepare(settings: Settings) -> None:
-    """Do what comes before any code of the user's: the log, a look at the certificates, packages."""
+    """Do what comes before any code of the user's: the log, and a look at the certificates."""
     configure_logging(settings)
     if settings.client_ca or settings.client_cert:
         tls_context(settings)
     if settings.target.startswith("https:"):
         logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)  # loaded here, it is shared by all workers
+
+
+def install_packages(settings: Settings) -> None:
+    """Install what the environment asks for."""
     install_os_packages(settings.os_packages)
     install_python_packages(settings.packages)
+
+
+class Start(NamedTuple):
+    """How this process was started: what a class changes when it is loaded is not in here."""
+
+    command: List[str]
+    environ: Mapping[str, str]
+    folder: str
+
+    def over(self, served: Served) -> NoReturn:
+        """Start the same program in the place of this one, for a class that cannot be forked once it is loaded.
+
+        The supervisor then forks workers that load it, each for itself, and has no copy of its own.
+        """
+        # Signals wait for the new program's handlers; one that another thread takes goes down a pipe that it inherits.
+        signals, writer = os.pipe()
+        for end in (signals, writer):
+            os.set_blocking(end, False)
+            os.set_inheritable(end, True)
+        signal.set_wakeup_fd(writer)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        known = json.dumps([served, target_folder.path, target_folder.requirements, signals, writer])
+        environ = {**self.environ, FRESH_START: known}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.chdir(self.folder)
+        os.execve(self.command[0], self.command, environ)
+
+
+def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
+    """Take over what the program before this one knew, and the folder with its packages."""
+    values = attempt(json.loads, known).value
+    if not (isinstance(values, list) and len(values) == 5):
+        raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
+    served, folder, requirements, signals, writer = values
+    if folder:
+        target_folder.take_over(folder, requirements)
+        use_packages_of(folder, environ)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in attempt(os.read, signals, READ_BYTES).value or b"":
+        signal.raise_signal(number)
+    os.close(signals)
+    os.close(writer)
+    return Served(*served)
 
 
 class Job(NamedTuple):
@@ -6832,15 +6940,20 @@ class Job(NamedTuple):
 
     settings: Settings
     load: Callable[[], Type[ETLServer]]
-    announce: Callable[[Type[ETLServer], str, str], None]  # gets the class, the framework's server or "", and the URL
+    announce: Callable[[Served, str, str], None]  # gets the class, the framework's server or "", and the URL
 
-    def run(self, launch: Launch) -> int:
-        """Serve until SIGTERM; once more from the start where a framework turns out to be needed."""
+    def run(self, start: Start, served: Optional[Served]) -> int:
+        """Serve until SIGTERM; once more from the start where a framework turns out to be needed.
+
+        `served` is there in a program that has started over: packages are installed, and workers load the class.
+        """
         prepare(self.settings)
+        if served is None:
+            install_packages(self.settings)
         job, needs = self, set()
         while True:
             try:
-                return job._serve(launch)
+                return job._serve(start, served)
             except FrameworkNeeded as need:
                 if (need.framework, need.serves) in needs:
                     raise
@@ -6849,17 +6962,22 @@ class Job(NamedTuple):
                 if need.serves:
                     job = job._replace(settings=job.settings._replace(server=need.framework))
 
-    def _serve(self, launch: Launch) -> int:
-        """Load the class and serve it, by its framework where it is known to need that."""
-        etl_class = self.load()
-        server = server_for(etl_class, self.settings.server)
+    def _serve(self, start: Start, served: Optional[Served]) -> int:
+        """Load the class, unless workers are to do so, and serve it, by its framework if that is known."""
+        load = self.load
+        if served is None:
+            etl_class = load()
+            load = lambda: etl_class  # noqa: E731  loaded once, for all workers
+            served = Served.of(etl_class, server_for(etl_class, self.settings.server))
+        server, by = self.settings.server or served.server, ""
         if server in FRAMEWORKS:
             install_framework(server, serves=True)
+            by = FRAMEWORKS[server].server
+        if load is not self.load and not may_be_forked():
+            start.over(served)
         settle()
         settings = self.settings._replace(server=server)
-        by = FRAMEWORKS[server].server if server in FRAMEWORKS else ""
-        launch = launch._replace(environ={**launch.environ, "ETL_SERVER": server})
-        return Supervisor(settings, etl_class, launch).run(functools.partial(self.announce, etl_class, by))
+        return Supervisor(settings, served, load).run(functools.partial(self.announce, served, by))
 
 
 def pod_job(environ: Mapping[str, str]) -> Job:
@@ -6868,9 +6986,8 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
     settings = Settings.from_env(environ, required)
 
-    def announce(etl_class: Type[ETLServer], by: str, url: str) -> None:
-        base = next(cls.__name__ for cls in etl_class.__mro__ if cls in (*INTERNALS, ETLServer))
-        logger.info("serving %s (%s%s) on %s with %d workers", etl_class.__name__, base, by and f", by {by}", url,
+    def announce(served: Served, by: str, url: str) -> None:
+        logger.info("serving %s (%s%s) on %s with %d workers", served.name, served.base, by and f", by {by}", url,
                     settings.workers)
 
     return Job(settings, functools.partial(load_etl_class, settings), announce)
@@ -6914,10 +7031,10 @@ def class_from_file(text: str) -> Type[ETLServer]:
     _, error = attempt(spec.loader.exec_module, module)
     raise_framework_needed(error)
     if error is not None:
-        log_user_error(path, error)
+        failure: StartupError = ClassError(f"{path} cannot be imported: {type(error).__name__}: {describe(error)}")
         if isinstance(error, ModuleNotFoundError):
-            raise PackageError(f"{path} cannot be imported: {missing_package(error)}")
-        raise ClassError(f"{path} cannot be imported: {type(error).__name__}: {describe(error)}")
+            failure = PackageError(f"{path} cannot be imported: {missing_package(error)}")
+        raise with_story(failure, path, error)
     return pick_class(module, wanted)
 
 
@@ -6945,8 +7062,8 @@ def serve_job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         host=arguments.host, port=arguments.port, workers=arguments.workers,
         threads=arguments.threads or settings.threads, fqn_roots=(os.path.realpath(folder),) if folder else ())
 
-    def announce(etl_class: Type[ETLServer], by: str, url: str) -> None:
-        print(f"serving {etl_class.__name__} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
+    def announce(served: Served, by: str, url: str) -> None:
+        print(f"serving {served.name} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
 
     return Job(settings, functools.partial(class_from_file, arguments.file), announce)
 
@@ -6962,6 +7079,8 @@ def raise_file_limit() -> None:
 
 def give_up(error: StartupError) -> int:
     """Tell why the pod ends, in the last line of the log: AIStore shows it to the user."""
+    if error.story:
+        logger.error(error.story)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
     print(f"ais_runtime_min: {reason}", flush=True)
     if os.path.exists(TERMINATION_LOG):
@@ -6993,6 +7112,7 @@ def install(environ: Mapping[str, str]) -> int:
     Current.settings = Settings.from_env(environ)
     target_folder.may_be_made = False
     prepare(Current.settings)
+    install_packages(Current.settings)
     return Exit.OK
 
 
@@ -7053,37 +7173,39 @@ def read_job(arguments: Sequence[str], environ: Mapping[str, str]) -> Job:
     return job
 
 
-def be_fresh_worker(text: str, arguments: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Be a worker that was not forked: what is wrong with its class is told to the supervisor."""
-    place, (folder, *sys.path[:]) = Place.parse(text)
-    take_workers_signals()
-    os.chdir(folder)
-    job = read_job(arguments, environ)
-    configure_logging(job.settings)
-    place.take(job.load)
-
-
 def terminate(number: int, _: Any) -> NoReturn:
     """End the start: a tool that runs is ended on the way out."""
     raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
 
 
-def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.environ) -> int:
+def own_command(arguments: Sequence[str]) -> List[str]:
+    """Return the command line that starts this program with the same arguments, and Python with the same options."""
+    original = getattr(sys, "orig_argv", ())  # from Python 3.10 on
+    count = len(original) - len(arguments)
+    if count > 0 and list(original[count:]) == list(arguments):
+        return [sys.executable, *original[1:]]
+    return [sys.executable, os.path.abspath(__file__), *arguments]
+
+
+def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until there are workers to be stopped
+    known = environ.pop(FRESH_START, "")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a log line must not fail for a character
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == [WORKER_OPTION]:
-            be_fresh_worker("".join(arguments[1:2]), arguments[2:], environ)
         if len(arguments) == 1 and arguments[0] in COMMANDS:  # without argparse: a health check runs every few seconds
             return COMMANDS[arguments[0]](environ)
-        launch = Launch(arguments, dict(environ), [os.fspath(entry) for entry in sys.path], os.getcwd())
-        return read_job(arguments, environ).run(launch)
+        start = Start(own_command(arguments), dict(environ), os.getcwd())
+        served = take_fresh_start(known, environ) if known else None
+        job = read_job(arguments, environ)
+        del sys.argv[1:]  # a class may read its own command line, which has no arguments
+        environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # pyarrow's thread would outlive a fork
+        return job.run(start, served)
     except StartupError as error:
         return give_up(error)
 

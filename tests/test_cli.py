@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 import ais_runtime_min
-from ais_runtime_min import WORKER_OPTION, Exit
+from ais_runtime_min import FRESH_START, Exit
 from harness import RUNTIME, Environ, Finished, Runtime, Server, interpreter, run_to_end, started
 from standin import At, Behaviour, StandInTarget
 
@@ -184,15 +184,17 @@ def test_a_file_without_a_class_to_serve_is_told(
     ("serve UPPER --target file:///no/such/folder", ["file:///folder"]),
     ("nonesuch", []), ("serve", []), ("--nonesuch", []), ("health 8000", []), ("install numpy", []),
     ("health --", []), ("-- install", []), ("health install", []),
-    # the option of workers is not for users
-    (WORKER_OPTION, [WORKER_OPTION]), (WORKER_OPTION + " {}", [WORKER_OPTION]),
-    (WORKER_OPTION + " 5 serve", [WORKER_OPTION]),
 ])
 def test_a_command_line_that_cannot_be_used_is_told(
     bare_python: str, etls: Path, line: str, words: Sequence[str]
 ) -> None:
     done = end(bare_python, *line.replace("UPPER", str(etls / "upper.py")).split(" "))
     assert_told(done, Exit.CONFIG if "://" in line else Exit.USAGE, *words)
+
+
+def test_the_variable_of_a_process_that_starts_over_is_not_for_users(bare_python: str, etls: Path) -> None:
+    done = run_to_end(["serve", str(etls / "upper.py")], {**ALONE, FRESH_START: "{}"}, python=bare_python)
+    assert_told(done, Exit.USAGE, FRESH_START)
 
 
 @pytest.mark.parametrize("line, words", [

@@ -354,7 +354,7 @@ def test_calls_for_the_main_thread_are_made_in_the_order_of_asking_each_with_its
 
 
 def test_calls_are_handed_over_once_nearly_all_are_slow_until_some_are_tried_again() -> None:
-    pace, now = Pace(0.001), 1000.0
+    pace, now = Pace(), 1000.0
     for seconds in [0.002, 0.0001] * 500 + [0.0001] * 100:  # as where processors are busy
         pace.note(seconds, now)
         assert pace.is_quick(now)
@@ -371,6 +371,6 @@ def test_calls_are_handed_over_once_nearly_all_are_slow_until_some_are_tried_aga
         pace.note(seconds, now)
         assert pace.is_quick(now)
     # One call that is very slow is enough.
-    pace = Pace(0.001)
+    pace = Pace()
     pace.note(1.5, 1000.0)
     assert not pace.is_quick(1149.0) and pace.is_quick(1151.0)

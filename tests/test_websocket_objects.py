@@ -229,6 +229,23 @@ def test_what_comes_behind_an_object_that_takes_long_is_read_whole_and_finds_roo
             assert peer.result() == b"behind" * 100, "cut behind %d bytes" % cut
 
 
+def test_a_large_object_holds_up_neither_the_reply_before_it_nor_what_is_behind_it(
+        start_runtime: StartRuntime) -> None:
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
+    large = bytes(20_000)
+    with Peer(server, timeout=10) as peer:
+        begun = object_frames(large, path="o")
+        peer.send(object_frames(large, path="o"), begun[:-5000])
+        assert peer.result() == large  # although the next one is not here as a whole
+        peer.send(begun[-5000:])
+        assert peer.result() == large
+        peer.send(object_frames(large, path="o", etl_args="sleep 3"))
+        time.sleep(0.2)
+        peer.send(frame(PING, b"?"))
+        assert peer.receive() == Frame(PONG, b"?")
+        assert peer.result() == large
+
+
 def test_no_more_objects_are_read_than_may_wait_to_be_answered(start_runtime: StartRuntime) -> None:
     limits = {**QUICK_NUMBERS, "AHEAD_LIMIT_BYTES": MIB}
     server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"}, numbers=limits)

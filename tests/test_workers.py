@@ -561,6 +561,99 @@ def test_a_class_that_leaves_a_thread_when_it_is_loaded_is_loaded_by_each_worker
     assert server.log().count("serving ") == 1
 
 
+YIELDING = OBEDIENT + '''
+class Resting(Loader):
+    """Has a thread that ends before a fork, as those of libraries for numbers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.is_over.wait, daemon=True)
+        self.thread.start()
+        os.register_at_fork(before=self.rest)
+
+    def rest(self):
+        self.is_over.set()
+        self.thread.join()
+
+class Yielding(Obedient):
+    loader = Resting()
+'''
+STUBBORN = PULSING + '''
+class Stuck(Pulse):
+    """Leaves a thread, and forks that never come to their ends."""
+
+    def __init__(self):
+        super().__init__()
+        os.register_at_fork(after_in_child=lambda: time.sleep(60))
+
+class Stubborn(Pulsing):
+    loader = Stuck()
+'''
+
+
+@ON_LINUX
+def test_a_class_whose_threads_end_before_a_fork_is_loaded_once(start_runtime: Callable[..., Runtime]) -> None:
+    server = start_runtime(make_payload(YIELDING, "Yielding"), {"NUM_WORKERS": "2", "PYTHONWARNINGS": "error"})
+    assert wait_for_loaders(server, 2) == dict.fromkeys(children_of(server.pid), server.pid)
+    assert "Warning" not in server.log()
+
+
+@ON_LINUX
+def test_a_trial_fork_that_does_not_end_is_ended(start_runtime: Callable[..., Runtime]) -> None:
+    numbers = {**QUICK_NUMBERS, "TRIAL_FORK_SECONDS": 0.5}
+    server = start_runtime(make_payload(STUBBORN, "Stubborn"), {"NUM_WORKERS": "2"}, numbers=numbers)
+    loaders = wait_for_loaders(server, 2)
+    assert loaders == {pid: pid for pid in children_of(server.pid)}
+
+
+@pytest.mark.parametrize("name", ["Obedient", "Pulsing"], ids=["forked", "not forked"])
+def test_workers_that_fail_alike_are_told_of_once(name: str) -> None:
+    run = run_to_end((), {"ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "4", "REASON": "no model"})
+    log = "\n".join(run.lines)
+    assert (run.code, log.count("Traceback"), log.count("no model")) == (os.EX_SOFTWARE, 1, 3), log
+
+
+@pytest.mark.parametrize("name", ["Obedient", "Pulsing"], ids=["forked", "not forked"])
+def test_a_class_may_read_the_command_line_which_has_no_arguments(
+        start_runtime: Callable[..., Runtime], tmp_path: Path, name: str) -> None:
+    file = tmp_path / "parsing.py"
+    source = OBEDIENT if name == "Obedient" else PULSING
+    file.write_text(source + "import argparse\n\nclass Parsing(%s):\n    def __init__(self):\n"
+                    "        super().__init__()\n        argparse.ArgumentParser().parse_args()\n" % name)
+    args = ["serve", "%s:Parsing" % file, "--workers", "2", "--port", "0"]
+    server = start_runtime(None, {"AIS_TARGET_URL": None, "PORT": None}, args)
+    assert obey(server, "").body == b"hello"
+
+
+DRAWING = OBEDIENT + '''
+class Importer:
+    def __reduce__(self):
+        return __import__, ("numpy.random",)  # when the class is loaded, before workers are forked
+
+class Drawing(HTTPMultiThreadedServer):
+    numpy = Importer()
+
+    def transform(self, data, path, etl_args):
+        return b"%d %a" % (os.getpid(), self.numpy.random.draw())
+'''
+
+
+@ON_LINUX
+def test_workers_draw_random_numbers_of_their_own(start_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    # numpy's generator is not among those that the standard library sees to; this is its whole interface here
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text("")
+    (tmp_path / "numpy" / "random.py").write_text(
+        "import os\nstate = 0\n\ndef seed():\n    global state\n    state = os.urandom(8)\n\ndef draw():\n    return state\n")
+    server = start_runtime(make_payload(DRAWING, "Drawing"), {"NUM_WORKERS": "3", "PYTHONPATH": str(tmp_path)})
+    drawn = {}
+    while len(drawn) < 3:
+        pid, _, number = server.request("PUT", "/b/o", b"x").body.partition(b" ")
+        drawn[pid] = number
+    assert len(set(drawn.values())) == 3 and b"0" not in drawn.values()
+
+
 @pytest.mark.parametrize("kind", ["pod", "serve"])
 def test_a_constructor_that_fails_after_that_ends_the_pod_with_its_reason(kind: str, tmp_path: Path) -> None:
     args, env = pulsing_command(kind, tmp_path)
