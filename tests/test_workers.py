@@ -592,6 +592,26 @@ class Stubborn(Pulsing):
 '''
 
 
+SIGNALLING = PULSING + '''
+class Signal(Pulse):
+    """Has a stop come while the process is forked, at the moment when an exception would be lost."""
+
+    def __init__(self):
+        super().__init__()
+        if "ETL_CLASS_PAYLOAD" in os.environ:
+            os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+class Signalling(Pulsing):
+    loader = Signal()
+'''
+
+
+@ON_LINUX
+def test_a_signal_during_the_trial_fork_is_not_lost() -> None:
+    run = run_to_end((), {"ETL_CLASS_PAYLOAD": make_payload(SIGNALLING, "Signalling")})
+    assert run.code == 0 and not any("serving" in line for line in run.lines), run
+
+
 @ON_LINUX
 def test_a_class_whose_threads_end_before_a_fork_is_loaded_once(start_runtime: Callable[..., Runtime]) -> None:
     server = start_runtime(make_payload(YIELDING, "Yielding"), {"NUM_WORKERS": "2", "PYTHONWARNINGS": "error"})
