@@ -23,8 +23,8 @@ WORKDIR /code
 # no_debug_ranges it is without the columns for the carets of tracebacks, a quarter of its bytes; line numbers stay.
 #
 # bootstrap.py, which AIStore's specs name, is that bytecode of the runtime: the interpreter knows it by its first bytes
-# and not by its name, and so whoever runs it starts without compiling, which would make that half as long again; so do
-# fresh workers, which run their supervisor's own file. It is a hard link: through a symbolic one the interpreter would
+# and not by its name, and so whoever runs it starts without compiling, which would make that half as long again; so does
+# a pod that starts over. It is a hard link: through a symbolic one the interpreter would
 # look for modules in __pycache__, and not in /code, where an image that builds on this one may put its own. The source
 # stays beside it, for people, and for the lines in tracebacks.
 RUN --mount=type=bind,target=/context \
@@ -44,7 +44,7 @@ LABEL org.opencontainers.image.title="ais-runtime-min" \
       org.opencontainers.image.base.name="docker.io/library/python:${PYTHON_VERSION}-alpine"
 EXPOSE 8000
 # No USER: OS_PACKAGES wants root. Without them any user does: --user 65532 --read-only --cap-drop ALL.
-HEALTHCHECK --interval=10s --timeout=5s CMD ["python", "/code/bootstrap.py", "health"]
+HEALTHCHECK --interval=10s --timeout=5s CMD ["sh", "-c", "wget -q -T 4 -O /dev/null http://127.0.0.1:${PORT:-8000}/health"]
 ENTRYPOINT ["python", "/code/bootstrap.py"]
 
 # What no pod needs at run time. pip stays, for PACKAGES, and so do the headers, since packages may be built from source.
@@ -71,7 +71,7 @@ LABEL org.opencontainers.image.title="ais-runtime-min" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="MIT"
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s CMD ["python", "/code/bootstrap.py", "health"]
+HEALTHCHECK --interval=10s --timeout=5s CMD ["sh", "-c", "wget -q -T 4 -O /dev/null http://127.0.0.1:${PORT:-8000}/health"]
 ENTRYPOINT ["python", "/code/bootstrap.py"]
 
 FROM slim

@@ -8,7 +8,6 @@ the AIStore SDK, and transforms the objects that the target sends. It wants the 
 
     python3 ais_runtime_min.py                          serve what the environment describes
     python3 ais_runtime_min.py serve FILE[:CLASS]       serve a class from a file, nothing else needed
-    python3 ais_runtime_min.py health                   tell whether the pod in this container is healthy
     python3 ais_runtime_min.py install                  install the environment's packages, while an image is built
 
 The map. A request passes four stages that hand each other plain values; each stage knows only the value. No section
@@ -170,7 +169,6 @@ IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
 DRAIN_LOOK_SECONDS = 0.2  # the same while the pod stops
 DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
-HEALTH_SECONDS = 4.0  # for the answer to a health check: whoever runs it waits 5
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
@@ -215,7 +213,6 @@ class Exit(enum.IntEnum):
     """The exit codes of the pod, sysexits(3) where it has one: `kubectl describe pod` shows them."""
 
     OK = 0
-    UNHEALTHY = 1  # of the command `health` alone, as Docker wants it
     USAGE = os.EX_USAGE  # 64: the command line
     DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
     UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package cannot be installed or is missing
@@ -362,8 +359,8 @@ class FrameworkNeeded(PackageError):
     """
 
     def __init__(self, framework: str, serves: bool) -> None:
-        super().__init__(f"the class needs {framework} to serve it: where its construction does not show that, "
-                         f"ETL_SERVER={framework} tells it" if serves else f"the class imports {framework}")
+        super().__init__(f"the class needs {framework} to serve it, which must show when it is constructed: use self.app in "
+                         f"__init__" if serves else f"the class imports {framework}")
         self.framework = framework
         self.serves = serves
 
@@ -507,7 +504,6 @@ VARIABLES = (
     Variable("PORT", "port", whole_number(0, 65535)),
     Variable("LOG_LEVEL", "log_level", word_of(LOG_LEVELS)),
     Variable("ETL_FQN_ROOTS", "fqn_roots", folders),
-    Variable("ETL_SERVER", "server", word_of(("native", "fastapi", "flask"))),
     Variable("ETL_WS_FAILURE", "ws_failure", word_of(("break", "empty"))),
 )
 
@@ -2180,11 +2176,7 @@ class FrameworkServer(ListeningServer):
 
     def _require_framework(self) -> None:
         """See to it that the framework serves this class; outside the runtime, nothing but the class itself does."""
-        chosen = (Current.settings or Settings()).server
-        if chosen == "native":
-            raise ClassError(f"{type(self).__name__} uses self.app, which ETL_SERVER=native does not serve: "
-                             f"leave it unset, or set it to {self.etl_framework}")
-        if not chosen and Current.reports is not None:
+        if Current.reports is not None and not (Current.settings or Settings()).server:
             raise FrameworkNeeded(self.etl_framework, serves=True)
 
     def _make_app(self) -> None:
@@ -2577,19 +2569,9 @@ def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[st
             if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
-def server_for(cls: Type[ETLServer], chosen: str) -> str:
-    """Tell what is to serve a class, by a word of ETL_SERVER; "" where its construction will tell.
-
-    `chosen` is what the user wants; ClassError where that cannot be.
-    """
-    own, hooks = getattr(cls, "etl_framework", ""), overridden(cls, HOOKS)
-    if chosen in FRAMEWORKS and chosen != own:
-        base = next(base for base in cls.__mro__ if base in (*INTERNALS, ETLServer))
-        raise ClassError(f"ETL_SERVER={chosen} cannot serve {cls.__name__}, whose base is {base.__name__}")
-    if chosen == "native" and hooks:
-        raise ClassError(f"{cls.__name__} overrides {', '.join(hooks)}, which ETL_SERVER=native does not call: "
-                         f"leave it unset, or set it to {own}")
-    return chosen or (own if hooks else "")
+def server_for(cls: Type[ETLServer]) -> str:
+    """Tell which framework is to serve a class; "" where its construction will tell."""
+    return getattr(cls, "etl_framework", "") if overridden(cls, HOOKS) else ""
 
 
 def checked_class(cls: Any) -> Type[ETLServer]:
@@ -6456,7 +6438,7 @@ class Served(NamedTuple):
 
     name: str
     base: str  # the SDK's base class
-    server: str  # what ETL_SERVER says, or "" where the construction will tell
+    server: str  # the framework that serves it, or "" where its construction will tell
     has_own_start: bool  # whether it overrides `start`: then it serves as it likes, in one process, as upstream
 
     @classmethod
@@ -6873,7 +6855,7 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `health`, `install`: for images.
+# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `install`: for images.
 
 
 def prepare(settings: Settings) -> None:
@@ -6968,7 +6950,7 @@ class Job(NamedTuple):
         if served is None:
             etl_class = load()
             load = lambda: etl_class  # noqa: E731  loaded once, for all workers
-            served = Served.of(etl_class, server_for(etl_class, self.settings.server))
+            served = Served.of(etl_class, server_for(etl_class))
         server, by = self.settings.server or served.server, ""
         if server in FRAMEWORKS:
             install_framework(server, serves=True)
@@ -7092,21 +7074,6 @@ def give_up(error: StartupError) -> int:
     return error.exit
 
 
-def check_health(environ: Mapping[str, str]) -> int:
-    """Ask the pod on `PORT` of this machine for its health; return 0, or 1 with the reason on stdout."""
-    port = environ.get("PORT") or "8000"
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1", Settings.from_env({"PORT": port}).port, timeout=HEALTH_SECONDS)
-        with contextlib.closing(connection):
-            connection.request("GET", "/health")
-            answer = connection.getresponse()
-            print(answer.read(ERROR_TEXT_LIMIT_BYTES).decode("utf-8", "replace"))
-            return Exit.OK if answer.status == HTTPStatus.OK else Exit.UNHEALTHY
-    except (ConfigError, OSError, http.client.HTTPException) as error:
-        print(f"ais_runtime_min: port {port} does not answer: {' '.join(describe(error).split())}")
-        return Exit.UNHEALTHY
-
-
 def install(environ: Mapping[str, str]) -> int:
     """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have them baked in."""
     Current.settings = Settings.from_env(environ)
@@ -7114,9 +7081,6 @@ def install(environ: Mapping[str, str]) -> int:
     prepare(Current.settings)
     install_packages(Current.settings)
     return Exit.OK
-
-
-COMMANDS: Mapping[str, Callable[[Mapping[str, str]], int]] = {"health": check_health, "install": install}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -7145,9 +7109,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                     "environment describes what to serve: README.md has the variables.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in (("health", "ask the pod on PORT for its health: exit code 0 if it is healthy, else 1"),
-                          ("install", "install what OS_PACKAGES and PACKAGES name, while an image is built")):
-        commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+    commands.add_parser("install", help="install what OS_PACKAGES and PACKAGES name, while an image is built",
+                        description="Install what OS_PACKAGES and PACKAGES name, while an image is built.")
     serve = commands.add_parser(
         "serve", help="serve a class from a file, to try it", description="Serve a class from a file, to try it.")
     serve.add_argument("file", metavar="FILE[:CLASS]", help="a Python file, and the class if it defines several")
@@ -7157,8 +7120,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--workers", type=number(1, 256), default=1, help="worker processes (default: %(default)s)")
     serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
-    if arguments.command in COMMANDS:
-        raise UsageError(f"{arguments.command} stands alone; --help has the options")
+    if arguments.command == "install":
+        raise UsageError("install stands alone; --help has the options")
     if arguments.target and "://" not in arguments.target:
         if not os.path.isdir(arguments.target):
             raise UsageError(f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
@@ -7198,8 +7161,8 @@ def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str]
             stream.reconfigure(errors="backslashreplace")  # a log line must not fail for a character
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if len(arguments) == 1 and arguments[0] in COMMANDS:  # without argparse: a health check runs every few seconds
-            return COMMANDS[arguments[0]](environ)
+        if arguments == ["install"]:
+            return install(environ)
         start = Start(own_command(arguments), dict(environ), os.getcwd())
         served = take_fresh_start(known, environ) if known else None
         job = read_job(arguments, environ)

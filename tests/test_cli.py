@@ -16,7 +16,6 @@ import pytest
 import ais_runtime_min
 from ais_runtime_min import FRESH_START, Exit
 from harness import RUNTIME, Environ, Finished, Runtime, Server, interpreter, run_to_end, started
-from standin import At, Behaviour, StandInTarget
 
 ETLS = Path(__file__).resolve().parent / "etls"
 StartServe = Callable[..., Runtime]
@@ -182,8 +181,8 @@ def test_a_file_without_a_class_to_serve_is_told(
     ("serve UPPER --target no/such/folder", ["a folder"]),
     ("serve UPPER --target ftp://host/", ["file:///folder"]),
     ("serve UPPER --target file:///no/such/folder", ["file:///folder"]),
-    ("nonesuch", []), ("serve", []), ("--nonesuch", []), ("health 8000", []), ("install numpy", []),
-    ("health --", []), ("-- install", []), ("health install", []),
+    ("nonesuch", []), ("serve", []), ("--nonesuch", []), ("install numpy", []),
+    ("install --", []), ("-- install", []), ("health", []),
 ])
 def test_a_command_line_that_cannot_be_used_is_told(
     bare_python: str, etls: Path, line: str, words: Sequence[str]
@@ -199,8 +198,7 @@ def test_the_variable_of_a_process_that_starts_over_is_not_for_users(bare_python
 
 @pytest.mark.parametrize("line, words", [
     ("--version", [ais_runtime_min.__version__]),
-    ("--help", ["usage: ais_runtime_min", "serve", "health", "install", "--version"]),
-    ("health --help", ["health", "PORT", "exit code 0"]),
+    ("--help", ["usage: ais_runtime_min", "serve", "install", "--version"]),
     ("install --help", ["install", "OS_PACKAGES", "PACKAGES"]),
     ("serve --help", ["FILE[:CLASS]", "--target", "--host", "--port", "--workers", "--threads",
                       "127.0.0.1", "8000"]),
@@ -211,28 +209,6 @@ def test_help_tells_the_options_and_their_defaults(bare_python: str, line: str, 
 
 
 # == The commands of images ==
-
-
-def test_the_health_command_tells_whether_a_pod_serves(
-    upper: Runtime, bare_python: str, target: StandInTarget
-) -> None:
-    assert end(bare_python, "health", env={"PORT": str(upper.port)}) == (Exit.OK, ["Running"], "Running")
-    for target.default in (Behaviour(cut=At.AFTER_BODY), Behaviour(status=2000), Behaviour(status=503)):
-        done = end(bare_python, "health", env={"PORT": str(target.port)})
-        assert (done.code, len(done.lines)) == (Exit.UNHEALTHY, 1), target.default
-    for port in ("0", "x", "70000", "9"):  # nobody listens
-        done = end(bare_python, "health", env={"PORT": port, "NUM_WORKERS": "x"})
-        assert (done.code, len(done.lines)) == (Exit.UNHEALTHY, 1)
-        assert done.last_line.startswith("ais_runtime_min: port %s does not answer: " % port)
-
-
-def test_the_health_command_imports_nothing_more(bare_python: str) -> None:
-    imported = "import sys; sys.path.insert(0, %r); import ais_runtime_min as r; before = set(sys.modules); %s; " \
-        "print(*sorted(set(sys.modules) - before))"
-    health = imported % (str(RUNTIME.parent), "r.main(['health'], {'PORT': '9'})")
-    done = subprocess.run([bare_python, "-B", "-c", health], stdout=subprocess.PIPE, universal_newlines=True, timeout=30)
-    of_the_host_name = {"encodings.idna", "stringprep", "unicodedata"}
-    assert set(done.stdout.splitlines()[1].split()) <= of_the_host_name
 
 
 @pytest.mark.parametrize("env, code, words", [

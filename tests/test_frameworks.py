@@ -295,7 +295,7 @@ def test_an_application_that_is_first_used_by_transform_is_refused_there(
 ) -> None:
     runtime = start(start_runtime, "UsesAppLate", expect_traceback=True)
     response = runtime.request("PUT", "/bucket/object", b"")
-    assert response.status == 500 and b"ETL_SERVER=fastapi" in response.body
+    assert response.status == 500 and b"use self.app in __init__" in response.body
 
 
 @pytest.mark.parametrize("name", ["StartsFlask", "StartsFast"])

@@ -7,7 +7,7 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, Optional
 
 import pytest
 
@@ -123,34 +123,6 @@ def test_a_class_that_asks_for_no_framework_or_merely_imports_one_gets_none(
     response = runtime.request("PUT", "/bucket/object", b"")
     assert response.status == status and loaded in (response.body, None)
     runtime.wait_for_line(r"serving %s \(%s\) on" % (name, base))
-
-
-@pytest.mark.parametrize("name, server, result", [
-    ("UsesAppLate", "fastapi", b"<fastapi.applications.FastAPI object"),
-    ("ImportsFirst", "flask", b"hello")])
-def test_a_user_may_insist_on_a_framework(
-    start_runtime: StartRuntime, name: str, server: str, result: bytes
-) -> None:
-    runtime = start(start_runtime, name, {"ETL_SERVER": server})
-    assert runtime.request("PUT", "/bucket/object", b"hello").body.startswith(result)
-    runtime.wait_for_line(r"serving %s \(%s\) on" % (name, BY[server]))
-
-
-@pytest.mark.parametrize("name, server, words", [
-    ("Threaded", "fastapi", ["ETL_SERVER=fastapi", "Threaded", "HTTPMultiThreadedServer"]),
-    ("UsesAppLate", "flask", ["ETL_SERVER=flask", "UsesAppLate", "FastAPIServer"]),
-    ("RegistersRoutes", "native",
-     ["RegistersRoutes overrides _register_routes, _health", "ETL_SERVER=native"]),
-    ("Prepares", "native", ["Prepares overrides _setup_app", "ETL_SERVER=native"]),
-    ("OwnApp", "native", ["OwnApp uses self.app", "ETL_SERVER=native"]),
-])
-def test_a_server_that_cannot_serve_the_class_is_refused(
-    sdk_python: str, name: str, server: str, words: List[str]
-) -> None:
-    done = start_in_vain(name, sdk_python, {"ETL_SERVER": server})
-    assert done.code == Exit.SOFTWARE
-    for word in words:
-        assert word in done.last_line
 
 
 @pytest.mark.parametrize("name, what", [

@@ -30,7 +30,7 @@ GOOD: List[Tuple[str, str, str, Any]] = [
     ("PORT", "0", "port", 0), ("PORT", "65535", "port", 65535),
     ("LOG_LEVEL", "Warning", "log_level", "WARNING"),
     ("ETL_FQN_ROOTS", "/usr:/etc/", "fqn_roots", ("/usr", "/etc")),
-    ("ETL_SERVER", "Flask", "server", "flask"), ("ETL_WS_FAILURE", "empty", "ws_failure", "empty"),
+    ("ETL_WS_FAILURE", "empty", "ws_failure", "empty"),
 ]
 BAD_URLS = ("10.0.0.5:51081", "ftp://host/x", "http://:80", "http:///path", "http://host:port/x", "http://host:99999/x",
             "http://host:0/x", "http://host/x?y=1", "http://host/x#y", "http://ho st/x", "http://host/\tx", "not a URL",
@@ -43,7 +43,6 @@ BAD: List[Tuple[str, str, str]] = [  # the variable, its value, what the complai
     ("AIS_DIRECT_PUT_RETRIES", "101", "a whole number from 0 to 100"),
     ("PORT", "65536", "a whole number from 0 to 65535"),
     ("LOG_LEVEL", "LOUD", "one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
-    ("ETL_SERVER", "uvicorn", "one of native, fastapi, flask"),
     ("ETL_WS_FAILURE", "text", "one of break, empty"),
     ("ETL_FQN_ROOTS", "/usr:relative", FOLDERS), ("ETL_FQN_ROOTS", ":", FOLDERS),
 ]
