@@ -1019,6 +1019,16 @@ def pip_target(why: str, requirements: Sequence[str]) -> Tuple[str, List[str]]:
     return target_folder.path, ["--upgrade", "--target", target_folder.path, *target_folder.requirements]
 
 
+def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
+    """Have packages found that pip has put into a folder, by this process and those that it starts."""
+    import site
+
+    sys.path[:] = target_folder.search_path(sys.path)
+    environ.update(target_folder.variables(environ))
+    site.addsitedir(folder)  # reads its .pth files, as a start of Python does
+    importlib.invalidate_caches()
+
+
 def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMapping[str, str] = os.environ) -> None:
     """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together.
 
@@ -1045,16 +1055,6 @@ def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMa
     Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                              "--progress-bar=off", *arguments], variables).run()
     use_packages_of(folder, environ)
-
-
-def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Have packages found that pip has put into a folder, by this process and those that it starts."""
-    import site
-
-    sys.path[:] = target_folder.search_path(sys.path)
-    environ.update(target_folder.variables(environ))
-    site.addsitedir(folder)  # reads its .pth files, as a start of Python does
-    importlib.invalidate_caches()
 
 
 # == 5. HTTP messages ==
@@ -4670,15 +4670,10 @@ class ObjectExchange:
         """
         request, self._awaited = self._awaited, None
         if request is None:
-            text = message
-            if isinstance(message, ReceivedObject):
-                with message:
-                    text = message.getvalue()
-            request = ETLRequest.from_message(attempt(json.loads, text).value)
+            request, message = self._read_control(message), b""
             if not request.fqn:
                 self._awaited = request
                 return True
-            message = b""
         if isinstance(message, bytes):
             message = ReceivedObject(message)
         if may_call and not self.pending and not request.pipeline:
@@ -4693,6 +4688,13 @@ class ObjectExchange:
         if attempt(submit or self._submit, self._run, exchanged).error is not None:
             self._run(exchanged)
         return True
+
+    def _read_control(self, message: Union[bytes, ReceivedObject]) -> ETLRequest:
+        """Understand the first message of an object; BadRequest."""
+        if isinstance(message, ReceivedObject):
+            with message:
+                message = message.getvalue()
+        return ETLRequest.from_message(attempt(json.loads, message).value)
 
     def let_go(self) -> bool:
         """Make the object pending that `take` answers; return False if there is none."""
@@ -6448,26 +6450,7 @@ class Served(NamedTuple):
         return cls(etl_class.__name__, base, server, getattr(etl_class, "start") is not ListeningServer.start)
 
 
-def has_threads() -> bool:
-    """Tell whether this process has more threads than this one, also such as Python does not know of."""
-    try:
-        return len(os.listdir("/proc/self/task")) > 1
-    except OSError:  # not Linux
-        return threading.active_count() > 1
-
-
-def may_be_forked() -> bool:
-    """Tell whether this process can be forked now that the class is loaded.
-
-    A fork has one thread, and locks that others held just then are held in it forever. Libraries for numbers know that:
-    they end their threads before a fork, and start them again when they are needed. A trial shows whether all do.
-    """
-    if not has_threads():
-        return True
-    if not sys.platform.startswith("linux"):  # a system library may be in use by a thread at any time
-        return False
-    with stops_put_off():
-        return fork_ends() and not has_threads()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -6504,6 +6487,28 @@ def fork_ends() -> bool:
     return False
 
 
+def has_threads() -> bool:
+    """Tell whether this process has more threads than this one, also such as Python does not know of."""
+    try:
+        return len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # not Linux
+        return threading.active_count() > 1
+
+
+def may_be_forked() -> bool:
+    """Tell whether this process can be forked now that the class is loaded.
+
+    A fork has one thread, and locks that others held just then are held in it forever. Libraries for numbers know that:
+    they end their threads before a fork, and start them again when they are needed. A trial shows whether all do.
+    """
+    if not has_threads():
+        return True
+    if not sys.platform.startswith("linux"):  # a system library may be in use by a thread at any time
+        return False
+    with stops_put_off():
+        return fork_ends() and not has_threads()
+
+
 def reseed() -> None:
     """Give this worker random numbers of its own: a fork has the state of its parent, as all other workers do.
 
@@ -6515,7 +6520,6 @@ def reseed() -> None:
             attempt(seed, sys.modules[name])
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FLAG_OF_REPORT = {
     REPORT_READY: "is_ready", REPORT_BEGUN: "has_begun", REPORT_ANSWERED: "has_answered", REPORT_OPENED: "has_opened"}
 
