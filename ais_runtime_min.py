@@ -2364,11 +2364,6 @@ def sdk_modules() -> Dict[str, Dict[str, Any]]:
     }
 
 
-def is_import_statement() -> bool:
-    """Tell whether a finder was asked by an import, and not by code that only looks, as `find_spec` callers do."""
-    return sys._getframe(3).f_code.co_name == "_find_and_load_unlocked"
-
-
 class SDKNames:
     """An import finder and loader that answers for the SDK's modules with the names of this file.
 
@@ -2383,9 +2378,6 @@ class SDKNames:
         ours = sdk_modules()
         if name in ours and (name.startswith("aistore.sdk.etl.webserver") or not self._is_installed()):
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
-        if not self._is_installed() and is_import_statement():
-            raise ModuleNotFoundError(f"No module named {name!r} in this image: the default image has it; "
-                                      f"add aistore to PACKAGES", name="aistore")
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
@@ -2406,21 +2398,10 @@ class SDKNames:
         return spec is not None and spec.origin is not None
 
 
-class DefaultImageHint:
-    """The last import finder: says of modules that the default image has how to get them here."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Raise for a module of the default image that nobody found."""
-        if name in DEFAULT_IMAGE and is_import_statement():
-            raise ModuleNotFoundError(f"No module named {name!r} in this image: the default image has it; "
-                                      f"add {DEFAULT_IMAGE[name]} to PACKAGES", name=name)
-
-
 def install_sdk_names() -> None:
-    """Put the finders in place, once."""
+    """Put the finder in place, once."""
     if not any(isinstance(finder, SDKNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, cast(Any, SDKNames()))
-        sys.meta_path.append(cast(Any, DefaultImageHint()))
 
 
 def leave_late_modules() -> None:
@@ -2538,11 +2519,16 @@ def raise_framework_needed(error: Optional[BaseException]) -> None:
         raise FrameworkNeeded(DEFAULT_IMAGE[str(error.name)], serves=False) from None
 
 
+def describe_of_user(error: BaseException) -> str:
+    """Describe an exception of user code; where the image lacks a module, or a name of the SDK, tell how to get it."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    is_missing = name in PYPI_NAMES if isinstance(error, ModuleNotFoundError) else name == "aistore"
+    return describe(error) + (f": add {PYPI_NAMES[name]} to PACKAGES" if is_missing else "")
+
+
 def missing_package(error: ModuleNotFoundError) -> str:
-    """Explain a module that is not here; our own import finders have named the package already."""
+    """Explain a module that is not here."""
     name = (error.name or "").partition(".")[0]
-    if "PACKAGES" in str(error):
-        return str(error)
     return f"it needs the module {error.name!r}, which is not installed: add {PYPI_NAMES.get(name, name)} to PACKAGES"
 
 
@@ -3783,7 +3769,7 @@ class Service:
         status, headers = user_status(error), {}
         if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
-        reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or describe(error))
+        reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or describe_of_user(error))
         return error_answer(status, self.settings.redact(f"Processing error: {reason}"), headers)
 
 
@@ -5561,7 +5547,7 @@ def call_user(what: str, function: Callable[[], T]) -> T:
     if isinstance(error, StartupError):
         raise error
     if error is not None:
-        failure = ClassError(f"{what} failed: {type(error).__name__}: {describe(error)}")
+        failure = ClassError(f"{what} failed: {type(error).__name__}: {describe_of_user(error)}")
         raise with_story(failure, what, error)
     return cast(T, value)
 
