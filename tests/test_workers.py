@@ -52,6 +52,10 @@ class Obedient(HTTPMultiThreadedServer):
             os._exit(3)
         if "LIFE_SECONDS" in os.environ:  # its thread is no daemon
             threading.Timer(float(os.environ["LIFE_SECONDS"]), os._exit, (3,)).start()
+        if "TOGETHER" in os.environ:  # all four workers fail at once
+            open(os.path.join(os.environ["TOGETHER"], str(os.getpid())), "w").close()
+            while len(os.listdir(os.environ["TOGETHER"])) < 4:
+                time.sleep(0.001)
         if "REASON" in os.environ:
             raise ValueError(os.environ["REASON"])
         if "GATE" in os.environ:
@@ -628,8 +632,9 @@ def test_a_trial_fork_that_does_not_end_is_ended(start_runtime: Callable[..., Ru
 
 
 @pytest.mark.parametrize("name", ["Obedient", "Pulsing"], ids=["forked", "not forked"])
-def test_workers_that_fail_alike_are_told_of_once(name: str) -> None:
-    run = run_to_end((), {"ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "4", "REASON": "no model"})
+def test_workers_that_fail_alike_are_told_of_once(name: str, tmp_path: Path) -> None:
+    run = run_to_end((), {"ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "4", "REASON": "no model",
+                          "TOGETHER": str(tmp_path)})
     log = "\n".join(run.lines)
     assert (run.code, log.count("Traceback"), log.count("no model")) == (os.EX_SOFTWARE, 1, 3), log
 
