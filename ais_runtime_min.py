@@ -3882,8 +3882,8 @@ class LingeringConnection(Connection):
         return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
 
     def dismiss(self) -> bool:
-        """Let the client finish, also while the pod stops."""
-        return False
+        """Tell whether the client has stopped sending: AIStore never closes what a failure has broken."""
+        return not is_ready(self.socket, select.POLLIN)
 
     def is_expired(self, now: float) -> bool:
         """Tell whether the client has gone on sending for too long."""
@@ -4785,7 +4785,7 @@ class WebSocketConnection(Connection):
         super().__init__(connection, server, source)
         # macOS complains where the client is gone
         attempt(connection.setsockopt, socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
-        self._reader = MessageReader(source, server.service.message_room, self._send_at_once)
+        self._reader = MessageReader(source, server.service.message_room, self._pong)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
         self._ending: Optional[Sequence[bytes]] = None  # the last frames, once nothing more is read
         self._lingers = False  # whether its client may still send when it is closed
@@ -4815,7 +4815,8 @@ class WebSocketConnection(Connection):
         is_busy = self._is_within_object or self._objects.pending
         if is_busy or is_ready(self.socket, select.POLLIN):
             return False
-        self._send_at_once(close_frame(CLOSE_GOING_AWAY))
+        self._put(close_frame(CLOSE_GOING_AWAY))
+        self._flush(socket.MSG_DONTWAIT)
         return True
 
     def is_expired(self, now: float) -> bool:
@@ -4966,13 +4967,16 @@ class WebSocketConnection(Connection):
         with self._lock:
             self._parts += parts
 
-    def _send_at_once(self, *parts: bytes) -> None:
-        """Send parts, if the client takes them without waiting.
+    def _pong(self, *parts: bytes) -> None:
+        """Send a pong, if the client takes it without waiting.
 
-        To a client that reads nothing some pongs are not sent, as RFC 6455, 5.5.3 allows.
+        While much is kept for a client that does not read, a pong takes the place of the one before
+        (RFC 6455, 5.5.3).
         """
-        if len(self._parts) < BATCH_LIMIT_PARTS:
-            self._put(*parts)
+        with self._lock:
+            is_full = len(self._parts) > BATCH_LIMIT_PARTS
+            is_in_vain = is_full and bytes(self._parts[-2][:1]) == parts[0][:1]
+            self._parts[len(self._parts) - 2 * is_in_vain:] = parts
         self._flush(socket.MSG_DONTWAIT)
 
     def _flush(self, flags: int = 0) -> bool:
@@ -5556,9 +5560,11 @@ def report_failure(error: StartupError) -> None:
     """Tell the supervisor why this worker ends."""
     if isinstance(error, FrameworkNeeded):
         return report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
-    for line in error.story.splitlines():
+    redact = (Current.settings or Settings()).redact  # here: a report is cut, perhaps within a secret
+    for line in redact(error.story).splitlines():
         report(REPORT_STORY + line.encode("utf-8", "replace"))
-    report(b"%b%d %b" % (REPORT_FAILED, error.exit, " ".join(str(error).split()).encode("utf-8", "replace")))
+    reason = redact(" ".join(str(error).split()))
+    report(b"%b%d %b" % (REPORT_FAILED, error.exit, reason.encode("utf-8", "replace")))
 
 
 # -- FastAPI, by uvicorn --
@@ -6372,10 +6378,22 @@ def settle() -> None:
     gc.enable()
 
 
+def reseed() -> None:
+    """Give this worker random numbers of its own: a fork has the state of its parent, as all other workers do.
+
+    The standard library sees to its own.
+    """
+    for name, seed in (("numpy.random", lambda module: module.seed()), ("torch", lambda module: module.seed()),
+                       ("tensorflow", lambda module: module.random.set_seed(int.from_bytes(os.urandom(4), "big")))):
+        if name in sys.modules:
+            attempt(seed, sys.modules[name])
+
+
 def load_and_construct(load: Callable[[], Type[ETLServer]]) -> ETLServer:
     """Load the class, if the supervisor has not, and make the instance that this process serves."""
     etl_class = load()
     settle()
+    reseed()
     return construct(etl_class)
 
 
@@ -6439,6 +6457,12 @@ class Served(NamedTuple):
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+def flush_output() -> None:
+    """Write what is printed, so that it is written once: a fork has it too, and another program has not."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+
+
 @contextlib.contextmanager
 def stops_put_off() -> Iterator[None]:
     """Have signals to stop wait for the end of a block: what their handlers raise would be lost in a fork's hooks."""
@@ -6454,7 +6478,7 @@ def stops_put_off() -> Iterator[None]:
 
 
 def fork_ends() -> bool:
-    """Fork a child that ends at once; return False if it does not."""
+    """Fork a child that ends at once; return False if it does not, or not well."""
     import warnings
 
     with warnings.catch_warnings():
@@ -6464,12 +6488,13 @@ def fork_ends() -> bool:
         os._exit(0)
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
     while error is None and time.monotonic() < deadline:
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            return True
+        ended, error = attempt(os.waitpid, pid, os.WNOHANG)  # ChildProcessError where the class ignores SIGCHLD
+        if error is None and ended[0]:
+            return bool(ended[1] == 0)
         time.sleep(0.001)
     if error is None:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        attempt(os.waitpid, pid, 0)
     return False
 
 
@@ -6495,17 +6520,6 @@ def may_be_forked() -> bool:
         return fork_ends() and not has_threads()
 
 
-def reseed() -> None:
-    """Give this worker random numbers of its own: a fork has the state of its parent, as all other workers do.
-
-    The standard library sees to its own.
-    """
-    for name, seed in (("numpy.random", lambda module: module.seed()), ("torch", lambda module: module.seed()),
-                       ("tensorflow", lambda module: module.random.set_seed(int.from_bytes(os.urandom(4), "big")))):
-        if name in sys.modules:
-            attempt(seed, sys.modules[name])
-
-
 FLAG_OF_REPORT = {
     REPORT_READY: "is_ready", REPORT_BEGUN: "has_begun", REPORT_ANSWERED: "has_answered", REPORT_OPENED: "has_opened"}
 
@@ -6523,6 +6537,7 @@ class Worker:
         self.websockets = 0  # connections that are open
         self.has_opened = False  # whether any was opened since the supervisor has looked
         self.breakage = ""  # why a failed object has closed one, the last of them
+        self._rest = b""  # of what it told, a report without its end
         self.story: List[str] = []  # of its failure, in lines
         self.failure: Optional[StartupError] = None
 
@@ -6532,7 +6547,8 @@ class Worker:
             text = os.read(self.reports, READ_BYTES)
         except BlockingIOError:
             return True
-        for line in text.splitlines():
+        *lines, self._rest = (self._rest + text).split(b"\n")
+        for line in lines:
             self._take_report(line[:1], line[1:].decode("utf-8", "replace"))
         return bool(text)
 
@@ -6544,6 +6560,8 @@ class Worker:
             self.websockets += 1 if kind == REPORT_OPENED else -1
         elif kind == REPORT_BROKEN:
             self.breakage = text
+        elif self.failure is not None:  # gunicorn's workers share the pipe: the first tells
+            return
         elif kind == REPORT_STORY:
             self.story.append(text)
         elif kind == REPORT_NEEDS:
@@ -6684,8 +6702,7 @@ class Supervisor:
 
     def _fork(self, slot: int, reports: int, reporter: int) -> int:
         """Fork. Signals wait meanwhile: one that came between the fork and the child's own handlers would be lost."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
             pid = os.fork()
@@ -6721,7 +6738,6 @@ class Supervisor:
     def _serve(self) -> int:
         """Be a worker, to its exit code."""
         threading.Thread(target=die_with, args=(self._life[0],), name="life", daemon=True).start()
-        reseed()
         return run_worker(self._load)
 
     def _seconds_to_wait(self) -> Optional[float]:
@@ -6881,13 +6897,18 @@ class Start(NamedTuple):
             os.set_blocking(end, False)
             os.set_inheritable(end, True)
         signal.set_wakeup_fd(writer)
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            signal.setitimer(timer, 0)  # one of the class's would end a program that does not expect it
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         known = json.dumps([served, target_folder.path, target_folder.requirements, signals, writer])
-        environ = {**self.environ, FRESH_START: known}
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.chdir(self.folder)
-        os.execve(self.command[0], self.command, environ)
+        flush_output()
+        error = None
+        if attempt(os.getcwd).value != self.folder:
+            error = attempt(os.chdir, self.folder).error
+        if error is None:
+            error = attempt(os.execve, self.command[0], self.command, {**self.environ, FRESH_START: known}).error
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        raise StartupError(f"the class left threads, and the pod cannot start over for it: {error}")
 
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
@@ -6901,7 +6922,8 @@ def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
         use_packages_of(folder, environ)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in attempt(os.read, signals, READ_BYTES).value or b"":
-        signal.raise_signal(number)
+        if number in STOP_SIGNALS:
+            signal.raise_signal(number)
     os.close(signals)
     os.close(writer)
     return Served(*served)
@@ -7137,7 +7159,10 @@ def own_command(arguments: Sequence[str]) -> List[str]:
     count = len(original) - len(arguments)
     if count > 0 and list(original[count:]) == list(arguments):
         return [sys.executable, *original[1:]]
-    return [sys.executable, os.path.abspath(__file__), *arguments]
+    import subprocess
+
+    options = getattr(subprocess, "_args_from_interpreter_flags")()  # as multiprocessing does
+    return [sys.executable, *options, os.path.abspath(__file__), *arguments]
 
 
 def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str] = os.environ) -> int:
@@ -7153,7 +7178,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str]
     try:
         if arguments == ["install"]:
             return install(environ)
-        start = Start(own_command(arguments), dict(environ), os.getcwd())
+        start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
         served = take_fresh_start(known, environ) if known else None
         job = read_job(arguments, environ)
         del sys.argv[1:]  # a class may read its own command line, which has no arguments

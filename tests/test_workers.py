@@ -616,6 +616,32 @@ def test_a_signal_during_the_trial_fork_is_not_lost() -> None:
     assert run.code == 0 and not any("serving" in line for line in run.lines), run
 
 
+HABITS = {  # of classes that leave a thread: what they do when they are loaded in a pod
+    "has a timer": "signal.signal(signal.SIGALRM, lambda *_: None); signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)",
+    "ignores its children": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "cannot live in a fork": "os.register_at_fork(before=self.rest, after_in_child=lambda: "
+                             "os.abort() if os.environ.get('PORT') else None)",
+}
+
+
+@ON_LINUX
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_class_is_served_whatever_it_did_when_it_was_loaded(start_runtime: Callable[..., Runtime], habit: str) -> None:
+    base = "YIELDING" if "rest" in HABITS[habit] else "PULSING"
+    source = {"YIELDING": YIELDING, "PULSING": PULSING}[base] + """
+class Strange(%s):
+    def __init__(self):
+        super().__init__()
+        if "ETL_CLASS_PAYLOAD" in os.environ:
+            %s
+
+class Strangers(Obedient):
+    loader = Strange()
+""" % ({"YIELDING": "Resting", "PULSING": "Pulse"}[base], HABITS[habit])
+    server = start_runtime(make_payload(source, "Strangers"), {"NUM_WORKERS": "2"})
+    assert obey(server, "").body == b"hello"
+
+
 @ON_LINUX
 def test_a_class_whose_threads_end_before_a_fork_is_loaded_once(start_runtime: Callable[..., Runtime]) -> None:
     server = start_runtime(make_payload(YIELDING, "Yielding"), {"NUM_WORKERS": "2", "PYTHONWARNINGS": "error"})
