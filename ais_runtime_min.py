@@ -2519,15 +2519,22 @@ def raise_framework_needed(error: Optional[BaseException]) -> None:
         raise FrameworkNeeded(DEFAULT_IMAGE[str(error.name)], serves=False) from None
 
 
-def describe_of_user(error: BaseException) -> str:
-    """Describe an exception of user code; where the image lacks a module, or a name of the SDK, tell how to get it."""
+def package_of(error: BaseException) -> str:
+    """Return the package that an import has failed for, "" where none is missing; of the SDK not all names are here."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    is_missing = name in PYPI_NAMES if isinstance(error, ModuleNotFoundError) else name == "aistore"
-    return describe(error) + (f": add {PYPI_NAMES[name]} to PACKAGES" if is_missing else "")
+    return name if isinstance(error, ModuleNotFoundError) or name == "aistore" else ""
 
 
-def missing_package(error: ModuleNotFoundError) -> str:
-    """Explain a module that is not here."""
+def describe_of_user(error: BaseException) -> str:
+    """Describe an exception of user code; of a package that the image lacks tell how to get it."""
+    name = package_of(error)
+    return describe(error) + (f": add {PYPI_NAMES[name]} to PACKAGES" if name in PYPI_NAMES else "")
+
+
+def missing_package(error: ImportError) -> str:
+    """Explain a module that is not here, or lacks a name."""
+    if not isinstance(error, ModuleNotFoundError):
+        return describe_of_user(error)
     name = (error.name or "").partition(".")[0]
     return f"it needs the module {error.name!r}, which is not installed: add {PYPI_NAMES.get(name, name)} to PACKAGES"
 
@@ -2630,7 +2637,7 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     if isinstance(error, ModuleNotFoundError):
         raise missing_module(error, pickled)
     if error is not None:
-        failure = PayloadError(f"{FAILED}: {type(error).__name__}: {describe(error)}")
+        failure = PayloadError(f"{FAILED}: {type(error).__name__}: {describe_of_user(error)}")
         raise with_story(failure, "unpickling", error)
     return checked_class(cls)
 
@@ -7026,7 +7033,7 @@ def class_from_file(text: str) -> Type[ETLServer]:
     raise_framework_needed(error)
     if error is not None:
         failure: StartupError = ClassError(f"{path} cannot be imported: {type(error).__name__}: {describe(error)}")
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ImportError) and package_of(error):
             failure = PackageError(f"{path} cannot be imported: {missing_package(error)}")
         raise with_story(failure, path, error)
     return pick_class(module, wanted)

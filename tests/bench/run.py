@@ -57,7 +57,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=2, help="of load for each figure and round (default: 2)")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts (default: 3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of each server under load (default: one per core)")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="measure only scenarios whose name matches this expression")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="measure only scenarios whose name matches this "
+                        "expression; then nothing is written unless --output says where")
     parser.add_argument("--list", action="store_true", help="name the scenarios, and measure nothing")
     parser.add_argument("--against", type=Path, metavar="FILE", help="another version of the runtime, measured beside it in the "
                         "same rounds; then nothing is written unless --output says where")
@@ -94,7 +95,8 @@ def measure(chosen: List[scenarios.Scenario], environments: Path, arguments: arg
         figures = all_figures(chosen, environments, effort, arguments.against)
     except servers.ServerFailure as failure:
         return complain(str(failure), os.EX_SOFTWARE)
-    output = arguments.output or (None if arguments.against else HERE)
+    is_part = bool(arguments.against or arguments.only)
+    output = arguments.output or (None if is_part else HERE)
     if output:
         output.mkdir(parents=True, exist_ok=True)
         report.write(output, figures, around)
