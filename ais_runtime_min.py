@@ -155,7 +155,6 @@ CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nob
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
 WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
 FRESH_START = "AIS_RUNTIME_FRESH_START"  # the variable by which a process that starts over tells itself of the class
-TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once unless forking is not safe
 UNMASK_BYTES = 16 << 10  # of a WebSocket message that whoever leads takes at once, and unmasks as one number
 AHEAD_LIMIT_MESSAGES = 64  # objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
 AHEAD_LIMIT_BYTES = 16 << 20  # of such objects and their results, past which no more are read; one is always read
@@ -179,6 +178,7 @@ FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its 
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
+TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once unless forking is not safe
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, half an hour means it hangs
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer still runs
@@ -1200,11 +1200,11 @@ def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -
     sent = connection.sendmsg(batch, (), flags)
     if sent == sum(map(len, batch)):
         return parts[BATCH_LIMIT_PARTS:]
-    views = [memoryview(part) for part in parts]
+    views = [memoryview(part) for part in batch]
     while sent >= len(views[0]):
         sent -= len(views.pop(0))
     views[0] = views[0][sent:]
-    return views
+    return [*views, *parts[BATCH_LIMIT_PARTS:]]
 
 
 def send_parts(connection: socket.socket, parts: Sequence[Any]) -> None:
@@ -2535,7 +2535,7 @@ def missing_package(error: ImportError) -> str:
     """Explain a module that is not here, or lacks a name."""
     if not isinstance(error, ModuleNotFoundError):
         return describe_of_user(error)
-    name = (error.name or "").partition(".")[0]
+    name = package_of(error)
     return f"it needs the module {error.name!r}, which is not installed: add {PYPI_NAMES.get(name, name)} to PACKAGES"
 
 
@@ -2543,9 +2543,8 @@ def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
     """Explain a module that the pickle refers to and that is not here: the user's own, or a package."""
     import pickletools
 
-    name = (error.name or "").partition(".")[0]
     by_reference = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "MEMOIZE", "GLOBAL", "STACK_GLOBAL", "STOP"}
-    if name == "cloudpickle":
+    if package_of(error) == "cloudpickle":
         return PackageError("cloudpickle is not installed, and payloads need it: pip install cloudpickle")
     if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
         return PayloadError(f"{FAILED}: it was pickled by reference to the module {error.name!r}, which is not here: "
@@ -2608,12 +2607,13 @@ def users_info(error: BaseException) -> Any:
 
 def log_user_error(what: str, error: BaseException) -> None:
     """Log an exception of user code, with the part of its traceback that is the user's."""
-    logger.error("%s: %s", what, describe(error), exc_info=users_info(error))
+    logger.error("%s: %s", what, describe_of_user(error), exc_info=users_info(error))
 
 
 def with_story(failure: StartupError, what: str, error: BaseException) -> StartupError:
     """Give a failure the traceback of the user's exception that is its reason."""
-    record = logging.LogRecord(logger.name, logging.ERROR, "", 0, "%s: %s", (what, describe(error)), users_info(error))
+    record = logging.LogRecord(logger.name, logging.ERROR, "", 0, "%s: %s", (what, describe_of_user(error)),
+                               users_info(error))
     failure.story = logging.Formatter().format(record)
     return failure
 
@@ -6431,12 +6431,18 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
         return error.exit
 
 
+def flush_output() -> None:
+    """Write what is printed, so that it is written once: a fork has it too, and another program has not."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+
+
 def leave(code: int) -> NoReturn:
     """End a worker: what is registered for the exit is called, what still runs in threads is not waited for."""
     import atexit
 
-    for function in (atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
-        attempt(function)
+    attempt(atexit._run_exitfuncs)
+    attempt(flush_output)
     os._exit(code)
 
 
@@ -6462,12 +6468,6 @@ class Served(NamedTuple):
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def flush_output() -> None:
-    """Write what is printed, so that it is written once: a fork has it too, and another program has not."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
 
 
 @contextlib.contextmanager
@@ -6965,7 +6965,7 @@ class Job(NamedTuple):
 
     def _serve(self, start: Start, served: Optional[Served]) -> int:
         """Load the class, unless workers are to do so, and serve it, by its framework if that is known."""
-        load = self.load
+        load, is_loaded_here = self.load, served is None
         if served is None:
             etl_class = load()
             load = lambda: etl_class  # noqa: E731  loaded once, for all workers
@@ -6974,7 +6974,7 @@ class Job(NamedTuple):
         if server in FRAMEWORKS:
             install_framework(server, serves=True)
             by = FRAMEWORKS[server].server
-        if load is not self.load and not may_be_forked():
+        if is_loaded_here and not may_be_forked():
             start.over(served)
         settle()
         settings = self.settings._replace(server=server)
