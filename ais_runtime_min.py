@@ -1939,14 +1939,14 @@ class Framework(NamedTuple):
     The first module is imported by classes, the others serve them. The bounds are those of setup.cfg's extras.
     """
 
-    server: str
+    server: str  # "": this runtime's own
     modules: Mapping[str, str]
 
 
 FRAMEWORKS: Mapping[str, Framework] = {
     "fastapi": Framework("uvicorn", {"fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
                                      "websockets": "uvicorn[standard]>=0.29"}),
-    "flask": Framework("gunicorn", {"flask": "flask>=3.0", "gunicorn": "gunicorn>=22.0"}),
+    "flask": Framework("", {"flask": "flask>=3.0"}),
 }
 
 
@@ -2220,7 +2220,7 @@ class FlaskServer(FrameworkServer):
     """The SDK's Flask base; `path` is decoded and without its first slash.
 
     Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which answers requests for
-    objects. A class that overrides one is served by gunicorn.
+    objects. A class that overrides one has its app served, by WSGI.
     """
 
     etl_framework = "flask"
@@ -3407,12 +3407,16 @@ class Transforms:
 # An output to an answer. What is delivered elsewhere is told in the answer; what is not, is the answer.
 
 
+BODILESS = (HTTPStatus.SWITCHING_PROTOCOLS, HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
+
+
 class Answer(NamedTuple):
     """What a client gets. A body of pieces is chunked; if it raises, the connection is cut before the last chunk."""
 
     status: int
     body: Union[bytes, Iterator[bytes]] = b""
     headers: Tuple[Tuple[str, str], ...] = ()
+    size: Optional[int] = None  # what an application says of the body, in bytes
 
     @property
     def is_open(self) -> bool:
@@ -3420,15 +3424,15 @@ class Answer(NamedTuple):
 
         A Go stage before us takes a 200 with a Content-Length of 0 for the news of a delivery.
         """
-        return not isinstance(self.body, bytes) or (not self.body and self.status == HTTPStatus.OK)
+        is_empty = not self.body and self.status == HTTPStatus.OK
+        return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
         """Return the header field that tells the end of the body; none where that of the connection does."""
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
-        if not isinstance(self.body, bytes) or self.status in (HTTPStatus.NO_CONTENT, HTTPStatus.SWITCHING_PROTOCOLS):
-            return []
-        return [("Content-Length", str(len(self.body)))]
+        size = len(self.body) if self.size is None and isinstance(self.body, bytes) else self.size
+        return [] if size is None or self.status in BODILESS else [("Content-Length", str(size))]
 
     def __enter__(self) -> Answer:
         return self
@@ -3702,7 +3706,7 @@ class Service:
             content, error = attempt(b"".join, answer.body)
         if error is None:
             return answer, content
-        answer = self._answer_failure(request, error)
+        answer = self.answer_failure(request, error)
         return answer, cast(bytes, answer.body)
 
     def answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
@@ -3714,9 +3718,10 @@ class Service:
         if not self._has_answered:
             report(REPORT_ANSWERED)
             self._has_answered = True
-        return cast(Answer, answer) if error is None else self._answer_failure(request, error)
+        return cast(Answer, answer) if error is None else self.answer_failure(request, error)
 
-    def _answer_failure(self, request: ETLRequest, error: BaseException) -> Answer:
+    def answer_failure(self, request: ETLRequest, error: BaseException) -> Answer:
+        """Answer a request that has failed, however that is."""
         answer, second_error = attempt(self.answer_for, request, error)
         forget_traceback(error)
         if second_error is not None:  # an exception of the user's that cannot even be looked at
@@ -3812,9 +3817,9 @@ class Connection:
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
-        # The Server of section 16; the protocols use its service, settle, submit, sweep_soon,
-        # may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with each call of
-        # the class.
+        # The Server of section 16; the protocols use its service, application, settle, submit,
+        # sweep_soon, may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with
+        # each call of the class.
         self.server = server
         self.input = source
         self.served = 0  # calls of the class, since the server last looked
@@ -4037,7 +4042,7 @@ class Framed(NamedTuple):
 
     head: Head
     body: MessageBody
-    asked: Union[ETLRequest, Answer]
+    asked: Union[ETLRequest, Answer, Callable[[MessageBody], Answer]]  # the last of an application
 
 
 class HTTPConnection(Connection):
@@ -4152,8 +4157,12 @@ class HTTPConnection(Connection):
         answer = error_answer(error.status, str(error), error.headers)
         return Framed(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
 
-    def _understand(self, head: Head, body: MessageBody) -> Union[ETLRequest, Answer]:
+    def _understand(self, head: Head, body: MessageBody) -> Any:
         """Tell what a request asks for, or answer it if the class is not needed for that."""
+        if self.server.application is not None:
+            asked = self.server.application.asked(head, self.socket)
+            if asked is not None:
+                return asked
         request = ETLRequest.parse(head.method, head.target, head.fields.get("ais-node-url", ""))
         if request.raw_path == "/health":
             return HEALTHY
@@ -4177,9 +4186,9 @@ class HTTPConnection(Connection):
         if isinstance(asked, Answer):
             self._respond(framed)
             return True
-        if asked.pipeline or asked.latest or body.size > READ_BYTES:
+        if not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
-        if time.monotonic() > self._calls_until:
+        if body.size > READ_BYTES or time.monotonic() > self._calls_until:
             return False
         loaded = self.server.service.load(asked) if asked.fqn else None
         if loaded is None and (asked.fqn or asked.method != "PUT"):
@@ -4193,14 +4202,18 @@ class HTTPConnection(Connection):
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
         """Answer one request, for an object that was `loaded` already or with its body."""
         head, body, answer = framed
-        if not isinstance(answer, Answer):
+        if isinstance(answer, ETLRequest):
             self._serving = answer.name
             answer = self.server.service.answer(*(loaded or (answer, body)))
+        elif not isinstance(answer, Answer):
+            self._serving = head.target.partition("?")[0]
+            answer = answer(body)
         with answer:
             if isinstance(answer.body, bytes) and not body.is_at_end:
                 self._drain(body)
             keeps = self._keeps(answer, head, body)
             self._write(answer, head, keeps)
+            keeps = keeps and body.is_at_end  # an application may have left some of it
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._wish = Next.UPGRADE
         elif not keeps:
@@ -4244,16 +4257,22 @@ class HTTPConnection(Connection):
             fields.append(("Connection", "keep-alive" if keeps else "close"))
         text, last = answer_head(answer.status, fields), b"0\r\n\r\n" if is_chunked else b""
         if head.method == "HEAD":
-            return self._send(text)
-        if isinstance(answer.body, bytes):
-            return self._send(text, last or answer.body)
-        self._is_cut = not is_chunked
-        for piece in answer.body:
-            size = b"%x\r\n" % len(piece) if is_chunked else b""
-            self._send(text + size, piece, b"\r\n" if is_chunked else b"")
+            self._send(text)
+        elif isinstance(answer.body, bytes):
+            self._send(text, last or answer.body)
+        else:
+            self._is_cut = not is_chunked
+            self._send_pieces(text, answer.body, last)
+            self._is_cut = False
+
+    def _send_pieces(self, text: bytes, pieces: Iterable[bytes], last: bytes) -> None:
+        """Send a head, and pieces of a body as they come; as chunks, if there is to be a last one."""
+        for piece in pieces:
+            size = b"%x\r\n" % len(piece) if last else b""
+            self._send(text + size, piece, b"\r\n" if last else b"")
             text = b""
-        self._send(text, last)
-        self._is_cut = False
+        if text or last:
+            self._send(text, last)
 
     def _send(self, *parts: bytes) -> None:
         """Send parts; on the thread that leads, what the client takes without waiting."""
@@ -5141,6 +5160,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         address = listener.getsockname()[:2] if listener else ("", 0)
         socketserver.BaseServer.__init__(self, address, cast(Any, None))
         self.service = service
+        self.application: Any = None  # a WSGIApplication, if the class has one
         # Whether the pod stops: what has begun to come is answered, and nothing more.
         self.is_draining = False
         self.is_late = False  # whether clients that still send are not waited for any more
@@ -5496,8 +5516,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 17. Frameworks ==
-# Classes with an application of FastAPI or Flask: two more front ends of `Service.answer`, which uvicorn and gunicorn
-# serve. Nothing in here runs, nor is anything imported, for other classes.
+# Classes with an application of FastAPI or Flask: uvicorn serves the one, and the built-in server the other. Nothing in
+# here runs, nor is anything imported, for other classes.
 
 
 class PieceInput(ConnectionInput):
@@ -6101,13 +6121,121 @@ def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Option
     Current.pool = Current.pool or ConnectionPool(settings)
     is_one = server.one_at_a_time and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = MainThread() if is_one else None
-    if isinstance(server, FrameworkServer) and server.etl_app is not None:
-        main_thread = MainLoop() if isinstance(server, FastAPIServer) else CallingThread()
+    if isinstance(server, FastAPIServer) and server.etl_app is not None:
+        main_thread = MainLoop()
     slots = main_thread if main_thread is not None and is_one else ThreadSlots(settings.threads or DEFAULT_THREADS)
     return Service(settings, server, Current.pool, slots), main_thread
 
 
-# -- Flask, by gunicorn --
+# -- Flask, by WSGI --
+
+
+class WSGIResponse:
+    """What a WSGI application makes of one request (PEP 3333)."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.fields: List[Tuple[str, str]] = []
+        self.size: Optional[int] = None
+        self._written: List[bytes] = []
+        self._count = 0  # bytes that were yielded
+
+    def start(self, status: str, fields: Sequence[Tuple[str, str]], exc_info: Any = None) -> Any:
+        """Be `start_response`; what the function that it returns is given comes before other pieces."""
+        if exc_info and self._count:
+            raise exc_info[1].with_traceback(exc_info[2])
+        if (self.status and not exc_info) or not "200" <= status[:3] <= "599":
+            raise AssertionError(f"start_response({status!r}) is out of place")
+        self.status, self.fields = int(status[:3]), list(fields)
+        lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
+        self.size = lengths[0] if lengths else None
+        return self._written.append
+
+    def pieces(self, application: Any, environ: Dict[str, Any], body: MessageBody) -> Iterator[bytes]:
+        """Call the application, and yield its output; raise where it or the request's body is not whole."""
+        output = application(environ, self.start)
+        try:
+            for piece in itertools.chain(output, (b"",)):
+                written, self._written[:] = [*self._written, piece], []
+                data = b"".join(as_bytes(each, "the application yielded") for each in written)
+                if not self.status:
+                    raise AssertionError("the application has not called start_response()")
+                self._count += len(data)
+                if self.size is not None and self._count > self.size and self._has_body(environ):
+                    raise ValueError(f"the answer has more bytes than its Content-Length, {self.size}")
+                if data:
+                    yield data
+            body.raise_failure()
+            if self.size not in (None, self._count) and self._has_body(environ):
+                raise ValueError(f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
+        finally:
+            error = attempt(getattr(output, "close", lambda: None)).error
+            if error is not None:  # too late for the answer
+                log_user_error(environ["RAW_URI"], error)
+
+    def _has_body(self, environ: Mapping[str, Any]) -> bool:
+        return environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
+
+
+HOP_BY_HOP = frozenset(("connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"))
+
+
+class WSGIApplication:
+    """A class's WSGI application, which answers requests of the built-in server on its threads.
+
+    Health probes and `/ws` are the server's, unless the class overrides `_health`.
+    """
+
+    def __init__(self, server: FlaskServer, service: Service) -> None:
+        self._server = server
+        self._service = service
+        self._answers_health = type(server)._health is not FlaskServer._health
+
+    def asked(self, head: Head, connection: socket.socket) -> Optional[Callable[[MessageBody], Answer]]:
+        """Return what answers a request, once it has its body; None for what is not the application's."""
+        path, query = split_target(head.method, head.target)
+        is_health = (head.method, path) == ("GET", "/health") and not self._answers_health
+        if path == "/ws" or is_health or not path.startswith("/"):
+            return None
+        environ = self._environ(head, connection)
+        environ.update(PATH_INFO=unquote_to_bytes(path.encode("latin-1")).decode("latin-1"), QUERY_STRING=query)
+        return functools.partial(self._answer, ETLRequest(head.method, path), environ)
+
+    def _environ(self, head: Head, connection: socket.socket) -> Dict[str, Any]:
+        """Describe a request, but for its path and body, as PEP 3333 has it."""
+        host, port = connection.getsockname()[:2]
+        peer = attempt(connection.getpeername).value or ("", 0)
+        # a name with "_" could pass for one with "-"
+        fields = {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in head.fields.items() if "_" not in name}
+        described = {name: fields.pop(f"HTTP_{name}") for name in ("CONTENT_TYPE", "CONTENT_LENGTH") if f"HTTP_{name}" in fields}
+        return {
+            **fields, **described,
+            "REQUEST_METHOD": head.method, "SCRIPT_NAME": "", "RAW_URI": head.target, "REQUEST_URI": head.target,
+            "SERVER_NAME": host, "SERVER_PORT": str(port), "REMOTE_ADDR": peer[0], "REMOTE_PORT": str(peer[1]),
+            "SERVER_PROTOCOL": "HTTP/1.0" if head.is_http_1_0 else "HTTP/1.1", "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr, "wsgi.multithread": True,
+            "wsgi.multiprocess": self._service.settings.workers > 1, "wsgi.run_once": False, "wsgi.input_terminated": True}
+
+    def _answer(self, request: ETLRequest, environ: Dict[str, Any], body: MessageBody) -> Answer:
+        """Have the application answer a request, whatever happens."""
+        answer, error = attempt(self._ask, environ, body)
+        return cast(Answer, answer) if error is None else self._service.answer_failure(request, error)
+
+    def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
+        """Call the application; until the first piece is there, a failure can still be told by a status."""
+        response = WSGIResponse()
+        environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
+        pieces: Any = guarded(response.pieces(self._server.app, environ, body))
+        first = next(pieces, b"")
+        body.raise_failure()
+        fields = tuple((str(name), str(value)) for name, value in response.fields if name.lower() not in HOP_BY_HOP)
+        if environ["REQUEST_METHOD"] == "HEAD" or response.status in BODILESS:
+            pieces.close()
+            return Answer(response.status, b"", fields, response.size)
+        if response.size == len(first):  # it must be at its end
+            first += b"".join(pieces)
+            return Answer(response.status, first, fields, response.size)
+        return Answer(response.status, first and chain_first(first, pieces), fields, response.size)
 
 
 class FlaskAnswers:
@@ -6126,67 +6254,46 @@ class FlaskAnswers:
         try:
             request = ETLRequest.parse(environ["REQUEST_METHOD"], target, environ.get("HTTP_AIS_NODE_URL", ""))
         except RequestError as error:
-            return self._response(error_answer(error.status, str(error), error.headers), target)
-        return self._response(self._answer(request, environ.get("gunicorn.socket")), request.name)
-
-    def _answer(self, request: ETLRequest, connection: Optional[socket.socket]) -> Answer:
-        """Have a request answered; what an error leaves of its body is read, so that the client sees the answer."""
-        import flask
-
+            return self._response(error_answer(error.status, str(error), error.headers))
         cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
-        stream = flask.request.stream if cached is None else io.BytesIO(cached)
-        body = body_of_app(flask.request.environ.get("CONTENT_LENGTH"), lambda: cast(bytes, stream.read(READ_BYTES)))
-        if connection is not None:
-            connection.settimeout(BODY_PAUSE_SECONDS)
-        answer = self._service.answer(request, body)
-        if connection is not None and answer.status >= 400:
-            connection.settimeout(DRAIN_SECONDS)
-            attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
-        return answer
+        stream: Any = flask.request.stream if cached is None else io.BytesIO(cached)
+        read = getattr(stream, "read1", stream.read)
+        body = body_of_app(environ.get("CONTENT_LENGTH"), lambda: cast(bytes, read(READ_BYTES)))
+        return self._response(self._service.answer(request, body))
 
-    def _response(self, answer: Answer, name: str) -> Any:
-        """Make the response of an answer; without a length gunicorn sends it in chunks."""
+    def _response(self, answer: Answer) -> Any:
+        """Make the response of an answer."""
         import flask
 
-        body: Any = self._logged(answer, name) if answer.is_open else answer.body
+        body: Any = self._pieces(answer) if answer.is_open else answer.body
         return flask.Response(body, answer.status, [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers])
 
-    def _logged(self, answer: Answer, name: str) -> Iterator[bytes]:
-        """Yield the pieces of an answer; gunicorn cuts the connection where that raises."""
+    def _pieces(self, answer: Answer) -> Iterator[bytes]:
+        """Yield the pieces of an answer; the server cuts the connection where that raises."""
         with answer:
-            while answer.body:
-                piece, error = attempt(next, answer.body, b"")
-                if error is not None:
-                    log_cut(name, error)
-                    raise BrokenPipeError("the answer was cut")
-                if not piece:
-                    return
-                yield piece
+            try:
+                yield from cast(Iterator[bytes], answer.body or ())
+            except OutputFailed as error:
+                raise error.error from None
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
     """Let a class's application answer requests for objects; werkzeug prefers routes that are more specific."""
+    from werkzeug.routing import BaseConverter
+
+    class AnyName(BaseConverter):  # type: ignore[misc]
+        """Whatever AIStore calls an object: with slashes anywhere, and line feeds."""
+
+        regex, part_isolating, weight = "(?s:.+)", False, 1000
+
     server.etl_answer = FlaskAnswers(service)
+    if "etl_object" in server.app.view_functions:
+        return
+    server.app.url_map.converters["etl_name"] = AnyName
     server.app.add_url_rule("/health", "etl_health", lambda: server._health(), methods=["GET"])
     server.app.add_url_rule("/download", "etl_download", lambda: server._handle_request("download"), methods=["POST"])
-    server.app.add_url_rule("/<path:path>", "etl_object", lambda path: server._handle_request(path), methods=["GET", "PUT"])
-
-
-def front_of(server: FlaskServer) -> Callable[..., Any]:
-    """Make the outermost WSGI application: it answers health probes and refuses WebSockets before the class's own."""
-    answers_health = type(server)._health is FlaskServer._health
-
-    def front(environ: Dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        if environ["PATH_INFO"] == "/health" and environ["REQUEST_METHOD"] == "GET" and answers_health:
-            start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "7")])
-            return [b"Running"]
-        if environ["PATH_INFO"] == "/ws":
-            answer = error_answer(501, "gunicorn, which serves this class, has no WebSocket", {})
-            start_response("501 Not Implemented", [*answer.headers, *answer.framing(is_chunked=False)])
-            return [answer.body]
-        return server.app(environ, start_response)
-
-    return front
+    server.app.add_url_rule(
+        "/<etl_name:path>", "etl_object", lambda path: server._handle_request(path), methods=["GET", "PUT"])
 
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
@@ -6198,118 +6305,6 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
             add_fastapi_routes(server, service)
         elif isinstance(server, FlaskServer):
             add_flask_routes(server, service)
-
-
-def gunicorn_options(settings: Settings, listener: socket.socket) -> Dict[str, Any]:
-    """Say how gunicorn is to serve; a setting that a version of it does not know is left out."""
-    return {
-        "bind": f"fd://{listener.detach()}", "workers": settings.workers, "threads": THREAD_LIMIT,
-        "worker_connections": 2 * THREAD_LIMIT, "keepalive": int(IDLE_SECONDS), "timeout": 0, "backlog": BACKLOG,
-        "graceful_timeout": int(WORKER_GRACE_SECONDS), "limit_request_line": 0, "limit_request_field_size": HEAD_LIMIT_BYTES,
-        "accesslog": None, "control_socket_disable": True,
-        "post_worker_init": lambda worker: report(REPORT_READY),
-    }
-
-
-def gunicorn_worker_class(main_threads: List[CallingThread]) -> Any:
-    """Make the class of gunicorn's workers: threads serve requests, and the main thread makes transforms."""
-    from gunicorn.workers import gthread
-
-    setattr(gthread, "STOP_KEEPALIVE_LINGER", 0.0)  # idle connections must not delay the end,
-    setattr(gthread, "DEFAULT_WORKER_DATA_TIMEOUT", 0.02)  # nor hold a thread
-
-    class ETLWorker(gthread.ThreadWorker):  # type: ignore[misc]
-        """A worker whose main thread does nothing else but transforms."""
-
-        def init_signals(self) -> None:
-            """Let SIGTERM interrupt the main thread, which waits for a lock and would not hear of it."""
-            super().init_signals()
-            signal.siginterrupt(signal.SIGTERM, True)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the arbiter blocked it before the fork
-
-        def murder_pending(self) -> None:
-            """Close connections that have said nothing yet, when their time is over or the worker's."""
-            for connection in () if self.alive else self.pending_conns:
-                connection.timeout = 0.0
-            super().murder_pending()
-
-        def run(self) -> None:
-            """Serve until SIGTERM."""
-            def serve() -> None:
-                attempt(super(ETLWorker, self).run)
-                main_threads[0].end()
-
-            thread = threading.Thread(target=serve, name="acceptor", daemon=True)
-            thread.start()
-            main_threads[0].work()
-            thread.join()
-
-    return ETLWorker
-
-
-def gunicorn_logger_class() -> Any:
-    """Make the class of gunicorn's logger: its lines go where all others go, those of a plain life at DEBUG alone."""
-    from gunicorn import glogging
-
-    class ETLLogger(glogging.Logger):  # type: ignore[misc]
-        """A logger without handlers of its own."""
-
-        def setup(self, cfg: Any) -> None:
-            """Leave the log as it is."""
-            self.error_log.propagate = True
-            self.error_log.setLevel(quiet_level())
-
-    return ETLLogger
-
-
-def serve_by_gunicorn(construct: Callable[[], ETLServer], listener: socket.socket) -> int:
-    """Be gunicorn's arbiter until SIGTERM, or one of its workers, which it forks; return the exit code of either.
-
-    The class is constructed in the workers. What keeps one from it is reported, and ends the arbiter too.
-    """
-    from gunicorn.app.base import BaseApplication
-    from gunicorn.arbiter import Arbiter
-
-    settings, main_threads = Current.settings or Settings(), []  # type: Settings, List[CallingThread]
-
-    class Application(BaseApplication):  # type: ignore[misc]
-        """What gunicorn serves."""
-
-        def load_config(self) -> None:
-            """Take our settings."""
-            options = gunicorn_options(settings, listener)
-            options.update(worker_class=gunicorn_worker_class(main_threads), logger_class=gunicorn_logger_class())
-            for name, value in options.items():
-                if name in self.cfg.settings:
-                    self.cfg.set(name, value)
-
-        def load(self) -> Any:
-            """Construct the class, in a worker."""
-            try:
-                server = cast(FlaskServer, construct())
-            except StartupError as error:
-                report_failure(error)
-                raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from None
-            service, main_thread = make_service(server, settings)
-            main_threads.append(cast(CallingThread, main_thread))
-            add_flask_routes(server, service)
-            return front_of(server)
-
-    class ETLArbiter(Arbiter):  # type: ignore[misc]
-        """An arbiter whose new workers hear of their end."""
-
-        def spawn_worker(self) -> Any:
-            """Fork a worker. SIGTERM waits for its handlers: it is sent once, and the arbiter's would lose it."""
-            masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            try:
-                return super().spawn_worker()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-
-    error = attempt(ETLArbiter(Application()).run).error
-    if not isinstance(error, SystemExit):
-        raise StartupError(f"gunicorn failed: {describe(error or StartupError())}")
-    return error.code if isinstance(error.code, int) else 0
 
 
 # == 18. Workers ==
@@ -6343,7 +6338,11 @@ def make_front(listener: socket.socket, server: ETLServer, service: Service, mai
     """Make what speaks HTTP on a listening socket."""
     if isinstance(main_thread, MainLoop):
         return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
-    return Server(listener, service, main_thread)
+    front = Server(listener, service, main_thread)
+    if isinstance(server, FlaskServer) and server.etl_app is not None:
+        add_flask_routes(server, service)
+        front.application = WSGIApplication(server, service)
+    return front
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -6352,10 +6351,6 @@ def serve_instance(server: ListeningServer) -> None:
     In a worker the socket is the supervisor's; elsewhere the instance's own host and port are listened on.
     """
     settings = Current.settings or Settings()
-    if isinstance(server, FlaskServer) and server.etl_app is not None:  # outside the runtime, which takes gunicorn
-        add_routes(server, settings)
-        server.app.run(server.host, server.port, threaded=True)
-        return
     listener = Current.listener or bind(server.host, server.port)
     service, main_thread = make_service(server, settings)
     with make_front(listener, server, service, main_thread) as front:
@@ -6405,11 +6400,8 @@ def load_and_construct(load: Callable[[], Type[ETLServer]]) -> ETLServer:
 
 
 def serve_class(load: Callable[[], Type[ETLServer]]) -> int:
-    """Construct a class and serve it; return the exit code. gunicorn's workers do so for themselves."""
+    """Construct a class and serve it; return the exit code."""
     settings = Current.settings or Settings()
-    if settings.server == "flask" and Current.listener is not None:
-        settle()
-        return serve_by_gunicorn(functools.partial(load_and_construct, load), Current.listener)
     server = load_and_construct(load)
     etl_class = type(server)
     if Current.listener is None and getattr(server, "port", None) == 8000:
@@ -6567,8 +6559,6 @@ class Worker:
             self.websockets += 1 if kind == REPORT_OPENED else -1
         elif kind == REPORT_BROKEN:
             self.breakage = text
-        elif self.failure is not None:  # gunicorn's workers share the pipe: the first tells
-            return
         elif kind == REPORT_STORY:
             self.story.append(text)
         elif kind == REPORT_NEEDS:
@@ -6658,8 +6648,8 @@ class Supervisor:
 
     @property
     def _is_single(self) -> bool:
-        """Whether there is one process, whose end is that of the pod: gunicorn has workers of its own."""
-        return self._served.has_own_start or self._settings.server == "flask"
+        """Whether there is one process, whose end is that of the pod."""
+        return self._served.has_own_start
 
     @property
     def _count(self) -> int:

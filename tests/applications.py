@@ -16,7 +16,7 @@ from harness import Environ, Response, Runtime, Server, interpreter, make_payloa
 
 SOON_SECONDS = 20.0
 # who serves a class, as the line tells it that says "serving"
-BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer, by gunicorn"}
+BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer"}
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi stream": "FastStream", "flask stream": "FlaskStream"}
 SOURCE = '''
@@ -244,19 +244,11 @@ left = """
 import threading, time
 threading.Thread(target=time.sleep, args=(600,), name="left", daemon=True).start()
 """
-slow = """
-import functools, os, time
-os.register_at_fork(after_in_child=functools.partial(time.sleep, 1.0))
-"""
-
 class FreshFast(Prepares):
     LEFT = WhenLoaded(left)
 
 class FreshFlask(RegistersRoutes):
     LEFT = WhenLoaded(left)
-
-class SlowToFork(RegistersRoutes):
-    LEFT = WhenLoaded(slow)
 
 # -- Classes that are loaded without a framework --
 

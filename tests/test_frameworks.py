@@ -232,7 +232,7 @@ def send_objects(client: ClientConnection, count: int, *further: bytes) -> None:
     assert [client.recv() for _ in range(count)] == expected
 
 
-@fastapi_alone
+@both
 def test_objects_come_over_websocket_and_a_failure_is_told_as_a_target_understands_it(
     pod: Runtime
 ) -> None:
@@ -261,9 +261,9 @@ def test_a_class_s_own_websocket_routes_work(pod: Runtime) -> None:
         assert list(client) == ["echo of hello"]  # to the end, which the class makes
 
 
-@pytest.mark.parametrize("kind, status", [("fastapi", 426), ("flask", 501)])
-def test_ws_is_for_websocket_alone_and_gunicorn_has_none(pod: Runtime, status: int) -> None:
-    assert pod.request("GET", "/ws").status == status
+@both
+def test_ws_is_for_websocket_alone(pod: Runtime) -> None:
+    assert pod.request("GET", "/ws").status == 426
 
 
 # == Applications of other kinds ==

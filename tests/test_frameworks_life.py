@@ -14,8 +14,8 @@ import pytest
 from ais_runtime_min import FRAMEWORKS, Exit
 from applications import (BY, CLASSES, body_of, object_in_work, open_websocket, payload_of, start,
                           wait_until)
-from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, children_of,
-                     exact_environment, interpreter, run_to_end)
+from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment,
+                     interpreter, run_to_end)
 
 StartRuntime = Callable[..., Runtime]
 both = pytest.mark.parametrize("kind", ["fastapi", "flask"])
@@ -47,8 +47,7 @@ def test_after_sigterm_what_has_begun_is_answered_and_idle_connections_do_not_de
             stack.callback(connection.close)
             connection.request("GET", "/health")
             assert connection.getresponse().read() == b"Running"
-        if kind == "fastapi":
-            stack.enter_context(open_websocket(runtime))
+        stack.enter_context(open_websocket(runtime))
         answer = stack.enter_context(object_in_work(runtime, gate))
         runtime.process.terminate()
         runtime.wait_for_line("stopping")
@@ -56,7 +55,7 @@ def test_after_sigterm_what_has_begun_is_answered_and_idle_connections_do_not_de
         gate.touch()
         assert answer.result().body == b"HELLO bucket/object"
         assert runtime.wait() == Exit.OK
-        assert time.monotonic() - begin < 15  # gunicorn and uvicorn would wait for 23 s
+        assert time.monotonic() - begin < 15  # uvicorn would wait for 23 s
 
 
 @both
@@ -91,26 +90,6 @@ def test_a_class_that_leaves_threads_when_it_is_loaded_is_served_by_fresh_proces
     assert runtime.terminate() == Exit.OK
 
 
-def test_the_end_of_gunicorn_is_that_of_the_pod(start_runtime: StartRuntime) -> None:
-    runtime = start(start_runtime, "Flasky")
-    worker = int(runtime.request("GET", "/pid").body)
-    arbiter = int(Path("/proc/%d/stat" % worker).read_text().rpartition(")")[2].split()[1])
-    assert arbiter != runtime.pid
-    os.kill(arbiter, signal.SIGKILL)
-    assert runtime.wait() == Exit.SOFTWARE
-    assert "SIGKILL" in runtime.lines[-1]
-
-
-def test_a_worker_that_has_just_been_forked_hears_of_the_end(start_runtime: StartRuntime) -> None:
-    runtime = start(start_runtime, "SlowToFork", {"NUM_WORKERS": "2"})
-    begin = time.monotonic()
-    assert runtime.request("GET", "/health").status == 200
-    arbiter, = children_of(runtime.pid)
-    wait_until(lambda: len(children_of(arbiter)) == 2, "two workers run")
-    assert runtime.terminate() == Exit.OK
-    assert time.monotonic() - begin < 15  # gunicorn asks once and would wait for 23 s
-
-
 # == Who is served by what ==
 
 
@@ -140,7 +119,7 @@ def test_a_class_that_fails_to_start_ends_the_pod_with_its_reason(
 
 @pytest.mark.parametrize("name, packages", [
     ("UsesApp", "fastapi>=0.110 and uvicorn[standard]>=0.29"),
-    ("StartsUp", "flask>=3.0 and gunicorn>=22.0"),
+    ("StartsUp", "flask>=3.0"),
     ("Imports", "fastapi>=0.110"), ("ImportsFirst", "flask>=3.0"),
 ])
 def test_without_an_index_the_packages_are_named_and_how_to_bake_them_in(

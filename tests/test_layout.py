@@ -25,7 +25,7 @@ PARAMETERS_LIMIT = 5
 BROAD_EXCEPTS_LIMIT = 3
 FIRST_LINE_COLUMNS = 120
 THIRD_PARTY = {  # imported only where a class needs them
-    "cloudpickle", "fastapi", "flask", "gunicorn", "requests", "starlette", "uvicorn", "uvloop"}
+    "cloudpickle", "fastapi", "flask", "requests", "starlette", "uvicorn", "uvloop", "werkzeug"}
 HEAVY = {  # what a pod that needs none of it must not wait for
     "argparse", "asyncio", "base64", "cloudpickle", "concurrent.futures", "fastapi", "flask", "hashlib", "multiprocessing",
     "requests", "subprocess", "unittest", "urllib.request", "uvicorn",

@@ -57,7 +57,7 @@ def main(runtime: Path) -> None:
                          ETL_FQN_ROOTS=str(target))
         for extra in ("", *EXTRAS):
             try_pod([sys.executable, str(runtime)],
-                    {**variables, "ETL_CLASS_PAYLOAD": payload(runtime, BASES[extra], bool(extra))}, extra != "flask")
+                    {**variables, "ETL_CLASS_PAYLOAD": payload(runtime, BASES[extra], bool(extra))})
         for source in (runtime, *sources(cache)):
             compile_module(source)
 
@@ -89,7 +89,7 @@ def payload(runtime: Path, base_name: str, has_app: bool) -> str:
     return base64.b64encode(cloudpickle.dumps(Trial)).decode()
 
 
-def try_pod(command: List[str], variables: Mapping[str, str], has_websocket: bool) -> None:
+def try_pod(command: List[str], variables: Mapping[str, str]) -> None:
     """Start a pod, have it do what pods do, and end it."""
     with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, universal_newlines=True) as pod:
         try:
@@ -101,8 +101,7 @@ def try_pod(command: List[str], variables: Mapping[str, str], has_websocket: boo
             check("a delivery", ask(port, "PUT", b"an object", hop), (200, b"AN OBJECT"))
             check("a class that wants more", ask(port, "PUT", b"an object", arguments="?etl_args=late")[0], 200)
             check("an error", ask(port, "PUT", b"")[0], 500)
-            if has_websocket:  # gunicorn has none
-                check("WebSocket", ask_websocket(port, b"an object" * 10_000), b"AN OBJECT" * 10_000)
+            check("WebSocket", ask_websocket(port, b"an object" * 10_000), b"AN OBJECT" * 10_000)
             pod.terminate()
             check("its end", pod.wait(SECONDS), 0)
         finally:
