@@ -1116,11 +1116,11 @@ class ConnectionInput:
     is one system call, and show as BlockingIOError; a node's are Python's, and show as socket.timeout.
     """
 
-    def __init__(self, connection: socket.socket, ahead: bytes = b"") -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._ahead = ahead
+        self._ahead = b""
         self._start = 0
-        self.ahead = len(ahead)  # the number of bytes that are here already
+        self.ahead = 0  # the number of bytes that are here already
         self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
 
     def fill(self, flags: int = 0) -> bool:
@@ -4052,11 +4052,8 @@ class HTTPConnection(Connection):
     where a request ends.
     """
 
-    def __init__(self, connection: socket.socket, server: Any, ahead: bytes = b"",
-                 only_upgrades: bool = False) -> None:
-        super().__init__(connection, server, ConnectionInput(connection, ahead))
-        # whether it is closed after one request, unless that upgrades it
-        self._only_upgrades = only_upgrades
+    def __init__(self, connection: socket.socket, server: Any) -> None:
+        super().__init__(connection, server, ConnectionInput(connection))
         self._waits = False  # whether the thread that serves it may wait
         self._todo: Optional[Framed] = None  # a request that waits for a thread
         # of an answer, what the leader could not send without waiting
@@ -4240,7 +4237,7 @@ class HTTPConnection(Connection):
             return True
         if head is UNKNOWN_HEAD or head.wants_close:
             return False
-        if self.server.is_draining or self._only_upgrades:
+        if self.server.is_draining:
             return False
         if isinstance(answer.body, bytes):
             return body.is_at_end and body.failure is None
@@ -4640,7 +4637,7 @@ class ObjectExchange:
 
     def __init__(self, service: Service, send: Callable[[Sequence[Reply], bool], None],
                  submit: Callable[[Callable[[Any], None], Any], None],
-                 told: Callable[[], None]) -> None:
+                 told: Callable[[], object]) -> None:
         self._service = service
         self._send = send
         self._submit = submit
@@ -5155,17 +5152,16 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     threads in between.
     """
 
-    def __init__(self, listener: Optional[socket.socket], service: Service,
+    def __init__(self, listener: socket.socket, service: Service,
                  main_thread: Optional[MainThread] = None) -> None:
-        address = listener.getsockname()[:2] if listener else ("", 0)
-        socketserver.BaseServer.__init__(self, address, cast(Any, None))
+        socketserver.BaseServer.__init__(self, listener.getsockname()[:2], cast(Any, None))
         self.service = service
         self.application: Any = None  # a WSGIApplication, if the class has one
         # Whether the pod stops: what has begun to come is answered, and nothing more.
         self.is_draining = False
         self.is_late = False  # whether clients that still send are not waited for any more
         self.connections: Set[Connection] = set()
-        self._listener = listener
+        self._listener: Optional[socket.socket] = listener
         self._main = main_thread
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
@@ -5192,9 +5188,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Lead the server until `drain`, then until what has begun is answered."""
         self._publish()  # that it is there: its first connection may be the last of all workers'
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
-        if self._listener is not None:
-            self._listener.setblocking(False)
-            self._selector.register(self._listener, selectors.EVENT_READ)
+        listener = cast(socket.socket, self._listener)
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
         main_thread = self._main_here()
         if main_thread is not None:
             main_thread.wake = self._waker.wake
@@ -5319,15 +5315,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # -- connections --
 
-    def add(self, connection: socket.socket, **options: Any) -> None:
-        """Serve a connection of HTTP, which is the server's own from now on."""
-        made, error = attempt(functools.partial(HTTPConnection, connection, self, **options))
+    def _add(self, connection: socket.socket) -> None:
+        """Serve a connection of HTTP."""
+        made, error = attempt(HTTPConnection, connection, self)
         if error is not None:
             logger.debug("a connection was gone at once: %s", error)
             return connection.close()
         self.connections.add(cast(Connection, made))
         self._publish()
-        self.settle(cast(Connection, made), Next.THREAD if options else Next.READ)
+        self.settle(cast(Connection, made), Next.READ)
 
     def settle(self, connection: Connection, wish: Next) -> None:
         """Do with a connection what it wants; it must not be registered."""
@@ -5464,7 +5460,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
                 self._make_room(term)
             return False
-        self.add(connection)
+        self._add(connection)
         return True
 
     def _make_room(self, term: int) -> None:
@@ -5604,142 +5600,18 @@ class CallingThread(MainThread):
         super().__init__()
         self._bell = threading.Semaphore(0)
         self.wake = self._bell.release
-        self.is_over = False
+        self._is_over = False
 
     def work(self) -> None:
         """Make the calls that are handed over."""
-        while not self.is_over:
+        while not self._is_over:
             self._bell.acquire()
             while self.calls:
                 self.make_call()
 
     def end(self) -> None:
         """Let `work` return once it has made the calls before this one."""
-        self.put(functools.partial(setattr, self, "is_over", True))
-
-
-class MainLoop(CallingThread):
-    """An application's event loop and its class's transforms, by turns, on the thread that made the instance.
-
-    Upstream both run there, and classes rely on it. No loop runs during a transform, so it may run one of its own.
-    """
-
-    def __init__(self) -> None:
-        import asyncio
-
-        super().__init__()
-        self.loop = asyncio.new_event_loop()
-        self._adopt = asyncio.set_event_loop
-        self._adopt(self.loop)
-        self.wake = functools.partial(self.loop.call_soon_threadsafe, self.loop.stop)
-
-    def soon(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Have a function that never raises called by `work`; return a future of the loop, which this is called on."""
-        future = self.loop.create_future()
-
-        def call() -> None:
-            result = function(*args)
-            if not future.done():  # it may have been cancelled
-                future.set_result(result)
-
-        self.put(call)
-        return future
-
-    def run_until(self, awaitable: Any) -> Any:
-        """Run the loop until something is done. Call it while `work` does not run."""
-        self._adopt(self.loop)
-        return self.loop.run_until_complete(awaitable)
-
-    def work(self) -> None:
-        """Run the loop, and make the calls that are handed over, until `end`."""
-        while not self.is_over:
-            self._adopt(self.loop)  # asyncio.run() in a transform leaves none
-            self.loop.run_forever()
-            if self.calls:
-                self.make_call()
-            if self.calls:  # one turn of the loop first: nobody else waits for many transforms
-                self.loop.call_soon(self.loop.stop)
-
-
-class Lifespan:
-    """An application's start-up and shutdown by the lifespan protocol of ASGI, on the loop of the application."""
-
-    def __init__(self, app: Any) -> None:
-        self.state: Dict[str, Any] = {}
-        self._app = app
-
-    async def start(self) -> None:
-        """Start the application up; the exception of a hook that fails is raised."""
-        import asyncio
-
-        self._events: Any = asyncio.Queue()
-        self._replies: Any = asyncio.Queue()
-        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
-        self._task = asyncio.ensure_future(self._app(scope, self._events.get, self._replies.put))
-        await self._tell("startup")
-
-    async def stop(self) -> None:
-        """Shut the application down; the exception of a hook that fails is raised."""
-        await self._tell("shutdown")
-
-    async def _tell(self, event: str) -> None:
-        """Send an event and wait for its reply, or for the end of an application that knows no such event."""
-        import asyncio
-
-        self._events.put_nowait({"type": f"lifespan.{event}"})
-        reply = asyncio.ensure_future(self._replies.get())
-        await asyncio.wait((reply, self._task), return_when=asyncio.FIRST_COMPLETED)
-        if not reply.done():
-            reply.cancel()
-            await self._task
-        elif reply.result()["type"] == f"lifespan.{event}.failed":
-            await self._task
-            raise StartupError(str(reply.result().get("message", "")))
-
-
-class RequestPieces:
-    """The pieces of a request's body: a loop receives them, and another thread waits for them."""
-
-    def __init__(self, request: Any, loop: Any) -> None:
-        self._pieces = request.stream()
-        self._loop = loop
-        self._first: Optional[bytes] = None
-        self._is_lost = False
-
-    @property
-    def ahead(self) -> int:
-        """The number of bytes that are here already."""
-        return len(self._first or b"")
-
-    async def begin(self) -> None:
-        """Receive the first piece, which is all of a small body; on the loop."""
-        from starlette.requests import ClientDisconnect
-
-        try:
-            self._first = await self._receive()
-        except ClientDisconnect:  # for the reader
-            self._is_lost = True
-
-    def take(self) -> bytes:
-        """Wait for the next piece, b"" at the end; on another thread. OSError where the client is gone."""
-        import asyncio
-        import concurrent.futures
-
-        if self._is_lost:
-            raise ConnectionError("the client is gone")
-        piece, self._first = self._first, None
-        if piece is not None:
-            return piece
-        try:
-            return asyncio.run_coroutine_threadsafe(self._receive(), self._loop).result(BODY_PAUSE_SECONDS)
-        except concurrent.futures.TimeoutError:
-            raise socket.timeout() from None
-
-    async def _receive(self) -> bytes:
-        async for piece in self._pieces:
-            if piece:
-                return cast(bytes, piece)
-        return b""
+        self.put(functools.partial(setattr, self, "_is_over", True))
 
 
 @functools.lru_cache(maxsize=1)
@@ -5750,7 +5622,7 @@ def piece_response_class() -> Any:
     from starlette.responses import Response
 
     class PieceResponse(Response):  # type: ignore[misc]
-        """An answer in pieces; where it fails, no end is sent, and AppFront cuts the connection."""
+        """An answer in pieces; where it fails, no end is sent, and ASGIFront cuts the connection."""
 
         def __init__(self, answer: Answer, name: str, threads: Any) -> None:
             super().__init__(None, answer.status)
@@ -5763,7 +5635,8 @@ def piece_response_class() -> Any:
             """Send the answer; the body of the request may still be read meanwhile."""
             pieces = iter(()) if isinstance(self._answer.body, bytes) else self._answer.body
             try:
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.start", "status": self.status_code,
+                            "headers": self.raw_headers})
                 piece = None
                 while piece != b"":
                     piece, error = await self._call(attempt, next, pieces, b"")
@@ -5780,111 +5653,182 @@ def piece_response_class() -> Any:
     return PieceResponse
 
 
-def target_of(scope: Any) -> str:
-    """Return a request's target as it came, as far as a server tells it."""
-    path = scope.get("raw_path") or quote(scope["path"]).encode()
-    return cast(str, (path + b"?" + scope["query_string"] if scope["query_string"] else path).decode("latin-1"))
-
-
 class StarletteAnswers:
-    """Answer an application's requests for objects by Starlette's responses; on the loop of the application."""
+    """Answer an application's requests for objects by Starlette's responses, on threads of a pool."""
 
-    def __init__(self, service: Service, main_thread: Optional[MainLoop]) -> None:
+    def __init__(self, service: Service) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         self._service = service
-        self._main = main_thread  # where the class transforms whole objects on the loop's thread
         self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
 
     async def __call__(self, request: Any) -> Any:
-        """Answer one request."""
+        """Answer one request; on the application's loop."""
         import asyncio
 
-        loop, target = asyncio.get_running_loop(), target_of(request.scope)
+        loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
+        path = scope.get("raw_path") or quote(scope["path"]).encode()
+        query = b"?" + scope["query_string"] if scope["query_string"] else b""
+        target = (path + query).decode("latin-1")
         try:
-            parsed = ETLRequest.parse(request.method, target, ", ".join(request.headers.getlist(HEADER_NODE_URL)))
+            parsed = ETLRequest.parse(request.method, target, ", ".join(fields.getlist(HEADER_NODE_URL)))
             if parsed.is_message:  # a handshake goes another way
                 upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
-        pieces = RequestPieces(request, loop)
-        body = body_of_app(request.headers.get("content-length"), pieces.take)
-        if body.size is None or body.is_small:  # a larger one may be refused before any of it comes, or have to wait for room
-            await pieces.begin()
-        is_here = body.is_small and body.size == pieces.ahead
-        if self._main is not None and is_here and not (parsed.pipeline or parsed.is_replayable):
-            answer = await self._main.soon(self._service.answer, parsed, body)
-        else:
-            answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
+        pieces = request.stream()
+
+        async def receive() -> bytes:
+            async for piece in pieces:
+                if piece:
+                    return cast(bytes, piece)
+            return b""
+
+        def take() -> bytes:
+            """Wait for the next piece, b"" at the end; on another thread."""
+            return asyncio.run_coroutine_threadsafe(receive(), loop).result(BODY_PAUSE_SECONDS)
+
+        body = body_of_app(fields.get("content-length"), take)
+        answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
         return self._response(answer, parsed.name)
 
     def _response(self, answer: Answer, name: str) -> Any:
         """Make the response of an answer."""
         from starlette.responses import Response
 
-        is_whole = isinstance(answer.body, bytes) and not answer.is_open
-        response = Response(answer.body, answer.status) if is_whole else piece_response_class()(answer, name, self._threads)
+        if isinstance(answer.body, bytes) and not answer.is_open:
+            response = Response(answer.body, answer.status)
+        else:
+            response = piece_response_class()(answer, name, self._threads)
         for field, value in answer.headers:
             response.headers[field] = UNPRINTABLE.sub("?", value)
         return response
 
 
-class StarletteMessages:
-    """Serve AIStore's protocol over Starlette's WebSocket, where a class's own server lets nobody have its connections.
+class ASGISession:
+    """One connection that speaks AIStore's protocol, over a server of ASGI; on that server's loop."""
 
-    ASGI cannot send half a message, so a failed object is told by a bare close. Nothing but the server bounds what is read.
-    """
-
-    def __init__(self, service: Service) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._service = service
-        self._takers = ThreadPoolExecutor(WEBSOCKET_LIMIT, "etl")  # for each connection one may wait for objects before
-        self._pool = ThreadPool(THREAD_LIMIT)
-
-    async def __call__(self, websocket: Any) -> None:
-        """Serve one connection to its end."""
+    def __init__(self, service: Service, pool: ThreadPool, receive: Any, send: Any) -> None:
         import asyncio
 
-        loop = asyncio.get_running_loop()
+        self._service = service
+        self._receive = receive
+        self._send = send
+        # uvicorn's, where nothing stands between: ASGI itself cannot send half a message
+        self._transport = getattr(getattr(send, "__self__", None), "transport", None)
+        self._loop = asyncio.get_running_loop()
+        self._has_changed = asyncio.Event()
+        told = functools.partial(attempt, self._loop.call_soon_threadsafe, self._has_changed.set)
+        self._objects = ObjectExchange(service, self._reply, pool.submit, told)
+        self._since = 0.0  # when the last message came
+        self._is_over = False
 
-        def send(replies: Sequence[Reply], waits: bool) -> None:
-            for reply in replies:  # the client may be gone
-                attempt(asyncio.run_coroutine_threadsafe(self._send(websocket, reply), loop).result)
+    async def serve(self) -> None:
+        """Take messages until the connection ends."""
+        await self._receive()
+        await self._send({"type": "websocket.accept"})
+        report(REPORT_OPENED)
+        try:
+            message = await self._receive()
+            while message["type"] == "websocket.receive":
+                self._since = time.monotonic()
+                await self._take(message.get("bytes") or (message.get("text") or "").encode())
+                message = await self._receive()
+        finally:
+            self._is_over = True
+            report(REPORT_CLOSED)
 
-        def take(data: bytes) -> None:
-            exchange.take(ReceivedObject(data), may_call=False)  # nothing may be transformed on the loop's thread
-            exchange.wait(lambda: not exchange.is_full)
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that has come is answered, and nothing has come for a moment."""
+        is_done = self._objects.is_between_objects and not self._objects.pending
+        return is_done and time.monotonic() - self._since > DRAIN_LOOK_SECONDS
 
-        exchange = ObjectExchange(self._service, send, self._pool.submit, lambda: None)
-        await websocket.accept()
-        message = await websocket.receive()
-        while message["type"] == "websocket.receive":
-            data = message.get("bytes") or (message.get("text") or "").encode()
-            outcome = await loop.run_in_executor(self._takers, attempt, take, data)
-            if outcome.error is not None:
-                reason = self._service.settings.redact(describe(outcome.error))
-                logger.error("%s: %s; its WebSocket connection is closed", exchange.next_name, reason)
-                await loop.run_in_executor(self._takers, exchange.wait, lambda: not exchange.pending)
-                return await self._send(websocket, Reply(OP_CLOSE, reason.encode("utf-8", "replace")))
-            message = await websocket.receive()
+    async def close(self, code: int) -> None:
+        """Say goodbye."""
+        if not self._is_over:
+            self._is_over = True
+            await self._send({"type": "websocket.close", "code": code})
 
-    async def _send(self, websocket: Any, reply: Reply) -> None:
-        if websocket.application_state.name != "CONNECTED":
-            return  # a failure before has closed it
+    async def fail(self, reason: str) -> None:
+        """End the connection so that a target takes it for the failure of an object."""
+        if self._is_over:
+            return
+        self._is_over = True
+        report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
+        if self._transport is None:
+            await self._send({"type": "websocket.close", "code": CLOSE_FAILED, "reason": cut_reason(reason)})
+            return
+        self._transport.write(frame_head(OP_BINARY, 0, is_last=False) + close_frame(CLOSE_FAILED, reason))
+        # at once a client that still sends might not see it
+        self._loop.call_later(DRAIN_SECONDS, self._transport.close)
+
+    async def _take(self, data: bytes) -> None:
+        """Take one message, and wait until another one may be."""
+        # nothing may be transformed on the loop's thread
+        error = None if self._is_over else attempt(self._objects.take, ReceivedObject(data), False).error
+        while self._objects.is_full or (error is not None and self._objects.pending):
+            self._has_changed.clear()
+            if self._objects.pending:
+                await self._has_changed.wait()
+        if error is not None:
+            reason = self._service.settings.redact(describe(error))
+            logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason)
+            await self.fail(reason)
+
+    def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
+        """Send replies, and wait for that; on a thread of the pool."""
+        import asyncio
+
+        for reply in replies:  # the client may be gone
+            attempt(asyncio.run_coroutine_threadsafe(self._send_reply(reply), self._loop).result)
+
+    async def _send_reply(self, reply: Reply) -> None:
         if reply.opcode == OP_CLOSE:
-            await websocket.close(CLOSE_FAILED, cut_reason(reply.data.decode("utf-8")))
-        elif reply.opcode == OP_TEXT:
-            await websocket.send_text(reply.data.decode())
-        else:
-            await websocket.send_bytes(reply.data)
+            await self.fail(reply.data.decode("utf-8"))
+        elif reply.opcode == OP_TEXT and not self._is_over:
+            await self._send({"type": "websocket.send", "text": reply.data.decode()})
+        elif not self._is_over:
+            await self._send({"type": "websocket.send", "bytes": reply.data})
 
 
-def add_fastapi_routes(server: FastAPIServer, service: Service, main_thread: Optional[MainLoop] = None) -> None:
+class ASGIMessages:
+    """Serve AIStore's protocol over a server of ASGI, which alone bounds how large a message may be."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._pool = ThreadPool(THREAD_LIMIT)
+        self._sessions: Set[ASGISession] = set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one connection to its end."""
+        if len(self._sessions) >= WEBSOCKET_LIMIT:
+            await send({"type": "websocket.close"})
+            return
+        session = ASGISession(self._service, self._pool, receive, send)
+        self._sessions.add(session)
+        try:
+            await session.serve()
+        finally:
+            self._sessions.remove(session)
+
+    async def drain(self) -> None:
+        """End all connections once what has come is answered, or there is no more time."""
+        import asyncio
+
+        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
+        while self._sessions and time.monotonic() < deadline:
+            for session in filter(lambda each: each.is_idle, tuple(self._sessions)):
+                await session.close(CLOSE_GOING_AWAY)
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        for session in tuple(self._sessions):
+            await session.fail("the pod is stopping")
+
+
+def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
     """Let a class's application answer requests for objects, where none of its own routes does."""
     from starlette.responses import Response
-
-    server.etl_answer = StarletteAnswers(service, main_thread)
+    from starlette.routing import Route, WebSocketRoute
 
     async def health(_: Any) -> Any:
         return Response(b"Running", media_type="text/plain")
@@ -5892,209 +5836,181 @@ def add_fastapi_routes(server: FastAPIServer, service: Service, main_thread: Opt
     async def answer(request: Any) -> Any:
         return await server._handle_request(request.path_params.get("path", ""), request, request.method == "GET")
 
-    server.app.router.add_websocket_route("/ws", StarletteMessages(service).__call__)
-    server.app.router.add_route("/health", health, methods=["GET"], include_in_schema=False)
-    server.app.router.add_route("/download", answer, methods=["POST"], include_in_schema=False)
-    server.app.router.add_route("/{path:path}", answer, methods=["GET", "PUT"], include_in_schema=False)
+    messages = ASGIMessages(service)
+    server.etl_answer = StarletteAnswers(service)
+    objects = Route("/{path:path}", answer, methods=["GET", "PUT"], include_in_schema=False)
+    objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")  # its own knows no line feed
+    server.app.router.routes.extend([
+        WebSocketRoute("/ws", messages), Route("/health", health, methods=["GET"], include_in_schema=False),
+        Route("/download", answer, methods=["POST"], include_in_schema=False), objects])
+    return messages
 
 
 def is_gone(send: Any) -> bool:
     """Tell whether a client has left, as far as uvicorn's `send` is bound to what knows."""
-    return bool(getattr(getattr(send, "__self__", None), "disconnected", False))
+    return bool(getattr(send.__self__, "disconnected", False))
 
 
-async def transmit(messages: Sequence[Any], send: Any) -> None:
-    """Send messages by uvicorn, large bodies in parts; OSError where the client is gone or does not read."""
+async def transmit(message: Any, send: Any) -> None:
+    """Send a message by uvicorn, a large body in parts; OSError where the client is gone or does not read."""
     import asyncio
 
-    for message in messages:
-        body, more = message.get("body", b""), message.get("more_body", False)
-        for start in range(0, max(len(body), 1), WRITE_BYTES):
-            part = message
-            if len(body) > WRITE_BYTES:
-                is_last = start + WRITE_BYTES >= len(body)
-                part = {**message, "body": body[start:start + WRITE_BYTES], "more_body": more or not is_last}
-            try:
-                await asyncio.wait_for(send(part), RESULT_UNREAD_SECONDS)
-            except asyncio.TimeoutError:
-                send.__self__.transport.abort()
-                raise BrokenPipeError("the result was not read") from None
-            if is_gone(send):
-                raise BrokenPipeError("the client is gone")
+    body, more = message.get("body", b""), message.get("more_body", False)
+    for start in range(0, max(len(body), 1), WRITE_BYTES):
+        part = message
+        if len(body) > WRITE_BYTES:
+            is_last = start + WRITE_BYTES >= len(body)
+            part = {**message, "body": body[start:start + WRITE_BYTES], "more_body": more or not is_last}
+        unread = asyncio.get_running_loop().call_later(RESULT_UNREAD_SECONDS, send.__self__.transport.abort)
+        try:
+            await send(part)
+        finally:
+            unread.cancel()
+        if is_gone(send):
+            raise BrokenPipeError("the client is gone")
 
 
-class AppFront:
-    """The outermost application, on uvicorn's loop: it answers health probes, and hands all else to that of a class.
+class ASGIFront:
+    """The outermost application: it answers health probes and serves `/ws`, and hands all else to that of a class."""
 
-    The class's application runs on a loop of its own, the main thread's, where a transform may keep it waiting.
-    """
-
-    def __init__(self, app: Any, state: Dict[str, Any], loop: Any) -> None:
+    def __init__(self, app: Any, messages: ASGIMessages) -> None:
         self._app = app
-        self._state = state
-        self._loop = loop
+        self._messages = messages
+        self.begin: Callable[[], None] = lambda: None  # called once the application has started up
+        self.failure: Optional[BaseException] = None  # of its start-up or shutdown
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request, or serve a WebSocket."""
-        if scope["path"] == "/health" and scope.get("method") == "GET":
-            await send({"type": "http.response.start", "status": 200,
-                        "headers": [(b"content-type", b"text/plain"), (b"content-length", b"7")]})
-            await send({"type": "http.response.body", "body": b"Running"})
-            return
-        cut: List[str] = []
+        """Serve a connection or one request, or the application's life."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await (self._messages if scope["path"] == "/ws" else self._app)(scope, receive, send)
+        elif (scope["path"], scope["method"]) == ("/health", "GET"):
+            await self._answer(send, 200, b"Running")
+        elif self._offers_to_leave(dict(scope["headers"])):
+            await self._answer(send, 400, b"a request with a body cannot offer another protocol")
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the application's start-up and shutdown; what fails there is told by whoever runs us, once."""
+        async def send_on(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.begin()
+            elif message["type"].endswith(".failed"):
+                self.failure = StartupError(message.get("message", ""))
+                message = {"type": message["type"]}
+            await send(message)
+
         try:
-            await self._forward({**scope, "state": dict(self._state), "etl.cut": cut}, receive, send)
+            await self._app(scope, receive, send_on)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    @staticmethod
+    def _offers_to_leave(fields: Mapping[bytes, bytes]) -> bool:
+        """Tell whether a request with a body offers to go on by another protocol: uvicorn then reads no body."""
+        has_body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
+        return has_body and b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
+
+    @staticmethod
+    async def _answer(send: Any, status: int, body: bytes) -> None:
+        fields = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body))]
+        if status >= 400:
+            fields.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": status, "headers": fields})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the class's application for one request; an answer that has failed is never finished."""
+        cut: List[str] = []
+        scope["etl.cut"] = cut
+
+        async def send_on(message: Any) -> None:
+            if cut:  # Starlette's BaseHTTPMiddleware would end the body of an answer that failed
+                raise BrokenPipeError("the answer was cut")
+            await transmit(message, send)
+
+        try:
+            await self._app(scope, receive, send_on)
         except OSError:
             if not cut and not is_gone(send):
                 raise
-
-    async def _forward(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the class's application for one request, and make its calls here."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        held: List[Any] = []
-        sending: List[Any] = []
-        ahead: List[Any] = []  # the first piece, which is all of a small body
-        fields = dict(scope["headers"])
-        if scope["type"] == "http" and b"expect" not in fields and int(fields.get(b"content-length", 0)) <= READ_BYTES:
-            ahead.append(await receive())
-
-        async def receive_there() -> Any:
-            if ahead:
-                return ahead.pop()
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(receive(), loop))
-
-        async def send_there(message: Any) -> None:
-            if scope["etl.cut"]:  # Starlette's BaseHTTPMiddleware would end the body of an answer that failed
-                raise BrokenPipeError("the answer was cut")
-            held.append(message)
-            if message["type"] != "http.response.start":  # it goes with what follows, so that both cost one way
-                messages, held[:] = held[:], []
-                sent = asyncio.run_coroutine_threadsafe(transmit(messages, send), loop)
-                if message.get("more_body") or message["type"] != "http.response.body":
-                    await asyncio.wrap_future(sent)
-                else:  # nothing comes behind it
-                    sending.append(sent)
-
-        call = self._app(scope, receive_there, send_there)
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call, self._loop))
-        for sent in sending:
-            await asyncio.wrap_future(sent)
+        if cut:
+            send.__self__.transport.abort()
 
 
-class HandOver:
-    """A protocol of uvicorn's for connections that want to be WebSockets: those for `/ws` are taken over by threads.
+def half_closing(base: Any) -> Any:
+    """Make a protocol of uvicorn's that answers a client which sends nothing more, but may still read."""
+    class HalfClosing(base):  # type: ignore[misc]
+        """The protocol of one connection."""
 
-    All others go to uvicorn's own protocol, for the class's own routes. This has the methods of asyncio's Protocol.
-    """
+        def eof_received(self) -> Optional[bool]:
+            """Return whether the connection is to stay open for an answer to a request that is whole."""
+            if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+                return cast(Optional[bool], super().eof_received())
+            self.cycle.keep_alive = False
+            return True
 
-    def __init__(self, taken: Server, make_own: Callable[..., Any], **arguments: Any) -> None:
-        self._taken = taken
-        self._own: Any = None
-        self._make_own = functools.partial(make_own, **arguments)
-        self._connection: Optional[socket.socket] = None
-        self._head = b""
-
-    def connection_made(self, transport: Any) -> None:
-        """Get a connection, whose handshake is passed to `data_received` next."""
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        """Look at the handshake; the transport lets go of the connection before anything is sent on it."""
-        if self._own is None and re.match(rb"GET /ws[? ]", data):
-            self._connection = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
-            self._head = data
-            self._transport.abort()
-            return
-        if self._own is None:
-            self._own = self._make_own()
-            self._own.connection_made(self._transport)
-        self._own.data_received(data)
-
-    def connection_lost(self, error: Optional[Exception]) -> None:
-        """Take the connection over, or pass its end on."""
-        if self._connection is not None:
-            self._taken.add(self._connection, ahead=self._head, only_upgrades=True)
-        elif self._own is not None:
-            self._own.connection_lost(error)
-
-    def __getattr__(self, name: str) -> Any:
-        """Pass all else on: eof_received, pause_writing, resume_writing, shutdown."""
-        return getattr(self._own, name) if self._own is not None else lambda: None
-
-
-def new_loop() -> Any:
-    """Make an event loop for connections, uvloop's where that is installed."""
-    import asyncio
-
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+    return HalfClosing
 
 
 class UvicornServer:
-    """Serve a class's application by uvicorn; its connections in the thread of `serve_forever`.
+    """Serve a class's application by uvicorn, in another thread than that of `serve_forever`, which makes its calls.
 
-    The context starts the application up and shuts it down, on the thread that enters it. What uvicorn has no setting
-    for is not bounded: how long a client may take for the head of a request.
+    What uvicorn has no setting for is not bounded: how long a client may take for the head of a request.
     """
 
-    def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service, main_thread: MainLoop) -> None:
+    def __init__(self, server: FastAPIServer, service: Service, main_thread: CallingThread) -> None:
         import uvicorn
 
-        self._listener = listener
-        self._server = server
-        self._service = service
+        self._name = type(server).__name__
         self._main = main_thread
-        self._lifespan = Lifespan(server.app)
+        self._messages = add_fastapi_routes(server, service)
+        self._front = ASGIFront(server.app, self._messages)
         self._waker = Waker()
-        self._taken = Server(None, service, main_thread)
         self._config = uvicorn.Config(
-            AppFront(server.app, self._lifespan.state, main_thread.loop), log_config=None, access_log=False, lifespan="off",
-            proxy_headers=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
-            timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
-            h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False, ws_max_size=16 << 30,
-            ws_ping_interval=None, ws_ping_timeout=None)
+            self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False, server_header=False,
+            backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS), timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
+            h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False, ws_max_size=memory_limit(),
+            ws_max_queue=1, ws_ping_interval=None, ws_ping_timeout=None)
+        self._config.load()
+        self._config.http_protocol_class = half_closing(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
+        self._has_begun = False
+        self._drain_began = 0.0
+        # ends a process that has nothing to drain
+        self.leave: Callable[[], object] = lambda: None
         logging.getLogger("uvicorn").setLevel(quiet_level())
 
-    def __enter__(self) -> UvicornServer:
-        name = type(self._server).__name__
-        call_user(f"{name}'s start-up", lambda: self._main.run_until(self._lifespan.start()))
-        is_one = (Current.settings or Settings()).threads in (None, 1) and not self._server.use_streaming
-        add_fastapi_routes(self._server, self._service, self._main if is_one else None)
-        self._config.load()
-        self._config.ws_protocol_class = functools.partial(HandOver, self._taken, self._config.ws_protocol_class)
-        return self
+    def serve_forever(self, listener: socket.socket, ready: Callable[[], None]) -> None:
+        """Serve until `drain`, and then what has begun; `ready` is called before the first request.
 
-    def __exit__(self, *_: object) -> None:
-        name = type(self._server).__name__
-        call_user(f"{name}'s shutdown", lambda: self._main.run_until(self._lifespan.stop()))
+        ClassError where the application's start-up or shutdown fails.
+        """
+        import asyncio
 
-    def serve_forever(self) -> None:
-        """Serve until `drain`, and then what has begun; this thread makes the class's calls meanwhile."""
-        failures: List[BaseException] = []
+        failures: List[Optional[BaseException]] = []
+
+        def begin() -> None:
+            asyncio.get_running_loop().add_reader(self._waker.readable, self._wake_up)
+            ready()
+            self._has_begun = True
 
         def serve() -> None:
-            failures.extend(filter(None, [attempt(self._serve).error]))
+            failures.append(attempt(self._uvicorn.run, [listener]).error)
             self._main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
 
-        threading.Thread(target=serve, name="acceptor", daemon=True).start()
-        self._main.work()
-        if failures:
-            raise failures[0]
+        def end() -> None:
+            failure = self._front.failure or failures[0]
+            if failure is not None:
+                raise failure
 
-    def _serve(self) -> None:
-        """Run uvicorn, and beside it what serves WebSocket."""
-        taken = threading.Thread(target=self._taken.serve_forever, name="etl-ws", daemon=True)
-        taken.start()
-        loop = new_loop()
-        loop.add_reader(self._waker.readable, self._wake_up)
-        loop.run_until_complete(self._uvicorn.serve(sockets=[self._listener]))
-        taken.join(WORKER_GRACE_SECONDS)
+        self._front.begin = begin
+        threading.Thread(target=serve, name="uvicorn", daemon=True).start()
+        self._main.work()
+        call_user(f"{self._name}'s {'shutdown' if self._has_begun else 'start-up'}", end)
 
     def drain_on(self, signals: Iterable[int]) -> None:
         """Have signals drain the server, also while the main thread transforms. Call it on the main thread."""
@@ -6102,18 +6018,30 @@ class UvicornServer:
 
     def drain(self) -> None:
         """Stop accepting; what has begun is answered, and idle connections close."""
-        self._uvicorn.should_exit = True
+        if not self._has_begun:  # the start-up may take long
+            self.leave()
         self._waker.wake()
 
     def _wake_up(self) -> None:
-        """Do what connections' thread was woken for: a signal has come, if its handler has not run yet, or has."""
-        if self._waker.take():
-            self._uvicorn.should_exit = True
-        if self._uvicorn.should_exit and not self._taken.is_draining:
-            self._taken.drain()
+        """Begin to drain: a signal has come, if its handler has not run yet, or has. On uvicorn's loop."""
+        import asyncio
 
+        self._waker.take()
+        if not self._drain_began:
+            self._drain_began = time.monotonic()
+            self._draining = asyncio.ensure_future(self._drain())
 
-Front = Union[UvicornServer, Server]
+    async def _drain(self) -> None:
+        import asyncio
+
+        while not self._uvicorn.started:
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        for server in self._uvicorn.servers:
+            server.close()
+        await self._messages.drain()
+        seconds = self._drain_began + WORKER_GRACE_SECONDS - time.monotonic()
+        self._config.timeout_graceful_shutdown = max(1, int(seconds))
+        self._uvicorn.should_exit = True
 
 
 def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Optional[MainThread]]:
@@ -6122,7 +6050,7 @@ def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Option
     is_one = server.one_at_a_time and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = MainThread() if is_one else None
     if isinstance(server, FastAPIServer) and server.etl_app is not None:
-        main_thread = MainLoop()
+        main_thread = CallingThread()
     slots = main_thread if main_thread is not None and is_one else ThreadSlots(settings.threads or DEFAULT_THREADS)
     return Service(settings, server, Current.pool, slots), main_thread
 
@@ -6296,6 +6224,14 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         "/<etl_name:path>", "etl_object", lambda path: server._handle_request(path), methods=["GET", "PUT"])
 
 
+def application_of(server: ETLServer, service: Service) -> Optional[WSGIApplication]:
+    """Return what answers requests in the place of the service, for a class that has an application of Flask."""
+    if not isinstance(server, FlaskServer) or server.etl_app is None:
+        return None
+    add_flask_routes(server, service)
+    return WSGIApplication(server, service)
+
+
 def add_routes(server: ETLServer, settings: Settings) -> None:
     """Let the application of a class that starts a server of its own answer requests for objects, one at a time."""
     if isinstance(server, FrameworkServer) and server.etl_app is not None and server.etl_answer is None:
@@ -6309,6 +6245,9 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
 
 # == 18. Workers ==
 # Processes: one supervisor that forks, watches, replaces and stops; workers that construct the class and serve.
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -6334,17 +6273,6 @@ def start_listening(listener: socket.socket) -> None:
         raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
 
 
-def make_front(listener: socket.socket, server: ETLServer, service: Service, main_thread: Optional[MainThread]) -> Front:
-    """Make what speaks HTTP on a listening socket."""
-    if isinstance(main_thread, MainLoop):
-        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
-    front = Server(listener, service, main_thread)
-    if isinstance(server, FlaskServer) and server.etl_app is not None:
-        add_flask_routes(server, service)
-        front.application = WSGIApplication(server, service)
-    return front
-
-
 def serve_instance(server: ListeningServer) -> None:
     """Serve an instance until SIGTERM; buffered transforms of framework classes run on the calling thread.
 
@@ -6353,14 +6281,28 @@ def serve_instance(server: ListeningServer) -> None:
     settings = Current.settings or Settings()
     listener = Current.listener or bind(server.host, server.port)
     service, main_thread = make_service(server, settings)
-    with make_front(listener, server, service, main_thread) as front:
-        if threading.current_thread() is threading.main_thread():
-            front.drain_on((signal.SIGTERM, signal.SIGINT) if Current.reports is None else (signal.SIGTERM,))
-        if Current.reports is not None and isinstance(front, Server):
-            front.leave = functools.partial(leave, Exit.OK)
+
+    def ready() -> None:
         start_listening(listener)
         report(REPORT_READY)
-        error = attempt(front.serve_forever).error
+
+    front: Union[UvicornServer, Server]
+    if isinstance(main_thread, CallingThread):
+        front = UvicornServer(cast(FastAPIServer, server), service, main_thread)
+        serve: Callable[[], None] = functools.partial(front.serve_forever, listener, ready)
+    else:
+        front = Server(listener, service, main_thread)
+        front.application = application_of(server, service)
+        serve = front.serve_forever
+    if threading.current_thread() is threading.main_thread():
+        front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
+    if Current.reports is not None:
+        front.leave = functools.partial(leave, Exit.OK)
+    if isinstance(front, Server):
+        ready()
+    error = attempt(serve).error
+    if isinstance(error, StartupError):
+        raise error
     if error is not None:
         logger.error("the server failed", exc_info=error)
         raise StartupError(f"the server failed: {describe(error)}")
@@ -6457,9 +6399,6 @@ class Served(NamedTuple):
         """Tell it of a class that is loaded here."""
         base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
         return cls(etl_class.__name__, base, server, getattr(etl_class, "start") is not ListeningServer.start)
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -6799,16 +6738,16 @@ class Supervisor:
 
     def _bury(self, worker: Worker, status: int) -> None:
         """Decide what a worker's end means: the end of all, or a replacement."""
+        if worker.failure is not None and not (self._is_announced or self._deadline):
+            return self._fail(worker.failure)
+        if worker.failure is not None and self._failure is None:
+            logger.error(worker.failure.story or str(worker.failure))
         if self._deadline:
             return
-        if worker.failure is not None and not self._is_announced:
-            return self._fail(worker.failure)
         if worker.has_answered:
             self._deaths = self._idle_deaths = 0
         was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         self._idle_deaths += was_killed and worker.is_ready and not worker.has_begun
-        if worker.failure is not None and worker.failure.story:
-            logger.error(worker.failure.story)
         self._start_later(f"worker {worker.pid} {worker.failure or how_it_died(status)}")
 
     def _start_later(self, why: str) -> None:

@@ -18,7 +18,8 @@ SOON_SECONDS = 20.0
 # who serves a class, as the line tells it that says "serving"
 BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer"}
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
-           "fastapi stream": "FastStream", "flask stream": "FlaskStream"}
+           "fastapi stream": "FastStream", "flask stream": "FlaskStream",
+           "fastapi plain": "Prepares", "flask plain": "RegistersRoutes"}
 SOURCE = '''
 import asyncio, contextlib, os, sqlite3, sys, threading, time
 import fastapi, fastapi.responses, flask, werkzeug.exceptions
@@ -160,6 +161,24 @@ class StartsFast(Work, UsesApp):
 class StartsInVain(Work, FastAPIServer):
     async def startup_event(self):
         raise ValueError("no model here")
+
+class EndsInVain(Work, FastAPIServer):
+    async def shutdown_event(self):
+        raise ValueError("no way out")
+
+class LivesInVain(Work, FastAPIServer):
+    def __init__(self):
+        super().__init__()
+        self.app = fastapi.FastAPI(lifespan=self.lives)
+    @contextlib.asynccontextmanager
+    async def lives(self, app):
+        raise ValueError("no model here")
+        yield
+
+class StartsSlowly(Work, FastAPIServer):
+    async def startup_event(self):
+        open(os.environ["GATE"] + ".begun", "w").close()
+        await asyncio.sleep(60)
 
 class Threaded(Work, HTTPMultiThreadedServer):
     pass

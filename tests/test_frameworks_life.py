@@ -2,6 +2,7 @@
 import configparser
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -27,7 +28,8 @@ def start_in_vain(
     """Start a class that cannot be served."""
     variables = {"ETL_CLASS_PAYLOAD": payload_of(name), "NUM_WORKERS": "1", **(env or {})}
     done = run_to_end(env=variables, python=python, timeout=60)
-    assert ("Traceback" in "\n".join(done.lines)) == (name in ("StartsInVain", "ConstructsInVain"))
+    traces = "\n".join(done.lines).count("Traceback (most")  # of a failure one, whatever has failed
+    assert traces == (name in ("StartsInVain", "LivesInVain", "ConstructsInVain"))
     return done
 
 
@@ -59,6 +61,48 @@ def test_after_sigterm_what_has_begun_is_answered_and_idle_connections_do_not_de
 
 
 @both
+def test_after_sigterm_objects_that_came_over_websocket_are_answered(
+    start_runtime: StartRuntime, tmp_path: Path, kind: str
+) -> None:
+    runtime, gate = start(start_runtime, CLASSES[kind]), tmp_path / "gate"
+    with open_websocket(runtime) as client:
+        for number in range(100):  # more than are taken at once
+            args = str(gate) if number == 0 else ""
+            client.send(json.dumps({"path": "n%d" % number, "etl_args": args}).encode())
+            client.send(b"hello")
+        wait_until(Path(str(gate) + ".begun").exists, "an object is transformed")
+        runtime.process.terminate()
+        runtime.wait_for_line("stopping")
+        wait_until(lambda: refuses_connections(runtime), "nobody else is let in")
+        gate.touch()
+        assert list(client) == [b"HELLO n%d" % number for number in range(100)]
+    assert client.protocol.close_rcvd and client.protocol.close_rcvd.code == 1001
+    assert runtime.wait() == Exit.OK
+
+
+def refuses_connections(runtime: Runtime) -> bool:
+    """Tell whether a pod lets nobody in."""
+    try:
+        runtime.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_sigterm_ends_a_start_up_that_takes_long(start_runtime: StartRuntime, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    payload = payload_of("StartsSlowly")
+    python = interpreter("sdk")
+    variables = {"ETL_CLASS_PAYLOAD": payload, "NUM_WORKERS": "2", "GATE": str(gate), "PORT": "0",
+                 "AIS_TARGET_URL": "http://127.0.0.1:9/v1"}
+    with Server([python, str(RUNTIME)], exact_environment(python, variables)) as server:
+        wait_until(Path(str(gate) + ".begun").exists, "its start-up has begun")
+        begin = time.monotonic()
+        assert server.terminate() == Exit.OK
+        assert time.monotonic() - begin < 5
+
+
+@both
 def test_a_worker_that_is_killed_is_replaced(start_runtime: StartRuntime, kind: str) -> None:
     runtime = start(start_runtime, CLASSES[kind])
     first = body_of(runtime, "/pid")
@@ -72,10 +116,10 @@ def test_a_worker_that_is_killed_is_replaced(start_runtime: StartRuntime, kind: 
     wait_until(is_replaced, "another worker answers")
     assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
     if kind == "fastapi":
-        assert body_of(runtime, "/version")["events"] == ["started on MainThread"]
+        assert body_of(runtime, "/version")["events"] == ["started on uvicorn"]
     assert runtime.terminate() == Exit.OK
     shut_down = [line for line in runtime.lines if line.startswith("shut down")]
-    assert shut_down == (["shut down on MainThread"] if kind == "fastapi" else [])
+    assert shut_down == (["shut down on uvicorn"] if kind == "fastapi" else [])
 
 
 @pytest.mark.parametrize("name", ["FreshFast", "FreshFlask"])
@@ -105,13 +149,21 @@ def test_a_class_that_asks_for_no_framework_or_merely_imports_one_gets_none(
 
 
 @pytest.mark.parametrize("name, what", [
-    ("StartsInVain", "StartsInVain's start-up"), ("ConstructsInVain", "ConstructsInVain()")])
+    ("StartsInVain", "StartsInVain's start-up"), ("LivesInVain", "LivesInVain's start-up"),
+    ("ConstructsInVain", "ConstructsInVain()")])
 def test_a_class_that_fails_to_start_ends_the_pod_with_its_reason(
     sdk_python: str, name: str, what: str
 ) -> None:
     done = start_in_vain(name, sdk_python)
     assert done.code == Exit.SOFTWARE
     assert done.last_line == "ais_runtime_min: %s failed: ValueError: no model here" % what
+
+
+def test_a_shutdown_that_fails_is_told(start_runtime: StartRuntime) -> None:
+    runtime = start(start_runtime, "EndsInVain", expect_traceback=True)
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    assert runtime.terminate() == Exit.OK
+    assert "EndsInVain's shutdown: no way out\nTraceback" in runtime.log()
 
 
 # == Packages that are missing ==

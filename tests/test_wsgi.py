@@ -8,7 +8,6 @@ import http.client
 import json
 import socket
 from typing import Callable, Iterator, List
-from urllib.parse import unquote
 
 import pytest
 
@@ -399,24 +398,6 @@ def test_a_client_that_waits_to_be_invited_is(pod: Runtime) -> None:
 # == Objects ==
 
 
-NAMES = ["line%0Afeed", "a//b", "/leading", "trailing/", "..", "a/../b", "%2F", "%252F", "%C3%A4",
-         "%FF", "a%3Fb", "a;b", "a+b", "%20", "very/" * 50 + "deep", "health", "static/x"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_name_of_an_object_is_answered_by_the_framework(
-    pod: Runtime, target: StandInTarget, name: str
-) -> None:
-    response = pod.request("PUT", "/bucket/" + name, b"hello")
-    assert response.status == 200
-    assert response.body == b"HELLO" + repr("bucket/" + unquote(name)).encode()
-    path = "/ais%2F@%23%2Fbucket%2F" + name.replace("/", "%2F")
-    target.objects[path] = b"hello"
-    response = pod.request("GET", path)
-    assert response.status == 200
-    assert response.body == b"HELLO" + repr("ais/@#/bucket/" + unquote(name)).encode()
-
-
 def test_routes_of_the_class_s_own_win_however_general_they_are(
     start_runtime: Callable[..., Runtime]
 ) -> None:
@@ -438,10 +419,3 @@ def test_objects_come_over_websocket_too(start_runtime: Callable[..., Runtime]) 
         client.send(b'{"path": "again"}')
         client.send(b"hello")
         assert client.recv() == b"HELLO'again'"
-
-
-def test_an_offer_of_another_protocol_is_ignored_and_the_body_read(pod: Runtime) -> None:
-    for framing in (b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"):
-        answer = pod.raw([b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
-                          b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n" + framing])
-        assert answer.startswith(b"HTTP/1.1 200 ") and b"HELLO'bucket/object'" in answer
