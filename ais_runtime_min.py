@@ -200,7 +200,6 @@ DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
 DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
 DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
-DEATHS_SECONDS = 60.0  # that such a row must last, where some were killed idle: AIStore may be waiting to send again
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what passes when others are done
 DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
@@ -6540,8 +6539,6 @@ class Supervisor:
         self._workers: Dict[int, Worker] = {}
         self._due: List[float] = []  # when to start a worker
         self._deaths = 0  # in a row
-        self._idle_deaths = 0  # of these, of workers that were killed while they had no request: not by the class
-        self._first_death = 0.0
         self._deadline = 0.0  # for the workers' end, once they are told to
         self._failure: Optional[StartupError] = None
         self._breakage = ""  # why a WebSocket connection was lost, the last that was
@@ -6586,13 +6583,8 @@ class Supervisor:
                 os.close(end)
 
     @property
-    def _is_single(self) -> bool:
-        """Whether there is one process, whose end is that of the pod."""
-        return self._served.has_own_start
-
-    @property
     def _count(self) -> int:
-        return 1 if self._is_single else self._settings.workers
+        return 1 if self._served.has_own_start else self._settings.workers
 
     def _bind(self) -> None:
         if not self._served.has_own_start:
@@ -6745,30 +6737,24 @@ class Supervisor:
         if self._deadline:
             return
         if worker.has_answered:
-            self._deaths = self._idle_deaths = 0
+            self._deaths = 0
+        why = f"worker {worker.pid} {worker.failure or how_it_died(status)}"
         was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        self._idle_deaths += was_killed and worker.is_ready and not worker.has_begun
-        self._start_later(f"worker {worker.pid} {worker.failure or how_it_died(status)}")
+        self._start_later(why, was_idle=was_killed and worker.is_ready and not worker.has_begun)
 
-    def _start_later(self, why: str) -> None:
+    def _start_later(self, why: str, was_idle: bool = False) -> None:
         """Start a worker after a delay that grows with each death in a row; end the pod where that is hopeless."""
         self._deaths += 1
-        if self._deaths == 1:
-            self._first_death = time.monotonic()
-        if self._is_single:
+        if was_idle:  # neither its class nor an object has killed it: no reason to give up
+            self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
+        if self._served.has_own_start:  # one process, whose end is that of the pod
             return self._fail(StartupError(why))
-        if self._is_hopeless():
+        has_answered = any(worker.has_answered for worker in self._workers.values())
+        if self._deaths >= DEATHS_LIMIT and not has_answered:
             return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
         delay = min(0.05 * 2 ** min(self._deaths, 10), RESPAWN_DELAY_LIMIT_SECONDS)
         logger.error("%s; starting another in %.1f s", why, delay)
         self._due.append(time.monotonic() + delay)
-
-    def _is_hopeless(self) -> bool:
-        """Whether workers die of the class or of its objects, all of them, and not of what happens to an idle pod."""
-        if any(worker.has_answered for worker in self._workers.values()):
-            return False
-        lasts = time.monotonic() - self._first_death >= DEATHS_SECONDS
-        return self._deaths - self._idle_deaths * (not lasts) >= DEATHS_LIMIT
 
     def _fail(self, failure: StartupError) -> None:
         self._failure = failure

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNTIME = ROOT / "ais_runtime_min.py"
 QUICK = ROOT / "tests" / "quick.py"
 QUICK_NUMBERS = {  # a tenth of the runtime's own or so, for what a test would wait for
-    "DEATHS_SECONDS": 6.0,
     "DRAIN_SECONDS": 1.0,
     "FORSAKEN_SECONDS": 1.0,
     "RESPAWN_DELAY_LIMIT_SECONDS": 0.5,
