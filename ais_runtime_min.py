@@ -178,6 +178,8 @@ FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its 
 WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
+CHILDREN_SECONDS = 0.3  # for what a class has started to end on SIGTERM, when its worker ends
+THREADS_SECONDS = 0.2  # for threads of a class, other than those of executors, to end with their worker
 TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once unless forking is not safe
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, half an hour means it hangs
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
@@ -6370,11 +6372,68 @@ def flush_output() -> None:
         stream.flush()
 
 
+def end_group(group: int, number: int) -> bool:
+    """Send a signal to the processes that a worker has started; return False where none is left."""
+    return attempt(os.killpg, group, number).error is None
+
+
+def children_here() -> List[int]:
+    """List the children of this process, where /proc tells them."""
+    pids: List[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+                pids += map(int, file.read().split())
+    return pids
+
+
+def end_children() -> None:
+    """Ask what the class has started to end, and wait a moment; the supervisor kills what remains."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    known = multiprocessing.active_children() if multiprocessing else []
+    for pid in children_here():
+        attempt(os.kill, pid, signal.SIGTERM)
+    end_group(0, signal.SIGTERM)
+    deadline = time.monotonic() + CHILDREN_SECONDS
+    for child in known:
+        child.join(max(0.0, deadline - time.monotonic()))
+        child.kill()
+    while time.monotonic() < deadline and attempt(os.waitpid, -1, os.WNOHANG).error is None:
+        time.sleep(0.005)
+
+
+def finish_threads() -> None:
+    """Call what waits for the end of the main thread, as that of executors, and give other threads a moment."""
+    for hook in reversed(getattr(threading, "_threading_atexits", ())):
+        attempt(hook)
+    deadline = time.monotonic() + THREADS_SECONDS
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("the thread %s of the class still runs, and is not waited for", thread.name)
+
+
 def leave(code: int) -> NoReturn:
-    """End a worker: what is registered for the exit is called, what still runs in threads is not waited for."""
+    """End a worker as a Python process ends: threads, then what is registered for the exit, then children.
+
+    But neither threads nor children are waited for without end. Where the main thread is held up, as it may be when
+    there is no more time, no thread is.
+    """
     import atexit
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all of this process's group get one
+        attempt(finish_threads)
+    util = sys.modules.get("multiprocessing.util")
+    end_multiprocessing = getattr(util, "_exit_function", lambda: None)
+    atexit.unregister(end_multiprocessing)  # it comes last, as it waits for children, which may not end by themselves
     attempt(atexit._run_exitfuncs)
+    patience = threading.Timer(CHILDREN_SECONDS, end_children)
+    patience.daemon = True
+    attempt(patience.start)
+    attempt(end_multiprocessing)
+    attempt(end_children)
     attempt(flush_output)
     os._exit(code)
 
@@ -6382,7 +6441,7 @@ def leave(code: int) -> NoReturn:
 def die_with(life: int) -> None:
     """End this worker when the other end of a pipe closes: the supervisor is gone. Runs in a thread of its own."""
     os.read(life, 1)
-    os._exit(Exit.SOFTWARE)
+    end_group(0, signal.SIGKILL)
 
 
 class Served(NamedTuple):
@@ -6548,6 +6607,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._life = os.pipe()
         self._shares = Share.allot(self._count)
+        self._groups: List[int] = []  # of processes that have outlived their workers
         self._wakeup = (-1, -1)
 
     def run(self, announce: Callable[[str], None]) -> int:
@@ -6574,6 +6634,12 @@ class Supervisor:
 
     def _close(self) -> None:
         """Let go of all that is open, and of signals: another supervisor may follow."""
+        deadline = time.monotonic() + CHILDREN_SECONDS
+        while time.monotonic() < deadline and any(end_group(group, 0) for group in self._groups):
+            self._reap()
+            time.sleep(0.01)
+        for group in self._groups:
+            end_group(group, signal.SIGKILL)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handlers[number])
         signal.set_wakeup_fd(-1)
@@ -6643,6 +6709,7 @@ class Supervisor:
     def _become_worker(self, slot: int, reports: int, reporter: int, masked: Iterable[int]) -> NoReturn:
         """The child's side of the fork: let go of what is the supervisor's, serve, and never return."""
         try:
+            os.setpgid(0, 0)  # all that the class starts ends with this process
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -6700,6 +6767,7 @@ class Supervisor:
                 os.close(worker.reports)
                 if self._shares >= 0:
                     Share(self._count, worker.slot, self._shares).leave()
+                self._groups = [group for group in (*self._groups, pid) if end_group(group, signal.SIGTERM)]
                 self._bury(worker, status)
 
     def _look_at_websockets(self) -> None:
