@@ -55,7 +55,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("AIS_TARGET_URL", UNUSED_TARGET)
     settings = Settings()
     service = Service(settings, Upper(), ConnectionPool(settings), ThreadSlots(2))
-    with Server(None, service) as made:
+    with Server(socket.socket(), service) as made:
+        made.server_close()
         yield made
 
 

@@ -18,7 +18,8 @@ from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
 from aistore.sdk.etl.webserver.flask_server import FlaskServer
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
-DEAF = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"]
+DEAF = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print(1, flush=True); time.sleep(60)"]
 SHELL = ["sh", "-c", "sleep 60 & echo $!; wait"]
 
 def forget_the_signal(ready):
