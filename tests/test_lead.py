@@ -51,12 +51,11 @@ class Upper(HTTPMultiThreadedServer):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server without a listening socket, which nobody leads yet."""
+    """A server which nobody leads yet."""
     monkeypatch.setenv("AIS_TARGET_URL", UNUSED_TARGET)
     settings = Settings()
     service = Service(settings, Upper(), ConnectionPool(settings), ThreadSlots(2))
-    with Server(socket.socket(), service) as made:
-        made.server_close()
+    with Server(socket.create_server(("127.0.0.1", 0)), service) as made:
         yield made
 
 
@@ -204,6 +203,7 @@ def test_a_wake_up_that_another_thread_has_taken_is_none(server: Server) -> None
 
 
 def test_a_drain_begins_once_though_two_threads_see_it(server: Server) -> None:
+    server.server_close()
     waker = server._selector.register(server._waker.readable, 1)
     server.drain()
     term = server._take_lead()
@@ -257,6 +257,7 @@ def test_pongs_for_a_client_that_reads_nothing_take_bounded_memory(
 def test_a_leader_that_has_just_lost_the_lead_to_a_drain_accepts_nobody(
     server: Server, pair: List[socket.socket]
 ) -> None:
+    server.server_close()
     assert server._listener is None and not server._accept(server._take_lead())
     server._listener = socket.create_server(("127.0.0.1", 0))
     server._listener.close()
