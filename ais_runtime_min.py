@@ -187,6 +187,7 @@ TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer 
 TOOL_LOOK_SECONDS = 0.1  # between two looks whether an installer has ended, where its output stays open
 TOOL_QUERY_SECONDS = 60.0  # for an installer to say whether a package is there: it reads a file
 TOOL_LINES_LIMIT = 40  # of an installer's output that are kept; its errors are among the last
+TOOL_OUTPUT_BYTES = 128 << 10  # of an installer's output that are looked at for these
 TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
@@ -692,93 +693,87 @@ def last_words(lines: Sequence[str]) -> str:
 class Tool:
     """An installer: it is run to its end, its last lines are kept, and while it runs the log says so.
 
-    It has a session of its own, so that it and all that it starts can be ended together: when its time is over, and when a
-    signal ends us, whose exception passes through `run`.
+    It has a session of its own, so that it and all that it starts can be ended together: when its
+    time is over, and when a signal ends us, whose exception passes through `run`. What it prints
+    goes into a temporary file, which it can neither fill nor keep open to hold us up.
     """
 
     limit_seconds = TOOL_SECONDS
     progress_seconds = TOOL_PROGRESS_SECONDS
 
-    def __init__(self, why: str, packages: Sequence[str], command: Sequence[str], environ: Mapping[str, str]) -> None:
-        self.lines: List[str] = []  # the last ones, without credentials
+    def __init__(self, why: str, packages: Sequence[str], command: Sequence[str],
+                 environ: Mapping[str, str]) -> None:
         self._name = command[2] if "-m" in command[1:2] else command[0]
         self._why = f"{why}: {self._name}"
         listed = hide_credentials(" ".join(packages))
-        self._packages = listed if len(listed) <= 200 else listed[:200].rpartition(" ")[0] + " …"
+        is_short = len(listed) <= 200
+        self._packages = listed if is_short else listed[:200].rpartition(" ")[0] + " …"
         self._command = command
         self._environ = environ
-        self._rest = b""  # of the output, a line without its end
-        self._has_more = True
 
     def run(self) -> List[str]:
         """Return its last lines; PackageError if it cannot be run, does not end in time, or fails."""
         import subprocess
+        import tempfile
 
-        try:
-            process = subprocess.Popen(self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
-            raise PackageError(f"{self._why} cannot be run: {error.strerror}") from None
-        try:
-            self._follow(process)
-        finally:
-            stop_group(process)
-            cast(BinaryIO, process.stdout).close()
-        if process.returncode:
-            raise self._failure(process.returncode)
-        return self.lines
+        with contextlib.ExitStack() as stack:
+            try:
+                self._output = stack.enter_context(tempfile.TemporaryFile())
+                process = subprocess.Popen(
+                    self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
+                    stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True)
+            except OSError as error:
+                raise PackageError(f"{self._why} cannot be run: {error.strerror}") from None
+            stack.callback(stop_group, process)
+            self._wait(process)
+            if process.returncode:
+                raise self._failure(process.returncode)
+            return self.lines()
 
-    def _follow(self, process: subprocess.Popen[bytes]) -> None:
-        """Read until the process ends; what it leaves behind may keep its output open."""
-        began = time.monotonic()
-        told = began
+    def lines(self) -> List[str]:
+        """Return the last lines of what it has printed, without credentials."""
+        output = self._output.fileno()
+        start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
+        *lines, last = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
+        whole = [line for line in (*lines[bool(start):], last) if line.strip()]
+        return [self._shown(line) for line in whole[-TOOL_LINES_LIMIT:]]
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for its end, and tell meanwhile that it runs."""
+        import subprocess
+
+        began = told = time.monotonic()
         while process.poll() is None:
-            self._read(process, TOOL_LOOK_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TOOL_LOOK_SECONDS)
             now = time.monotonic()
             if now - began >= self.limit_seconds:
                 self._log_lines("did not end in time")
-                raise PackageError(f"{self._why} did not end within {self.limit_seconds:.0f} s for {self._packages}; "
-                                   f"it last said: {(self.lines or ['nothing'])[-1].strip()}")
+                raise PackageError(f"{self._why} did not end within {self.limit_seconds:.0f} s for "
+                                   f"{self._packages}; it last said: {self._last_line() or 'nothing'}")
             if now - told >= self.progress_seconds:
-                told = now
+                told, last = now, self._last_line()
                 logger.info("%s has been running for %.0f s%s", self._name, now - began,
-                            f": {self.lines[-1].strip()}" if self.lines else "")
-        self._read(process, 0)  # a pipe holds no more than one read takes
-        self._take(b"\n")
+                            last and f": {last}")
 
-    def _read(self, process: subprocess.Popen[bytes], seconds: float) -> None:
-        """Read what comes within some time, which is over when the process ends."""
-        import subprocess
-
-        output = cast(BinaryIO, process.stdout).fileno()
-        if not self._has_more:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-        elif select.select([output], [], [], seconds)[0]:
-            piece = os.read(output, READ_BYTES)
-            self._has_more = bool(piece)
-            self._take(piece)
-
-    def _take(self, piece: bytes) -> None:
-        """Keep the last lines of the output, and of each its beginning."""
-        *lines, rest = re.split(b"[\r\n]+", self._rest + piece)
-        self._rest = rest[:TOOL_LINE_LIMIT_BYTES + 1]
-        self.lines += [self._shown(line) for line in lines if line.strip()]
-        del self.lines[:-TOOL_LINES_LIMIT]
+    def _last_line(self) -> str:
+        return "".join(self.lines()[-1:]).strip()
 
     def _shown(self, line: bytes) -> str:
         text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
-        if len(line) > TOOL_LINE_LIMIT_BYTES:  # it may end in half a URL, whose password could not be told from the rest
+        if len(line) > TOOL_LINE_LIMIT_BYTES:
+            # it may end in half a URL, whose password could not be told from the rest
             text = text.rpartition(" ")[0] + " …"
         return hide_credentials(text)
 
     def _failure(self, code: int) -> PackageError:
         self._log_lines("failed")
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-        return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines)}")
+        return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines())}")
 
     def _log_lines(self, what: str) -> None:
-        logger.error("%s %s:\n%s", self._name, what, "\n".join(self.lines) or "(it printed nothing)")
+        said = "\n".join(self.lines())
+        logger.error("%s %s:\n%s", self._name, what, said or "(it printed nothing)")
 
 
 def ask_tool(command: Sequence[str], environ: Mapping[str, str]) -> Optional[str]:
@@ -868,25 +863,36 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
         raise PackageError(f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
 
 
-# A comma parts two requirements unless it stands in brackets or quotes, or a version follows. In a URL it may be anything:
-# there it parts them if what follows begins as a requirement does.
-PARTING_COMMA = re.compile(r"""(\[[^]]*\]|"[^"]*"|'[^']*')|,(?!\s*[<>=!~])""")
-REQUIREMENT_START = re.compile(
-    r"-|[\w.+-]+://|[./~]|(?!\S+\.(?:whl|zip|gz|bz2|xz|tgz)\b)[A-Za-z0-9][\w.-]*\s*(?:$|[\[(<>=!~;]|@\s*[\w+]+:)")
-PLAIN_VERSIONS = re.compile(r"\s*(~=|==|!=|<=|>=|<|>)\s*([0-9]{1,18}(?:\.[0-9]{1,18})*)(\.\*)?\s*(?:,|$)")
-PLAIN_REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)\s*((?:%s)*)" % PLAIN_VERSIONS.pattern, re.ASCII)
+@functools.lru_cache(maxsize=None)
+def parse_requirement(text: str) -> Any:
+    """Read a requirement as pip does; None for what is none, as a path, or where nobody can read it."""
+    for package in ("pip._vendor.packaging", "packaging"):  # the second in a Python without pip
+        parser = attempt(importlib.import_module, f"{package}.requirements").value
+        if parser is not None:
+            return attempt(parser.Requirement, text).value
+    return None
+
+
+# a path or a URL, which pip takes too, or an option, which is refused
+NO_NAME = re.compile(r"\s*(?:-|[./~]|[\w+]+://)")
 
 
 def split_requirements(text: str) -> List[str]:
-    """Split comma-separated PEP 508 requirements."""
+    """Split comma-separated requirements (PEP 508).
+
+    A comma may also be part of one: between two versions, in brackets or quotes, in a URL.
+    """
     requirements: List[str] = []
-    for part in PARTING_COMMA.sub(lambda match: match[1] or "\0", text).split("\0"):
-        part = part.strip()
-        if part and requirements and "://" in requirements[-1] and not REQUIREMENT_START.match(part):
+    for part in text.split(","):
+        last = requirements[-1] if requirements else ""
+        is_whole = bool(NO_NAME.match(last)) or parse_requirement(last) is not None
+        is_new = bool(NO_NAME.match(part)) or parse_requirement(part) is not None
+        goes_on = not is_whole or part.lstrip()[:1] in tuple("<>=!~") or ("://" in last and not is_new)
+        if last and part.strip() and goes_on:
             requirements[-1] += "," + part
-        elif part:
+        elif part.strip():
             requirements.append(part)
-    return requirements
+    return [requirement.strip() for requirement in requirements]
 
 
 def check_requirement(why: str, requirement: str) -> None:
@@ -898,46 +904,34 @@ def check_requirement(why: str, requirement: str) -> None:
         raise PackageError(f"{shown}: requirements are separated by commas, not by line breaks")
 
 
-def release_of(version: str) -> Tuple[int, ...]:
-    """Turn a version of numbers into what compares as it does: 1.0 is 1."""
-    return tuple(map(int, re.sub(r"(\.0+)+$", "", version).split(".")))
-
-
-def satisfies(installed: str, operator: str, wanted: str, is_prefix: bool) -> bool:
-    """Compare two versions of numbers as PEP 440 says; what it does not allow is never satisfied."""
-    have, want = release_of(installed), release_of(wanted)
-    written = wanted.split(".")
-    if operator == "~=":
-        return len(written) > 1 and not is_prefix and have >= want and (
-            satisfies(installed, "==", ".".join(written[:-1]), True))
-    if is_prefix:
-        want = tuple(map(int, written))
-        have = (*have, *[0] * len(want))[:len(want)]
-    comparisons = {"==": have == want, "!=": have != want}
-    if not is_prefix:
-        comparisons.update({"<": have < want, "<=": have <= want, ">": have > want, ">=": have >= want})
-    return comparisons.get(operator, False)
-
-
 def installed_version(name: str) -> Optional[str]:
-    """Return a distribution's version, however its name is spelled (PEP 503); None if it is not there, or in part."""
+    """Return a distribution's version, however its name is spelled (PEP 503).
+
+    None if it is not there, or in part.
+    """
     import importlib.metadata
 
-    spellings = (name, re.sub(r"[-_.]+", "-", name))  # Python 3.9 knows no more than that "_" is "-"
-    found = [attempt(importlib.metadata.version, spelling).value for spelling in spellings]  # a broken one may raise anything
+    # Python 3.9 knows no more than that "_" is "-"
+    spellings = (name, re.sub(r"[-_.]+", "-", name))
+    # a broken one may raise anything
+    found = [attempt(importlib.metadata.version, spelling).value for spelling in spellings]
     return next((version for version in found if isinstance(version, str)), None)
 
 
-def is_installed(requirement: str) -> bool:
-    """Tell whether a name, perhaps with plain versions, is there for sure; anything more is for pip to decide."""
-    match = PLAIN_REQUIREMENT.fullmatch(requirement)
-    installed = installed_version(match[1]) if match else None
-    if match is None or installed is None:
-        return False
-    wanted = PLAIN_VERSIONS.findall(match[2])
-    is_plain = re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})*", installed) is not None
-    return not wanted or is_plain and all(satisfies(installed, operator, version, bool(star))
-                                          for operator, version, star in wanted)
+def is_installed(requirement: str, in_any_version: bool = False) -> bool:
+    """Tell whether what a requirement asks for is there; of extras and URLs only pip can say.
+
+    Where the version does not matter, what cannot be told counts as there.
+    """
+    wanted = parse_requirement(requirement)
+    if wanted is None or (not in_any_version and (wanted.url or wanted.extras)):
+        return in_any_version
+    if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        return True  # it is not for this Python
+    version = installed_version(wanted.name)
+    if version is None or in_any_version:
+        return version is not None
+    return bool(attempt(wanted.specifier.contains, version, True).value)
 
 
 class TargetFolder:
@@ -1048,14 +1042,17 @@ def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMa
                            f"has it, or install the packages into the image")
     folder, arguments = pip_target(why, requirements)
     logger.info("installing Python packages: %s", shown)
-    variables = {"PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1"}
-    if target_folder.path:
-        variables["PIP_USER"] = "0"  # it excludes a target
+    variables = {"PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
     for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):  # what went elsewhere could not be imported
         variables.pop(name, None)
     Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                              "--progress-bar=off", *arguments], variables).run()
     use_packages_of(folder, environ)
+    lost = [requirement for requirement in requirements if not is_installed(requirement, in_any_version=True)]
+    if lost:
+        raise PackageError(f"{why}: pip was content, but {hide_credentials(' '.join(lost))} cannot be found here: its "
+                           f"configuration (pip config list) has it install elsewhere or not at all, by target, prefix, root or "
+                           f"dry-run")
 
 
 # == 5. HTTP messages ==
@@ -2474,14 +2471,6 @@ def is_here(module: str) -> bool:
     return importlib.machinery.PathFinder.find_spec(module) is not None
 
 
-def imports(code: types.CodeType, package: str) -> bool:
-    """Tell whether code imports a package or what is in it."""
-    import dis
-
-    return any(step.opname == "IMPORT_NAME" and str(step.argval).partition(".")[0] == package
-               for step in dis.get_instructions(code))
-
-
 class PayloadUnpickler(pickle.Unpickler):
     """Unpickle a class, refusing another Python's bytecode before any of it runs.
 
@@ -2507,10 +2496,13 @@ class PayloadUnpickler(pickle.Unpickler):
 
     def _make_code(self, *args: Any) -> types.CodeType:
         """Make a code object; FrameworkNeeded where it imports a framework that is not here, be it when it runs."""
+        import opcode
+
         code = checked_code(*args)
-        for name in {name.partition(".")[0] for name in code.co_names}.intersection(DEFAULT_IMAGE):
-            if DEFAULT_IMAGE[name] in FRAMEWORKS and not is_here(name) and imports(code, name):
-                raise FrameworkNeeded(DEFAULT_IMAGE[name], serves=False)
+        if opcode.opmap["IMPORT_NAME"] in code.co_code[::2]:
+            for name in {name.partition(".")[0] for name in code.co_names}.intersection(DEFAULT_IMAGE):
+                if DEFAULT_IMAGE[name] in FRAMEWORKS and not is_here(name):
+                    raise FrameworkNeeded(DEFAULT_IMAGE[name], serves=False)
         return code
 
 

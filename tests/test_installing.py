@@ -170,6 +170,29 @@ def test_wheels_of_a_folder_are_installed_once_and_pip_is_not_run_for_what_is_th
     assert reason in done.last_line
 
 
+@pytest.mark.parametrize("how", ["variable", "configuration"])
+def test_packages_can_be_imported_though_pip_is_told_to_install_for_the_user(
+    own_python: str, wheels: Path, tmp_path: Path, how: str
+) -> None:
+    (tmp_path / "pip.conf").write_text("[install]\nuser = true\n")
+    means = {"PIP_USER": "1"} if how == "variable" else {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    env = {"PACKAGES": "etl_probe<2", **offline(wheels), "HOME": str(tmp_path), **means}
+    done = start_in_vain(env, own_python)
+    assert done.code == Exit.DATA and installed_in(own_python, "etl-probe") == "1.0"
+
+
+@pytest.mark.parametrize("name", ["target", "prefix", "root", "dry-run"])
+def test_what_pip_installs_elsewhere_or_not_at_all_is_told_at_the_start(
+    own_python: str, wheels: Path, tmp_path: Path, name: str
+) -> None:
+    value = "true" if name == "dry-run" else str(tmp_path / "elsewhere")
+    (tmp_path / "pip.conf").write_text("[global]\n%s = %s\n" % (name, value))
+    env = {"PACKAGES": "etl_probe<2", **offline(wheels), "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    done = start_in_vain(env, own_python)
+    assert done.code == Exit.UNAVAILABLE
+    assert "pip was content, but etl_probe<2 cannot be found here" in done.last_line
+
+
 def test_a_python_without_pip_is_told(tmp_path: Path) -> None:
     done = start_in_vain({"PACKAGES": "six>=1"}, make_environment(tmp_path / "bare", has_pip=False))
     assert done.code == Exit.UNAVAILABLE
