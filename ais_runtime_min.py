@@ -873,8 +873,9 @@ def parse_requirement(text: str) -> Any:
     return None
 
 
-# a path or a URL, which pip takes too, or an option, which is refused
-NO_NAME = re.compile(r"\s*(?:-|[./~]|[\w+]+://)")
+def is_whole(text: str) -> bool:
+    """Tell whether a text is a requirement, a path or a URL, which pip takes too, or an option."""
+    return re.match(r"\s*(-|[./~]|[\w+]+://)", text) is not None or parse_requirement(text) is not None
 
 
 def split_requirements(text: str) -> List[str]:
@@ -883,14 +884,12 @@ def split_requirements(text: str) -> List[str]:
     A comma may also be part of one: between two versions, in brackets or quotes, in a URL.
     """
     requirements: List[str] = []
-    for part in text.split(","):
+    for part in filter(str.strip, text.split(",")):
         last = requirements[-1] if requirements else ""
-        is_whole = bool(NO_NAME.match(last)) or parse_requirement(last) is not None
-        is_new = bool(NO_NAME.match(part)) or parse_requirement(part) is not None
-        goes_on = not is_whole or part.lstrip()[:1] in tuple("<>=!~") or ("://" in last and not is_new)
-        if last and part.strip() and goes_on:
+        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
+        if last and (goes_on or not is_whole(last)):
             requirements[-1] += "," + part
-        elif part.strip():
+        else:
             requirements.append(part)
     return [requirement.strip() for requirement in requirements]
 
