@@ -873,7 +873,7 @@ def parse_requirement(text: str) -> Any:
     return None
 
 
-def is_whole(text: str) -> bool:
+def is_requirement(text: str) -> bool:
     """Tell whether a text is a requirement, a path or a URL, which pip takes too, or an option."""
     return re.match(r"\s*(-|[./~]|[\w+]+://)", text) is not None or parse_requirement(text) is not None
 
@@ -886,8 +886,8 @@ def split_requirements(text: str) -> List[str]:
     requirements: List[str] = []
     for part in filter(str.strip, text.split(",")):
         last = requirements[-1] if requirements else ""
-        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
-        if last and (goes_on or not is_whole(last)):
+        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_requirement(part))
+        if last and (goes_on or not is_requirement(last)):
             requirements[-1] += "," + part
         else:
             requirements.append(part)
@@ -6147,7 +6147,6 @@ class WSGIApplication:
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         pieces: Any = guarded(response.pieces(self._server.app, environ, body))
         first = next(pieces, b"")
-        body.raise_failure()
         fields = tuple((str(name), str(value)) for name, value in response.fields if name.lower() not in HOP_BY_HOP)
         if environ["REQUEST_METHOD"] == "HEAD" or response.status in BODILESS:
             pieces.close()

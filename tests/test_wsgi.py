@@ -56,7 +56,7 @@ class Output:
             raise piece
         return piece
     def close(self):
-        print("closed", flush=True)
+        print("output is shut", flush=True)
 
 def outputs(environ, start_response):
     """Answer in pieces, with what the path says."""
@@ -71,7 +71,7 @@ def outputs(environ, start_response):
     if how == "write":
         write(b"one")
         write(b"two")
-        return Output([b"", b"six"])
+        return Output([b"six"])
     if how == "before":
         return Output([ValueError("nothing yet")])
     if how == "after":
@@ -130,6 +130,7 @@ class Wsgi(FlaskServer):
         self.app.add_url_rule("/data", view_func=self.data, methods=["POST"])
         self.app.add_url_rule("/stream", view_func=self.stream, methods=["POST"])
         self.app.add_url_rule("/unread", view_func=lambda: "unread", methods=["POST"])
+        self.app.add_url_rule("/unread-pieces", view_func=lambda: iter(["un", "read"]), methods=["POST"], endpoint="unread_pieces")
         self.app.add_url_rule("/pieces", view_func=lambda: iter(["a", "b" * 100000]), endpoint="pieces")
         self.app.add_url_rule("/file", view_func=self.file)
         self.app.add_url_rule("/raises", view_func=lambda: 1 // 0, endpoint="raises")
@@ -244,13 +245,13 @@ def test_the_environment_describes_the_request(pod: Runtime) -> None:
 def test_output_comes_as_the_application_frames_it_and_is_closed(
     pod: Runtime, how: str, status: int, length: str, body: bytes
 ) -> None:
-    closed = pod.log().count("closed")
+    closed = pod.log().count("output is shut")
     response = pod.request("GET", "/outputs/" + how)
     assert (response.status, response.body) == (status, body)
     assert response.headers.get("content-length") == length
     assert ("transfer-encoding" in response.headers) == (length is None and status == 200)
     assert pod.request("HEAD", "/outputs/" + how).body == b""
-    wait_until(lambda: pod.log().count("closed") >= closed + 2, "both outputs are closed")
+    wait_until(lambda: pod.log().count("output is shut") >= closed + 2, "both outputs are closed")
 
 
 def test_head_tells_the_length_and_sends_no_body(pod: Runtime) -> None:
@@ -269,11 +270,11 @@ def test_head_tells_the_length_and_sends_no_body(pod: Runtime) -> None:
 def test_an_answer_that_is_not_whole_is_cut_and_closed(
     pod: Runtime, how: str, reason: str
 ) -> None:
-    closed = pod.log().count("closed")
+    closed = pod.log().count("output is shut")
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         pod.request("GET", "/outputs/" + how)
     pod.wait_for_line("/outputs/%s: the answer was cut: %s" % (how, reason))
-    wait_until(lambda: pod.log().count("closed") > closed, "the output is closed")
+    wait_until(lambda: pod.log().count("output is shut") > closed, "the output is closed")
 
 
 @pytest.mark.parametrize("how, detail", [
@@ -309,11 +310,11 @@ def test_fields_of_the_connection_are_the_server_s_and_no_value_leaves_its_line(
 
 
 def test_an_output_without_end_is_closed_when_its_reader_leaves(pod: Runtime) -> None:
-    closed = pod.log().count("closed")
+    closed = pod.log().count("output is shut")
     with pod.connect() as client:
         client.sendall(b"GET /outputs/endless HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.recv(1 << 16)
-    wait_until(lambda: pod.log().count("closed") > closed, "the output is closed")
+    wait_until(lambda: pod.log().count("output is shut") > closed, "the output is closed")
 
 
 # == Flask ==
@@ -340,15 +341,17 @@ def test_bodies_are_read_whole_and_streamed_in_both_directions(pod: Runtime) -> 
         assert response.body == b"Z" * size and "transfer-encoding" in response.headers
 
 
-def test_what_is_left_of_a_body_is_never_taken_for_the_next_request(pod: Runtime) -> None:
+@pytest.mark.parametrize("path", [b"/unread", b"/unread-pieces"])
+def test_what_is_left_of_a_body_is_never_taken_for_the_next_request(pod: Runtime, path: bytes) -> None:
     hidden = b"GET /pieces HTTP/1.1\r\nHost: x\r\n\r\n"
     for count in (1, 3000):
         with pod.connect() as client, contextlib.suppress(ConnectionResetError):
-            client.sendall(b"POST /unread HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
-                len(hidden) * count) + hidden * count)
+            client.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (
+                path, len(hidden) * count) + hidden * count)
             client.shutdown(socket.SHUT_WR)
             answer = client.makefile("rb").read()
-            assert answer.count(b"HTTP/1.1 200 ") == 1 and answer.endswith(b"unread")
+            assert answer.count(b"HTTP/1.1 ") == 1
+            assert answer.endswith(b"unread") or answer.endswith(b"un\r\n4\r\nread\r\n0\r\n\r\n")
 
 
 def test_send_file_and_its_ranges_work(pod: Runtime) -> None:
