@@ -1054,6 +1054,21 @@ def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMa
                            f"dry-run")
 
 
+def pip_command(requirements: Iterable[str]) -> str:
+    """Return the command that installs requirements."""
+    return hide_credentials("pip install " + " ".join(f"'{requirement}'" for requirement in requirements))
+
+
+def require_python_packages(text: str, why: str) -> None:
+    """Raise PackageError if one of comma-separated requirements is not here, and say how to get it."""
+    requirements = split_requirements(text)
+    for requirement in requirements:
+        check_requirement(why, requirement)
+    missing = [each for each in requirements if not is_installed(each, in_any_version=True)]
+    if missing:
+        raise PackageError(f"{why}: {pip_command(missing)}")
+
+
 # == 5. HTTP messages ==
 # What requests and answers have in common: header fields, and bodies that tell a whole one from a cut one. Bytes come
 # from a connection that the caller owns. The grammar is that of RFC 9110, 5.6 and RFC 9112, with nothing forgiven.
@@ -1993,6 +2008,7 @@ class Current:
     listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
     reports: Optional[int] = None  # the pipe to the supervisor, in a worker
     share: Optional[Share] = None  # of the connections, in a worker
+    is_loading = False  # whether a file is imported for its class: instances that it makes are not served
 
 
 def report(message: bytes) -> None:
@@ -2140,6 +2156,25 @@ class HTTPMultiThreadedServer(ListeningServer):
         """A name of the SDK's that payloads may refer to; a class that overrides it is refused."""
 
 
+class LateApp:
+    """The application of an instance that is not served, made when something of it is used.
+
+    Files for the SDK end with such lines, for uvicorn or gunicorn: `server = Mine()` and `app = server.app`.
+    """
+
+    def __init__(self, server: FrameworkServer) -> None:
+        vars(self)["_made"] = server.made_app
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made(), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._made(), name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._made()(*args, **kwargs)
+
+
 class FrameworkServer(ListeningServer):
     """The base of FastAPIServer and FlaskServer: one transform at a time, on the thread that made the instance.
 
@@ -2159,11 +2194,8 @@ class FrameworkServer(ListeningServer):
 
     @property
     def app(self) -> Any:
-        """The framework's application. FrameworkNeeded or ClassError where the class is served by another server."""
-        if self.etl_app is None:
-            self._require_framework()
-            self._make_app()
-        return self.etl_app
+        """The framework's application. FrameworkNeeded where the class is served by another server."""
+        return LateApp(self) if self.etl_app is None and Current.is_loading else self.made_app()
 
     @app.setter
     def app(self, app: Any) -> None:
@@ -2171,9 +2203,17 @@ class FrameworkServer(ListeningServer):
         self._require_framework()
         self.etl_app = app
 
+    def made_app(self) -> Any:
+        """Return the application, and make it if there is none."""
+        if self.etl_app is None:
+            self._require_framework()
+            self._make_app()
+        return self.etl_app
+
     def _require_framework(self) -> None:
         """See to it that the framework serves this class; outside the runtime, nothing but the class itself does."""
-        if Current.reports is not None and not (Current.settings or Settings()).server:
+        is_served = Current.reports is not None and not Current.is_loading
+        if is_served and not (Current.settings or Settings()).server:
             raise FrameworkNeeded(self.etl_framework, serves=True)
 
     def _make_app(self) -> None:
@@ -5540,11 +5580,13 @@ def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageB
     return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
 
 
-def install_framework(name: str, serves: bool) -> None:
+def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     """Install what is missing of a framework, and import it here, so that forked workers share its memory."""
     framework = FRAMEWORKS[name]
     wanted = list(framework.modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
+    if missing and not may_install:
+        raise PackageError(f"the class needs {name}: {pip_command(missing)}")
     if missing:
         try:
             install_python_packages(",".join(missing), why=name)
@@ -6913,6 +6955,7 @@ class Job(NamedTuple):
     """What a command line asks for: with which settings to serve which class, and what to say once it is served."""
 
     settings: Settings
+    may_install: bool
     load: Callable[[], Type[ETLServer]]
     announce: Callable[[Served, str, str], None]  # gets the class, the framework's server or "", and the URL
 
@@ -6922,8 +6965,10 @@ class Job(NamedTuple):
         `served` is there in a program that has started over: packages are installed, and workers load the class.
         """
         prepare(self.settings)
-        if served is None:
+        if served is None and self.may_install:
             install_packages(self.settings)
+        elif served is None:
+            require_python_packages(self.settings.packages, "PACKAGES")
         job, needs = self, set()
         while True:
             try:
@@ -6932,7 +6977,7 @@ class Job(NamedTuple):
                 if (need.framework, need.serves) in needs:
                     raise
                 needs.add((need.framework, need.serves))
-                install_framework(need.framework, need.serves)
+                prepare_framework(need.framework, need.serves, self.may_install)
                 if need.serves:
                     job = job._replace(settings=job.settings._replace(server=need.framework))
 
@@ -6945,7 +6990,7 @@ class Job(NamedTuple):
             served = Served.of(etl_class, server_for(etl_class))
         server, by = self.settings.server or served.server, ""
         if server in FRAMEWORKS:
-            install_framework(server, serves=True)
+            prepare_framework(server, serves=True, may_install=self.may_install)
             by = FRAMEWORKS[server].server
         if is_loaded_here and not may_be_forked():
             start.over(served)
@@ -6964,7 +7009,7 @@ def pod_job(environ: Mapping[str, str]) -> Job:
         logger.info("serving %s (%s%s) on %s with %d workers", served.name, served.base, by and f", by {by}", url,
                     settings.workers)
 
-    return Job(settings, functools.partial(load_etl_class, settings), announce)
+    return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
 
 def is_etl_class(value: Any) -> bool:
@@ -7002,7 +7047,9 @@ def class_from_file(text: str) -> Type[ETLServer]:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    Current.is_loading = True
     _, error = attempt(spec.loader.exec_module, module)
+    Current.is_loading = False
     raise_framework_needed(error)
     if error is not None:
         failure: StartupError = ClassError(f"{path} cannot be imported: {type(error).__name__}: {describe(error)}")
@@ -7039,7 +7086,7 @@ def serve_job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     def announce(served: Served, by: str, url: str) -> None:
         print(f"serving {served.name} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
 
-    return Job(settings, functools.partial(class_from_file, arguments.file), announce)
+    return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
 
 
 def raise_file_limit() -> None:

@@ -225,10 +225,72 @@ def test_the_install_command_installs_and_ends(
     assert code or done.lines == []
 
 
-def test_packages_are_installed_before_the_file_is_imported(bare_python: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import no_such_module\n")
-    done = end(bare_python, "serve", tmp_path / "mine.py", env={"PACKAGES": "--upgrade"})
+def test_serve_installs_nothing_and_tells_which_packages_are_missing(slim_python: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(IMPORT + UPPER)
+    done = end(slim_python, "serve", tmp_path / "mine.py", env={"PACKAGES": "--upgrade"})
     assert_told(done, Exit.UNAVAILABLE, "PACKAGES")
+    done = end(slim_python, "serve", tmp_path / "mine.py", env={"PACKAGES": "etl_probe"})
+    assert_told(done, Exit.UNAVAILABLE, "PACKAGES", "pip install 'etl_probe'")
+    assert not any("installing" in line for line in done.lines)
+
+
+AS_THE_SDK_HAS_IT = """
+from aistore.sdk.etl.webserver.{name}_server import {base}
+{before}
+class Upper({base}):
+    def transform(self, data, path, etl_args):
+        return data.upper() + b" " + path.encode()
+
+{name}_server = Upper(port=8000)
+{name}_app = {name}_server.app
+"""
+LEAVE_A_THREAD = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+USE_IT = "{name}_app.title = 'mine'\n"
+both = pytest.mark.parametrize("name, base", [("fastapi", "FastAPIServer"), ("flask", "FlaskServer")])
+
+
+@both
+@pytest.mark.parametrize("before", ["", LEAVE_A_THREAD], ids=["forked", "not forked"])
+@pytest.mark.parametrize("group", ["bare", "sdk"])
+def test_a_file_that_ends_as_the_sdk_prescribes_is_served_as_it_is(
+    start_runtime: Callable[..., Runtime], bare_python: str, tmp_path: Path, name: str, base: str,
+    before: str, group: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(AS_THE_SDK_HAS_IT.format(name=name, base=base, before=before))
+    python = bare_python if group == "bare" else interpreter(group)
+    runtime = start_runtime(None, ALONE, ["serve", str(file), "--port", "0", "--workers", "2"], python)
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    assert not any("installing" in line or "framework" in line for line in runtime.lines)
+
+
+@both
+def test_an_application_that_a_file_uses_when_it_is_loaded_is_made_then(
+    start_runtime: Callable[..., Runtime], bare_python: str, tmp_path: Path, name: str, base: str
+) -> None:
+    file = tmp_path / "mine.py"
+    text = AS_THE_SDK_HAS_IT + USE_IT + "assert {name}_app.title == {name}_server.app.title == 'mine'\n"
+    file.write_text(text.format(name=name, base=base, before=""))
+    runtime = start_runtime(None, ALONE, ["serve", str(file), "--port", "0"], interpreter("sdk"))
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    done = end(bare_python, "serve", file)
+    assert_told(done, Exit.UNAVAILABLE, "the class needs %s: pip install '%s>=" % (name, name))
+
+
+@pytest.mark.parametrize("name, base, hook, packages", [
+    ("fastapi", "FastAPIServer", "async def startup_event(self): pass", "'fastapi>=0.110' 'uvicorn[standard]>=0.29'"),
+    ("flask", "FlaskServer", "def _register_routes(self): pass", "'flask>=3.0'"),
+    ("fastapi", "FastAPIServer", "x = property(lambda self: self.app)\n    def __init__(self):\n"
+     "        super().__init__()\n        self.x", "'fastapi>=0.110' 'uvicorn[standard]>=0.29'")])
+def test_a_framework_that_the_class_needs_is_told_and_not_installed(
+    bare_python: str, tmp_path: Path, name: str, base: str, hook: str, packages: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from aistore.sdk.etl.webserver.%s_server import %s\nclass Mine(%s):\n    %s\n"
+        "    def transform(self, data, path, etl_args):\n        return data\n" % (name, base, base, hook))
+    done = end(bare_python, "serve", tmp_path / "mine.py")
+    assert_told(done, Exit.UNAVAILABLE, "the class needs %s: pip install %s" % (name, packages))
+    assert not any("installing" in line for line in done.lines)
 
 
 # == Where it listens ==

@@ -130,7 +130,7 @@ class Wsgi(FlaskServer):
         self.app.add_url_rule("/data", view_func=self.data, methods=["POST"])
         self.app.add_url_rule("/stream", view_func=self.stream, methods=["POST"])
         self.app.add_url_rule("/unread", view_func=lambda: "unread", methods=["POST"])
-        self.app.add_url_rule("/unread-pieces", view_func=lambda: iter(["un", "read"]), methods=["POST"], endpoint="unread_pieces")
+        self.app.add_url_rule("/unread-pieces", view_func=self.unread_pieces, methods=["POST"])
         self.app.add_url_rule("/pieces", view_func=lambda: iter(["a", "b" * 100000]), endpoint="pieces")
         self.app.add_url_rule("/file", view_func=self.file)
         self.app.add_url_rule("/raises", view_func=lambda: 1 // 0, endpoint="raises")
@@ -155,6 +155,9 @@ class Wsgi(FlaskServer):
     def stream(self):
         pieces = iter(lambda: flask.request.stream.read(50000), b"")
         return flask.Response(flask.stream_with_context(piece.upper() for piece in pieces))
+
+    def unread_pieces(self):
+        return iter(["un", "read"])
 
     def file(self):
         return flask.send_file(io.BytesIO(b"0123456789" * 20000), mimetype="text/plain", download_name="x.txt",
