@@ -6425,7 +6425,8 @@ def end_children() -> None:
     known = multiprocessing.active_children() if multiprocessing else []
     for pid in children_here():
         attempt(os.kill, pid, signal.SIGTERM)
-    end_group(0, signal.SIGTERM)
+    if Current.reports is not None:  # the group is a worker's own
+        end_group(0, signal.SIGTERM)
     deadline = time.monotonic() + CHILDREN_SECONDS
     for child in known:
         child.join(max(0.0, deadline - time.monotonic()))
@@ -6447,10 +6448,11 @@ def finish_threads() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a worker as a Python process ends: threads, then what is registered for the exit, then children.
+    """End this process as Python does: threads, then what is registered for the exit, then children.
 
     But neither threads nor children are waited for without end. Where the main thread is held up, as it may be when
-    there is no more time, no thread is.
+    there is no more time, no thread is. And no module is taken apart: libraries complain of that, in many lines behind
+    the reason of a failed start.
     """
     import atexit
 
@@ -7215,5 +7217,14 @@ def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str]
         return give_up(error)
 
 
+def run() -> NoReturn:
+    """Be the program."""
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else Exit.OK
+    leave(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

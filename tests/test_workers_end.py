@@ -128,7 +128,15 @@ class FlaskApp(Parent, FlaskServer):
     def _register_routes(self):
         pass
 
+class Complaining:
+    """Complains where the interpreter takes it apart, as libraries do."""
+    def __reduce__(self):
+        return Complaining, ()
+    def __del__(self, said=print):
+        said("taken apart", flush=True)
+
 class Vain(Parent, HTTPMultiThreadedServer):
+    part = Complaining()
     def __init__(self):
         super().__init__()
         print("started", *self.pids, flush=True)
@@ -248,4 +256,5 @@ def test_a_class_that_cannot_be_constructed_leaves_nothing_behind() -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": make_payload(SOURCE, "Vain"), "KIND": "process", "NUM_WORKERS": "1",
                            "AIS_TARGET_URL": "http://127.0.0.1:9/v1"}, timeout=20)
     assert done.code == Exit.SOFTWARE and "no model here" in done.last_line
+    assert done.lines[-1] == done.last_line and "taken apart" not in done.lines
     wait_for_end([int(line.split()[1]) for line in done.lines if line.startswith("started ")])
