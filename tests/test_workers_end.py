@@ -129,7 +129,10 @@ class FlaskApp(Parent, FlaskServer):
         pass
 
 class Complaining:
-    """Complains where the interpreter takes it apart, as libraries do."""
+    """Complains where the interpreter takes modules apart, as libraries do."""
+    def __init__(self):
+        import json
+        json.complaining = self
     def __reduce__(self):
         return Complaining, ()
     def __del__(self, said=print):
