@@ -128,18 +128,22 @@ class FlaskApp(Parent, FlaskServer):
     def _register_routes(self):
         pass
 
-class Complaining:
-    """Complains where the interpreter takes modules apart, as libraries do."""
-    def __init__(self):
-        import json
-        json.complaining = self
+class WhenLoaded:
+    def __init__(self, code):
+        self.code = code
     def __reduce__(self):
-        return Complaining, ()
+        return exec, (self.code,)
+
+complains = """
+import json
+class Complaining:  # where the interpreter takes modules apart, as libraries do
     def __del__(self, said=print):
         said("taken apart", flush=True)
+json.complaining = Complaining()
+"""
 
 class Vain(Parent, HTTPMultiThreadedServer):
-    part = Complaining()
+    part = WhenLoaded(complains)
     def __init__(self):
         super().__init__()
         print("started", *self.pids, flush=True)
