@@ -841,7 +841,7 @@ class UvicornStreamInverter(Routed, FastAPIServer):
         yield etl_args.encode()
 
 
-class GunicornInverter(Routed, FlaskServer):
+class WsgiInverter(Routed, FlaskServer):
     """Inverts every byte and appends the arguments; has a route of its own."""
 
     def __init__(self) -> None:
@@ -864,7 +864,7 @@ class UvicornStage(Routed, FastAPIServer):
         return b"" if path.endswith("emptied-" + number) else data + number.encode()
 
 
-class GunicornStage(Routed, FlaskServer):
+class WsgiStage(Routed, FlaskServer):
     """Appends its number, but makes nothing of the object that is named after it; has a route of its own."""
 
     def __init__(self) -> None:
@@ -889,7 +889,7 @@ class UvicornValidator(Routed, FastAPIServer):
         return data.upper()
 
 
-class GunicornValidator(Routed, FlaskServer):
+class WsgiValidator(Routed, FlaskServer):
     """Refuses objects that begin with "bad"; has a route of its own."""
 
     def __init__(self) -> None:
@@ -905,13 +905,13 @@ class GunicornValidator(Routed, FlaskServer):
 def must_be_served_by(world: World, server: str) -> None:
     """Check the logs of all pods."""
     for pod, log in world.logs().items():
-        assert any("by %s) on" % server in line for line in log), "%s:\n%s" % (pod, "\n".join(log))
+        assert any("%s) on" % server in line for line in log), "%s:\n%s" % (pod, "\n".join(log))
 
 
-def inline_reads_under_uvicorn_and_gunicorn(world: World) -> None:
+def inline_reads_under_uvicorn_and_through_wsgi(world: World) -> None:
     objects = {"empty": b"", "small": b"object", "large": random.Random(1).randbytes(64 * MIB)}
     source = world.filled_bucket(objects)
-    for started in world.start_each([UvicornInverter, UvicornStreamInverter, GunicornInverter]):
+    for started in world.start_each([UvicornInverter, UvicornStreamInverter, WsgiInverter]):
         for name, content in objects.items():
             must_equal(world.inline(source, name, started.etl), content.translate(INVERT), "%s, %s" % (name, started))
         must_equal(world.inline(source, "empty", started.etl, "a b+c%20d"), b"a b+c%20d", str(started))
@@ -919,47 +919,64 @@ def inline_reads_under_uvicorn_and_gunicorn(world: World) -> None:
 
 def jobs_under_uvicorn_by_hpush(world: World) -> None:
     check_jobs(world, UvicornInverter, HPUSH)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
 def jobs_under_uvicorn_by_hpull(world: World) -> None:
     check_jobs(world, UvicornInverter, HPULL)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
 def jobs_under_uvicorn_by_ws(world: World) -> None:
     check_jobs(world, UvicornInverter, WS)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
 def jobs_of_streams_under_uvicorn_by_hpush(world: World) -> None:
     check_jobs(world, UvicornStreamInverter, HPUSH)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
 def jobs_of_streams_under_uvicorn_by_hpull(world: World) -> None:
     check_jobs(world, UvicornStreamInverter, HPULL)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
 def jobs_of_streams_under_uvicorn_by_ws(world: World) -> None:
     check_jobs(world, UvicornStreamInverter, WS)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
 def a_job_of_many_small_objects_under_uvicorn_by_ws(world: World) -> None:
     check_many_small_objects(world, UvicornInverter)
-    must_be_served_by(world, "uvicorn")
+    must_be_served_by(world, "by uvicorn")
 
 
-def jobs_under_gunicorn_by_hpush(world: World) -> None:
-    check_jobs(world, GunicornInverter, HPUSH)
-    must_be_served_by(world, "gunicorn")
+def jobs_through_wsgi_by_hpush(world: World) -> None:
+    check_jobs(world, WsgiInverter, HPUSH)
+    must_be_served_by(world, "(FlaskServer")
 
 
-def jobs_under_gunicorn_by_hpull(world: World) -> None:
-    check_jobs(world, GunicornInverter, HPULL)
-    must_be_served_by(world, "gunicorn")
+def jobs_through_wsgi_by_hpull(world: World) -> None:
+    check_jobs(world, WsgiInverter, HPULL)
+    must_be_served_by(world, "(FlaskServer")
+
+
+def jobs_through_wsgi_by_ws(world: World) -> None:
+    check_jobs(world, WsgiInverter, WS)
+    must_be_served_by(world, "(FlaskServer")
+
+
+def a_job_of_many_small_objects_through_wsgi_by_ws(world: World) -> None:
+    check_many_small_objects(world, WsgiInverter)
+
+
+def inline_reads_through_wsgi_by_ws(world: World) -> None:
+    objects = {"empty": b"", "small": b"object", "large": random.Random(1).randbytes(64 * MIB)}
+    source = world.filled_bucket(objects)
+    for started in world.start_each([WsgiInverter, UvicornInverter], [WS], [True]):
+        for name, content in objects.items():
+            must_equal(world.inline(source, name, started.etl), content.translate(INVERT), "%s, %s" % (name, started))
 
 
 def pipelines_through_uvicorn_by_hpush(world: World) -> None:
@@ -974,12 +991,16 @@ def pipelines_through_uvicorn_by_ws(world: World) -> None:
     check_pipeline(world, WS, [UvicornStage, Stage, UvicornStage])
 
 
-def pipelines_through_gunicorn_by_hpush(world: World) -> None:
-    check_pipeline(world, HPUSH, [GunicornStage, UvicornStage, GunicornStage])
+def pipelines_through_wsgi_by_hpush(world: World) -> None:
+    check_pipeline(world, HPUSH, [WsgiStage, UvicornStage, WsgiStage])
 
 
-def pipelines_through_gunicorn_by_hpull(world: World) -> None:
-    check_pipeline(world, HPULL, [GunicornStage, GunicornStage, StreamStage])
+def pipelines_through_wsgi_by_hpull(world: World) -> None:
+    check_pipeline(world, HPULL, [WsgiStage, WsgiStage, StreamStage])
+
+
+def pipelines_through_wsgi_by_ws(world: World) -> None:
+    check_pipeline(world, WS, [WsgiStage, UvicornStage, WsgiStage])
 
 
 def failing_objects_under_uvicorn_are_told_with_their_reason_by_hpush(world: World) -> None:
@@ -990,12 +1011,12 @@ def failing_objects_under_uvicorn_are_told_with_their_reason_by_hpull(world: Wor
     check_failures(world, UvicornValidator, HPULL)
 
 
-def failing_objects_under_gunicorn_are_told_with_their_reason_by_hpush(world: World) -> None:
-    check_failures(world, GunicornValidator, HPUSH)
+def failing_objects_through_wsgi_are_told_with_their_reason_by_hpush(world: World) -> None:
+    check_failures(world, WsgiValidator, HPUSH)
 
 
-def failing_objects_under_gunicorn_are_told_with_their_reason_by_hpull(world: World) -> None:
-    check_failures(world, GunicornValidator, HPULL)
+def failing_objects_through_wsgi_are_told_with_their_reason_by_hpull(world: World) -> None:
+    check_failures(world, WsgiValidator, HPULL)
 
 
 def a_failed_inline_read_by_ws_under_uvicorn_is_told_at_once(world: World) -> None:
@@ -1041,3 +1062,15 @@ if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as reports_file:
         os.dup2(2, 1)  # what a library prints is no report
         raise SystemExit(main(sys.stdin, reports_file))
+
+
+def a_failed_inline_read_by_ws_through_wsgi_is_told_at_once(world: World) -> None:
+    check_failed_inline_read_by_ws(world, WsgiValidator)
+
+
+def failing_objects_through_wsgi_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_on(world: World) -> None:
+    check_failures_bound_elsewhere(world, WsgiValidator)
+
+
+def a_pod_through_wsgi_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
+    check_end_with_last_connection(world, WsgiValidator)
