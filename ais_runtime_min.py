@@ -623,58 +623,51 @@ def configure_logging(settings: Settings) -> None:
 
 
 # == 4. Packages ==
-# What the class needs, by the tools of the image: apk or apt-get, then pip. Runs in the supervisor, before the class
-# is loaded; pip runs once more for a class that then needs a framework.
+# What the class needs, by the tools of the image: apk or apt-get, then pip. Runs in the supervisor,
+# before the class is loaded; pip runs once more for a class that then needs a framework.
 
-CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@")  # also where a password has a bare slash
+CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@")
 
 
 def hide_credentials(text: str) -> str:
-    """Hide what stands for user and password in the URLs of a text."""
+    """Hide user and password in the URLs of a text, also where a password has a bare slash."""
     return CREDENTIALS.sub("://***@", text)
 
 
-def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Tell whether a child and all of its process group are gone.
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group; return False where no process is left in it."""
+    return attempt(os.killpg, group, number).error is None
 
-    PID 1 has adopted the orphans among them, and reaps them here.
-    """
+
+def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a child and all of its process group are gone."""
     if process.poll() is None:
         return False
-    try:
-        while os.waitpid(-process.pid, os.WNOHANG)[0]:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-process.pid, os.WNOHANG)[0]:  # orphans among them, which PID 1 has adopted
             pass
-    except ChildProcessError:
-        pass
-    try:
-        os.killpg(process.pid, 0)
-    except (ProcessLookupError, PermissionError):  # macOS refuses where only zombies are left
-        return True
-    return False
+    return not signal_group(process.pid, 0)
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and all of its process group, first by SIGTERM; it was started in a session of its own."""
-
-    def send(number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
+    """End a child and all of its process group, whose leader it is, first by SIGTERM."""
+    def end_by(number: int) -> None:
         deadline = time.monotonic() + TOOL_STOP_SECONDS
-        while not group_has_ended(process) and time.monotonic() < deadline:
+        has_ended = group_has_ended(process) or not signal_group(process.pid, number)
+        while not has_ended and time.monotonic() < deadline:
             time.sleep(0.01)
+            has_ended = group_has_ended(process)
 
-    if group_has_ended(process):
-        return
     try:
-        send(signal.SIGTERM)
+        end_by(signal.SIGTERM)
     finally:  # also when a second signal to us ends the wait
-        if not group_has_ended(process):
-            send(signal.SIGKILL)
+        end_by(signal.SIGKILL)
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """Return the last line of an error, with those that a colon at its end announces; "" where there is none."""
-    errors = [index for index, line in enumerate(lines) if re.match(r"error\b(?!.*subprocess-exited)", line, re.IGNORECASE)]
+    """Return the last line of an error, with those that a colon at its end announces; or ""."""
+    error = re.compile(r"error\b(?!.*subprocess-exited)", re.IGNORECASE)
+    errors = [index for index, line in enumerate(lines) if error.match(line)]
     end = errors[-1] + 1 if errors else 0
     while 0 < end < len(lines) and lines[end - 1].endswith(":"):
         end += 1
@@ -682,11 +675,11 @@ def last_error(lines: Sequence[str]) -> str:
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Pick from a tool's output what went wrong: its last error, all of those of apt-get, or its last line."""
+    """Pick from a tool's output what went wrong: its last error, all of apt-get's, or its end."""
     said = [line.strip() for line in lines]
     words = "; ".join(line[3:] for line in said if line.startswith("E: ")) or last_error(said)
     if "No matching distribution" in words and any("connection broken by" in line for line in said):
-        words += "; the package index cannot be reached"  # which pip takes for an index without the package
+        words += "; the package index cannot be reached"  # which pip takes for one without it
     return words or (said or ["it printed nothing"])[-1]
 
 
@@ -781,8 +774,9 @@ def ask_tool(command: Sequence[str], environ: Mapping[str, str]) -> Optional[str
     import subprocess
 
     try:
-        done = subprocess.run(command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=TOOL_QUERY_SECONDS)
+        done = subprocess.run(
+            command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, timeout=TOOL_QUERY_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if done.returncode else done.stdout.decode("utf-8", "replace")
@@ -808,48 +802,45 @@ class Debian:
     tool = "apt-get"
     OPTIONS = (
         "-q", "-y", "--no-install-recommends",
-        "-o", "APT::Cmd::Pattern-Only=true",  # else an unknown name with a dot is a regular expression that finds hundreds
-        "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",  # else it asks, and ends
-        "-o", "Dpkg::Use-Pty=0",
-    )
+        # else an unknown name with a dot is a regular expression, which finds hundreds
+        "-o", "APT::Cmd::Pattern-Only=true",
+        # else it asks, and ends
+        "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
+        "-o", "Dpkg::Use-Pty=0")
 
     def has(self, name: str, environ: Mapping[str, str]) -> bool:
         """Tell whether a package is installed, in the version that is asked for."""
         package, _, version = name.partition("=")
-        listed = ask_tool(["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package], environ) or ""
-        return any(re.fullmatch("installed " + (re.escape(version) or ".*"), line) for line in listed.splitlines())
+        command = ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]
+        wanted = re.compile("installed " + (re.escape(version) or ".*"))
+        return any(map(wanted.fullmatch, (ask_tool(command, environ) or "").splitlines()))
 
     def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
         """Refresh the lists, which images come without, and install; PackageError if that fails."""
         variables = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
         for line in Tool("OS_PACKAGES", names, ["apt-get", "update", "-q"], variables).run():
-            if re.match("[EW]: ", line):  # some list is missing, which need not matter: apt-get takes it for a success
+            if re.match("[EW]: ", line):  # a list is missing: apt-get takes that for a success
                 logger.warning("apt-get update: %s", line)
-        Tool("OS_PACKAGES", names, ["apt-get", "install", *self.OPTIONS, *names], variables).run()
-
-
-def split_names(text: str) -> List[str]:
-    """Split comma-separated names of OS packages, with versions perhaps; PackageError for what is none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):  # apt-get would remove "name-"
-            raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
-    return names
+        command = ["apt-get", "install", *self.OPTIONS, *names]
+        Tool("OS_PACKAGES", names, command, variables).run()
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Install what is missing of comma-separated packages, by apk where there is one, else by apt-get.
+    """Install what is missing of comma-separated packages, by apk where there is one, or apt-get.
 
-    PackageError if neither is there, or it fails. An image that has all the packages needs no root.
+    PackageError if neither is there, or it fails. An image that has all of them needs no root.
     """
     import shutil
 
-    names = split_names(text)
-    if not names:
-        return
-    found = [system for system in (Alpine(), Debian()) if shutil.which(system.tool, path=environ.get("PATH"))]
-    if not found:
-        raise PackageError(f"OS_PACKAGES: cannot install {' '.join(names)}: this image has neither apk nor apt-get")
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:  # apt-get would remove "name-"
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):
+            raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
+    found = [system for system in (Alpine(), Debian())
+             if shutil.which(system.tool, path=environ.get("PATH"))]
+    if names and not found:
+        raise PackageError(f"OS_PACKAGES: cannot install {' '.join(names)}: "
+                           f"this image has neither apk nor apt-get")
     missing = [name for name in names if not found[0].has(name, environ)]
     if not missing:
         return
@@ -860,12 +851,13 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
     except PackageError as error:
         if not os.geteuid():
             raise
-        raise PackageError(f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
+        raise PackageError(
+            f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
 
 
 @functools.lru_cache(maxsize=None)
 def parse_requirement(text: str) -> Any:
-    """Read a requirement as pip does; None for what is none, as a path, or where nobody can read it."""
+    """Read a requirement as pip does; None for what is none, or where nobody can read it."""
     for package in ("pip._vendor.packaging", "packaging"):  # the second in a Python without pip
         parser = attempt(importlib.import_module, f"{package}.requirements").value
         if parser is not None:
@@ -875,32 +867,30 @@ def parse_requirement(text: str) -> Any:
 
 def is_requirement(text: str) -> bool:
     """Tell whether a text is a requirement, a path or a URL, which pip takes too, or an option."""
-    return re.match(r"\s*(-|[./~]|[\w+]+://)", text) is not None or parse_requirement(text) is not None
+    return bool(re.match(r"\s*(-|[./~]|[\w+]+://)", text) or parse_requirement(text))
 
 
-def split_requirements(text: str) -> List[str]:
-    """Split comma-separated requirements (PEP 508).
+def requirements_of(text: str, why: str) -> List[str]:
+    """Split comma-separated requirements (PEP 508); PackageError for what is none, and for options.
 
     A comma may also be part of one: between two versions, in brackets or quotes, in a URL.
     """
-    requirements: List[str] = []
+    found: List[str] = []
     for part in filter(str.strip, text.split(",")):
-        last = requirements[-1] if requirements else ""
+        last = found[-1] if found else ""
         goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_requirement(part))
         if last and (goes_on or not is_requirement(last)):
-            requirements[-1] += "," + part
+            found[-1] += "," + part
         else:
-            requirements.append(part)
-    return [requirement.strip() for requirement in requirements]
-
-
-def check_requirement(why: str, requirement: str) -> None:
-    """Refuse what pip would not take for one requirement; PackageError says why."""
-    shown = f"{why} has {hide_credentials(requirement)!r}"
-    if re.search(r"(^|\s)-", requirement):
-        raise PackageError(f"{shown}: options are not allowed, only requirements")
-    if re.search(r"[\r\n]", requirement):
-        raise PackageError(f"{shown}: requirements are separated by commas, not by line breaks")
+            found.append(part)
+    requirements = [each.strip() for each in found]
+    for requirement in requirements:
+        shown = f"{why} has {hide_credentials(requirement)!r}"
+        if re.search(r"(^|\s)-", requirement):
+            raise PackageError(f"{shown}: options are not allowed, only requirements")
+        if re.search(r"[\r\n]", requirement):
+            raise PackageError(f"{shown}: requirements are parted by commas, not by line breaks")
+    return requirements
 
 
 def installed_version(name: str) -> Optional[str]:
@@ -933,8 +923,13 @@ def is_installed(requirement: str, in_any_version: bool = False) -> bool:
     return bool(attempt(wanted.specifier.contains, version, True).value)
 
 
+def lacking(requirements: Iterable[str]) -> List[str]:
+    """List requirements of which nothing is there, in any version."""
+    return [each for each in requirements if not is_installed(each, in_any_version=True)]
+
+
 class TargetFolder:
-    """Where pip installs what site-packages cannot take: in front of it, for this process and those that it starts.
+    """Where pip installs what site-packages cannot take, for this process and its children.
 
     There is none before `make`; it is removed when the process that made it ends.
     """
@@ -963,110 +958,101 @@ class TargetFolder:
         self.path, self.requirements = path, list(requirements)
         atexit.register(remove)
 
-    def search_path(self, path: Sequence[str]) -> List[str]:
-        """Return a search path for modules with the folder in its place; the standard library comes first."""
-        if not self.path or self.path in path:
-            return list(path)
-        sites = [index for index, entry in enumerate(path) if os.path.basename(entry) in ("site-packages", "dist-packages")]
-        place = min(sites, default=len(path))
-        return [*path[:place], self.path, *path[place:]]
-
-    def variables(self, environ: Mapping[str, str]) -> Dict[str, str]:
-        """Return the environment variables by which programs that the class starts find packages and their commands."""
+    def use(self, environ: MutableMapping[str, str]) -> None:
+        """Have it searched before site-packages, but after the standard library."""
+        if self.path not in sys.path:
+            names = list(map(os.path.basename, sys.path))
+            places = [names.index(name) for name in ("site-packages", "dist-packages")
+                      if name in names]
+            sys.path.insert(min(places, default=len(names)), self.path)
         modules = list(filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)))
-        if not self.path or self.path in modules:
-            return {}
-        commands = [environ.get("PATH", os.defpath), os.path.join(self.path, "bin")]
-        return {"PYTHONPATH": os.pathsep.join([*modules, self.path]), "PATH": os.pathsep.join(commands)}
+        if self.path not in modules:
+            environ["PYTHONPATH"] = os.pathsep.join([*modules, self.path])
+            commands = (environ.get("PATH", os.defpath), os.path.join(self.path, "bin"))
+            environ["PATH"] = os.pathsep.join(commands)
 
 
 target_folder = TargetFolder()
 
 
-def can_take_packages(folders: Iterable[str]) -> bool:
-    """Tell whether pip may install into folders: they can be written, and are not those of the system's own tools."""
+def takes_packages(folders: Iterable[str]) -> bool:
+    """Tell whether pip may install into folders, which the system's own tools may have."""
     import sysconfig
 
-    if sys.prefix == sys.base_prefix and os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")):
-        return False
-    return all(os.access(folder, os.W_OK) for folder in folders)
+    mark = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    is_of_system = sys.prefix == sys.base_prefix and os.path.exists(mark)
+    return not is_of_system and all(os.access(folder, os.W_OK) for folder in folders)
 
 
-def pip_target(why: str, requirements: Sequence[str]) -> Tuple[str, List[str]]:
+def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
     """Return the folder that pip is to fill, and the arguments that make it do so."""
     import sysconfig
 
     paths = sysconfig.get_paths()
-    if can_take_packages(paths[name] for name in ("purelib", "platlib", "scripts")):
+    if takes_packages(paths[name] for name in ("purelib", "platlib", "scripts")):
         return paths["purelib"], list(requirements)
     if not target_folder.may_be_made:
-        raise PackageError(f"{why}: cannot install {hide_credentials(' '.join(requirements))}: {paths['purelib']} cannot be "
-                           f"written, or belongs to the system; run install as root, in a Python or environment of its own")
-    try:
-        target_folder.make()
-    except OSError:
-        raise PackageError(f"{why}: cannot install {hide_credentials(' '.join(requirements))}: neither {paths['purelib']} nor "
-                           f"any folder for temporary files can be written; install it into the image, or give the pod a "
-                           f"writable /tmp") from None
-    target_folder.requirements += [requirement for requirement in requirements
-                                   if requirement not in target_folder.requirements]
-    return target_folder.path, ["--upgrade", "--target", target_folder.path, *target_folder.requirements]
+        raise PackageError(f"{paths['purelib']} cannot be written, or belongs to the system; run "
+                           f"install as root, in a Python or environment of its own")
+    if attempt(target_folder.make).error is not None:
+        raise PackageError(
+            f"neither {paths['purelib']} nor any folder for temporary files can be written; install "
+            f"it into the image, or give the pod a writable /tmp")
+    known = target_folder.requirements
+    known += [requirement for requirement in requirements if requirement not in known]
+    return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Have packages found that pip has put into a folder, by this process and those that it starts."""
+    """Have packages found that pip has put into a folder, by this process and its children."""
     import site
 
-    sys.path[:] = target_folder.search_path(sys.path)
-    environ.update(target_folder.variables(environ))
+    if folder == target_folder.path:
+        target_folder.use(environ)
     site.addsitedir(folder)  # reads its .pth files, as a start of Python does
     importlib.invalidate_caches()
 
 
-def install_python_packages(text: str, why: str = "PACKAGES", environ: MutableMapping[str, str] = os.environ) -> None:
-    """Install what is missing of comma-separated requirements, all in one pip run so that they resolve together.
+def install_python_packages(text: str, why: str = "PACKAGES",
+                            environ: MutableMapping[str, str] = os.environ) -> None:
+    """Install what is missing of comma-separated requirements, by one run of pip.
 
-    `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can be imported at once.
+    `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can
+    be imported at once.
     """
     import importlib.util
 
-    requirements = split_requirements(text)
-    for requirement in requirements:
-        check_requirement(why, requirement)
+    requirements = requirements_of(text, why)
     if all(map(is_installed, requirements)):
         return
     shown = hide_credentials(" ".join(requirements))
-    if importlib.util.find_spec("pip") is None:
-        raise PackageError(f"{why}: cannot install {shown}: this Python has no pip (No module named pip); take an image that "
-                           f"has it, or install the packages into the image")
-    folder, arguments = pip_target(why, requirements)
+    try:
+        if importlib.util.find_spec("pip") is None:
+            raise PackageError("this Python has no pip (No module named pip); take an image that "
+                               "has it, or install the packages into the image")
+        folder, arguments = pip_target(requirements)
+    except PackageError as error:
+        raise PackageError(f"{why}: cannot install {shown}: {error}") from None
     logger.info("installing Python packages: %s", shown)
-    variables = {"PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
-    for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):  # what went elsewhere could not be imported
-        variables.pop(name, None)
-    Tool(why, requirements, [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
-                             "--progress-bar=off", *arguments], variables).run()
+    variables = {
+        "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
+    for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
+        variables.pop(name, None)  # what went elsewhere could not be imported
+    command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
+               "--progress-bar=off", *arguments]
+    Tool(why, requirements, command, variables).run()
     use_packages_of(folder, environ)
-    lost = [requirement for requirement in requirements if not is_installed(requirement, in_any_version=True)]
+    lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
-        raise PackageError(f"{why}: pip was content, but {hide_credentials(' '.join(lost))} cannot be found here: its "
-                           f"configuration (pip config list) has it install elsewhere or not at all, by target, prefix, root or "
-                           f"dry-run")
+        raise PackageError(
+            f"{why}: pip was content, but {lost} cannot be found here: its configuration (pip "
+            f"config list) has it install elsewhere or not at all, by target, prefix, root or "
+            f"dry-run")
 
 
 def pip_command(requirements: Iterable[str]) -> str:
     """Return the command that installs requirements."""
-    return hide_credentials("pip install " + " ".join(f"'{requirement}'" for requirement in requirements))
-
-
-def require_python_packages(text: str, why: str) -> None:
-    """Raise PackageError if one of comma-separated requirements is not here, and say how to get it."""
-    requirements = split_requirements(text)
-    for requirement in requirements:
-        check_requirement(why, requirement)
-    missing = [each for each in requirements if not is_installed(each, in_any_version=True)]
-    if missing:
-        raise PackageError(f"{why}: {pip_command(missing)}")
+    return hide_credentials("pip install " + " ".join(f"'{each}'" for each in requirements))
 
 
 # == 5. HTTP messages ==
@@ -6404,11 +6390,6 @@ def flush_output() -> None:
         stream.flush()
 
 
-def end_group(group: int, number: int) -> bool:
-    """Send a signal to the processes that a worker has started; return False where none is left."""
-    return attempt(os.killpg, group, number).error is None
-
-
 def children_here() -> List[int]:
     """List the children of this process, where /proc tells them."""
     pids: List[int] = []
@@ -6426,7 +6407,7 @@ def end_children() -> None:
     for pid in children_here():
         attempt(os.kill, pid, signal.SIGTERM)
     if Current.reports is not None:  # the group is a worker's own
-        end_group(0, signal.SIGTERM)
+        signal_group(0, signal.SIGTERM)
     deadline = time.monotonic() + CHILDREN_SECONDS
     for child in known:
         child.join(max(0.0, deadline - time.monotonic()))
@@ -6475,7 +6456,7 @@ def leave(code: int) -> NoReturn:
 def die_with(life: int) -> None:
     """End this worker when the other end of a pipe closes: the supervisor is gone. Runs in a thread of its own."""
     os.read(life, 1)
-    end_group(0, signal.SIGKILL)
+    signal_group(0, signal.SIGKILL)
 
 
 class Served(NamedTuple):
@@ -6669,11 +6650,11 @@ class Supervisor:
     def _close(self) -> None:
         """Let go of all that is open, and of signals: another supervisor may follow."""
         deadline = time.monotonic() + CHILDREN_SECONDS
-        while time.monotonic() < deadline and any(end_group(group, 0) for group in self._groups):
+        while time.monotonic() < deadline and any(signal_group(group, 0) for group in self._groups):
             self._reap()
             time.sleep(0.01)
         for group in self._groups:
-            end_group(group, signal.SIGKILL)
+            signal_group(group, signal.SIGKILL)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handlers[number])
         signal.set_wakeup_fd(-1)
@@ -6801,7 +6782,7 @@ class Supervisor:
                 os.close(worker.reports)
                 if self._shares >= 0:
                     Share(self._count, worker.slot, self._shares).leave()
-                self._groups = [group for group in (*self._groups, pid) if end_group(group, signal.SIGTERM)]
+                self._groups = [group for group in (*self._groups, pid) if signal_group(group, signal.SIGTERM)]
                 self._bury(worker, status)
 
     def _look_at_websockets(self) -> None:
@@ -6970,7 +6951,9 @@ class Job(NamedTuple):
         if served is None and self.may_install:
             install_packages(self.settings)
         elif served is None:
-            require_python_packages(self.settings.packages, "PACKAGES")
+            missing = lacking(requirements_of(self.settings.packages, "PACKAGES"))
+            if missing:
+                raise PackageError(f"PACKAGES: {pip_command(missing)}")
         job, needs = self, set()
         while True:
             try:

@@ -149,7 +149,7 @@ def test_options_and_line_breaks_among_the_requirements_are_refused() -> None:
         message = "^PACKAGES has '%s': options are not allowed" % re.escape(refused)
         with pytest.raises(PackageError, match=message):
             install_python_packages(text)
-    with pytest.raises(PackageError, match="^PACKAGES has .* by commas, not by line breaks"):
+    with pytest.raises(PackageError, match="^PACKAGES has .* parted by commas, not by line breaks"):
         install_python_packages("numpy\npillow")
 
 
@@ -213,7 +213,7 @@ INSTALLED = [
     ("some-thing>=1000", False), ("some-thing===1", False),
     ("some-thing>=1!1", False), ("some-thing>=1,<1.2", False), ("some-thing[extra]", False),
     ("some-thing @ file:///some-thing", False),
-    ("some-thing>=1 <1000", False), ("some-thing>=1.*", False), ("../some-thing", False),
+    ("some-thing>=1 <1000", False), ("../some-thing", False),
     ("candidate>=1.5", False), ("local>=1.6", False),
     ("local==1.5+cpu", False), ("epoch<2", False), ("odd>=1", False),
     ("without-version", False), ("without-metadata", False),
