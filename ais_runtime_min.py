@@ -99,6 +99,7 @@ import itertools
 import json
 import logging
 import mmap
+import operator
 import os
 import pickle
 import queue
@@ -836,9 +837,11 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
     for name in names:  # apt-get would remove "name-"
         if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
+    if not names:
+        return
     found = [system for system in (Alpine(), Debian())
              if shutil.which(system.tool, path=environ.get("PATH"))]
-    if names and not found:
+    if not found:
         raise PackageError(f"OS_PACKAGES: cannot install {' '.join(names)}: "
                            f"this image has neither apk nor apt-get")
     missing = [name for name in names if not found[0].has(name, environ)]
@@ -5197,6 +5200,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._is_in_turn = False  # whether the leader does something that may take long
         self._current: Optional[Connection] = None  # what it serves
         self.turn = 0  # goes up with each thing that the leader does
+        self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends a process whose main thread is still held up then
         self.leave: Callable[[], object] = lambda: None
 
@@ -5206,6 +5210,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Lead the server until `drain`, then until what has begun is answered."""
         self._publish()  # that it is there: its first connection may be the last of all workers'
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
+        self.ready()
         listener = cast(socket.socket, self._listener)
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
@@ -5982,13 +5987,15 @@ class UvicornServer:
     What uvicorn has no setting for is not bounded: how long a client may take for the head of a request.
     """
 
-    def __init__(self, server: FastAPIServer, service: Service, main_thread: CallingThread) -> None:
+    def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service,
+                 main_thread: CallingThread) -> None:
         import uvicorn
 
         self._name = type(server).__name__
         self._main = main_thread
         self._messages = add_fastapi_routes(server, service)
         self._front = ASGIFront(server.app, self._messages)
+        self._listener = listener
         self._waker = Waker()
         self._config = uvicorn.Config(
             self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False, server_header=False,
@@ -6000,12 +6007,13 @@ class UvicornServer:
         self._uvicorn = uvicorn.Server(self._config)
         self._has_begun = False
         self._drain_began = 0.0
+        self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends a process that has nothing to drain
         self.leave: Callable[[], object] = lambda: None
         logging.getLogger("uvicorn").setLevel(quiet_level())
 
-    def serve_forever(self, listener: socket.socket, ready: Callable[[], None]) -> None:
-        """Serve until `drain`, and then what has begun; `ready` is called before the first request.
+    def serve_forever(self) -> None:
+        """Serve until `drain`, and then what has begun.
 
         ClassError where the application's start-up or shutdown fails.
         """
@@ -6015,11 +6023,11 @@ class UvicornServer:
 
         def begin() -> None:
             asyncio.get_running_loop().add_reader(self._waker.readable, self._wake_up)
-            ready()
+            self.ready()
             self._has_begun = True
 
         def serve() -> None:
-            failures.append(attempt(self._uvicorn.run, [listener]).error)
+            failures.append(attempt(self._uvicorn.run, [self._listener]).error)
             self._main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
 
         def end() -> None:
@@ -6243,12 +6251,17 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         "/<etl_name:path>", "etl_object", lambda path: server._handle_request(path), methods=["GET", "PUT"])
 
 
-def application_of(server: ETLServer, service: Service) -> Optional[WSGIApplication]:
-    """Return what answers requests in the place of the service, for a class that has an application of Flask."""
-    if not isinstance(server, FlaskServer) or server.etl_app is None:
-        return None
-    add_flask_routes(server, service)
-    return WSGIApplication(server, service)
+def make_front(listener: socket.socket, server: ETLServer,
+               settings: Settings) -> Union[UvicornServer, Server]:
+    """Make what serves an instance on a listening socket."""
+    service, main_thread = make_service(server, settings)
+    if isinstance(main_thread, CallingThread):
+        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
+    front = Server(listener, service, main_thread)
+    if isinstance(server, FlaskServer) and server.etl_app is not None:
+        add_flask_routes(server, service)
+        front.application = WSGIApplication(server, service)
+    return front
 
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
@@ -6263,15 +6276,17 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
 
 
 # == 18. Workers ==
-# Processes: one supervisor that forks, watches, replaces and stops; workers that construct the class and serve.
+# Processes: one supervisor that forks, watches, replaces and stops; workers that construct the
+# class and serve.
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a TCP socket, to every interface of both protocols where no host is named; it does not listen yet."""
-    family = socket.AF_INET6 if ":" in host or (not host and socket.has_dualstack_ipv6()) else socket.AF_INET
+    """Bind a TCP socket, which does not listen yet; to all interfaces where no host is named."""
+    takes_both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ":" in host or takes_both else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
     try:
@@ -6280,46 +6295,35 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise PortError(f"port {port} of {host or 'all interfaces'} cannot be listened on: {error.strerror}") from None
+        raise PortError(f"port {port} of {host or 'all interfaces'} cannot be listened on: "
+                        f"{error.strerror}") from None
     return listener
 
 
-def start_listening(listener: socket.socket) -> None:
-    """Let connections in. Before a worker is ready they are refused, so that a probe fails at once."""
+def let_in(listener: socket.socket) -> None:
+    """Let connections in, and tell; before, they are refused, so that a probe fails at once."""
     try:
         listener.listen(BACKLOG)
     except OSError as error:
-        raise PortError(f"port {listener.getsockname()[1]} cannot be listened on: {error.strerror}") from None
+        port = listener.getsockname()[1]
+        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
+    report(REPORT_READY)
 
 
 def serve_instance(server: ListeningServer) -> None:
-    """Serve an instance until SIGTERM; buffered transforms of framework classes run on the calling thread.
+    """Serve an instance until SIGTERM; what must run on the calling thread does.
 
-    In a worker the socket is the supervisor's; elsewhere the instance's own host and port are listened on.
+    In a worker the socket is the supervisor's; elsewhere it is the instance's host and port.
     """
     settings = Current.settings or Settings()
     listener = Current.listener or bind(server.host, server.port)
-    service, main_thread = make_service(server, settings)
-
-    def ready() -> None:
-        start_listening(listener)
-        report(REPORT_READY)
-
-    front: Union[UvicornServer, Server]
-    if isinstance(main_thread, CallingThread):
-        front = UvicornServer(cast(FastAPIServer, server), service, main_thread)
-        serve: Callable[[], None] = functools.partial(front.serve_forever, listener, ready)
-    else:
-        front = Server(listener, service, main_thread)
-        front.application = application_of(server, service)
-        serve = front.serve_forever
+    front = make_front(listener, server, settings)
+    front.ready = functools.partial(let_in, listener)
     if threading.current_thread() is threading.main_thread():
         front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
     if Current.reports is not None:
         front.leave = functools.partial(leave, Exit.OK)
-    if isinstance(front, Server):
-        ready()
-    error = attempt(serve).error
+    error = attempt(front.serve_forever).error
     if isinstance(error, StartupError):
         raise error
     if error is not None:
@@ -6327,65 +6331,60 @@ def serve_instance(server: ListeningServer) -> None:
         raise StartupError(f"the server failed: {describe(error)}")
 
 
-def construct(etl_class: Type[ETLServer]) -> ETLServer:
-    """Make the instance that a worker serves; ClassError where its constructor fails."""
+def settle() -> None:
+    """Collect garbage from now on, but none of what is here: workers share what stays as it is."""
+    gc.freeze()
+    gc.enable()
+
+
+def reseed() -> None:
+    """Give this worker random numbers of its own: it was forked with the state of all others.
+
+    The standard library sees to its own.
+    """
+    seed = int.from_bytes(os.urandom(4), "big")
+    for name, function in (("numpy.random", "seed"), ("torch", "manual_seed"),
+                           ("tensorflow", "random.set_seed")):
+        if name in sys.modules:
+            found = attempt(operator.attrgetter(function), sys.modules[name])
+            attempt(found.value, seed)
+
+
+def construct(load: Callable[[], Type[ETLServer]]) -> ETLServer:
+    """Load the class, if the supervisor has not, and make the instance that this worker serves.
+
+    ClassError where its constructor fails.
+    """
+    etl_class = load()
+    settle()
+    reseed()
     server = call_user(f"{etl_class.__name__}()", etl_class)
     if not hasattr(server, "use_streaming"):
         raise ClassError(f"{etl_class.__name__}.__init__() does not call super().__init__()")
     return server
 
 
-def settle() -> None:
-    """Collect garbage from now on, but not among what is there: it stays, and a forked worker shares most of it."""
-    gc.freeze()
-    gc.enable()
-
-
-def reseed() -> None:
-    """Give this worker random numbers of its own: a fork has the state of its parent, as all other workers do.
-
-    The standard library sees to its own.
-    """
-    for name, seed in (("numpy.random", lambda module: module.seed()), ("torch", lambda module: module.seed()),
-                       ("tensorflow", lambda module: module.random.set_seed(int.from_bytes(os.urandom(4), "big")))):
-        if name in sys.modules:
-            attempt(seed, sys.modules[name])
-
-
-def load_and_construct(load: Callable[[], Type[ETLServer]]) -> ETLServer:
-    """Load the class, if the supervisor has not, and make the instance that this process serves."""
-    etl_class = load()
-    settle()
-    reseed()
-    return construct(etl_class)
-
-
-def serve_class(load: Callable[[], Type[ETLServer]]) -> int:
-    """Construct a class and serve it; return the exit code."""
-    settings = Current.settings or Settings()
-    server = load_and_construct(load)
-    etl_class = type(server)
-    if Current.listener is None and getattr(server, "port", None) == 8000:
-        cast(Any, server).port = settings.port
-    elif getattr(server, "port", settings.port) not in (8000, settings.port):
-        logger.warning("%s asks for port %d, but PORT decides: %d", etl_class.__name__, cast(Any, server).port, settings.port)
-    if Current.listener is None:
-        add_routes(server, settings)
-    call_user(f"{etl_class.__name__}.start()", server.start)
-    return Exit.OK
-
-
 def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
     """Construct the class and serve it: the life of a worker, to its exit code."""
+    settings = Current.settings or Settings()
     try:
-        return serve_class(load)
+        server: Any = construct(load)
+        name, port = type(server).__name__, getattr(server, "port", settings.port)
+        if Current.listener is None:
+            add_routes(server, settings)
+        if Current.listener is None and port == 8000:
+            server.port = settings.port
+        elif port not in (8000, settings.port):
+            logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
+        call_user(f"{name}.start()", server.start)
+        return Exit.OK
     except StartupError as error:
         report_failure(error)
         return error.exit
 
 
 def flush_output() -> None:
-    """Write what is printed, so that it is written once: a fork has it too, and another program has not."""
+    """Write what is printed: a fork has it too, and would write it again."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
 
@@ -6401,7 +6400,7 @@ def children_here() -> List[int]:
 
 
 def end_children() -> None:
-    """Ask what the class has started to end, and wait a moment; the supervisor kills what remains."""
+    """Ask what the class has started to end, and wait a moment; the supervisor kills the rest."""
     multiprocessing = sys.modules.get("multiprocessing")
     known = multiprocessing.active_children() if multiprocessing else []
     for pid in children_here():
@@ -6417,7 +6416,7 @@ def end_children() -> None:
 
 
 def finish_threads() -> None:
-    """Call what waits for the end of the main thread, as that of executors, and give other threads a moment."""
+    """Have executors finish what they have begun, and give other threads of the class a moment."""
     for hook in reversed(getattr(threading, "_threading_atexits", ())):
         attempt(hook)
     deadline = time.monotonic() + THREADS_SECONDS
@@ -6425,15 +6424,15 @@ def finish_threads() -> None:
         if not thread.daemon and thread is not threading.main_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                logger.warning("the thread %s of the class still runs, and is not waited for", thread.name)
+                logger.warning("the class's thread %s goes on, and is not waited for", thread.name)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as Python does: threads, then what is registered for the exit, then children.
+    """End this process as Python does: threads, then what is registered for the exit, children.
 
-    But neither threads nor children are waited for without end. Where the main thread is held up, as it may be when
-    there is no more time, no thread is. And no module is taken apart: libraries complain of that, in many lines behind
-    the reason of a failed start.
+    But no thread and no child is waited for without end. Where the main thread is held up, as it
+    may be when there is no more time, no thread is. And no module is taken apart: libraries
+    complain of that, in many lines behind the reason of a failed start.
     """
     import atexit
 
@@ -6442,7 +6441,7 @@ def leave(code: int) -> NoReturn:
         attempt(finish_threads)
     util = sys.modules.get("multiprocessing.util")
     end_multiprocessing = getattr(util, "_exit_function", lambda: None)
-    atexit.unregister(end_multiprocessing)  # it comes last, as it waits for children, which may not end by themselves
+    atexit.unregister(end_multiprocessing)  # it is the last: it waits for children
     attempt(atexit._run_exitfuncs)
     patience = threading.Timer(CHILDREN_SECONDS, end_children)
     patience.daemon = True
@@ -6454,7 +6453,7 @@ def leave(code: int) -> NoReturn:
 
 
 def die_with(life: int) -> None:
-    """End this worker when the other end of a pipe closes: the supervisor is gone. Runs in a thread of its own."""
+    """End this worker when the other end of a pipe closes: the supervisor is gone."""
     os.read(life, 1)
     signal_group(0, signal.SIGKILL)
 
@@ -6465,27 +6464,29 @@ class Served(NamedTuple):
     name: str
     base: str  # the SDK's base class
     server: str  # the framework that serves it, or "" where its construction will tell
-    has_own_start: bool  # whether it overrides `start`: then it serves as it likes, in one process, as upstream
+    has_own_start: bool  # it overrides `start`: then it serves as it likes, in one process
 
     @classmethod
     def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
         """Tell it of a class that is loaded here."""
         base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
-        return cls(etl_class.__name__, base, server, getattr(etl_class, "start") is not ListeningServer.start)
+        has_own_start = getattr(etl_class, "start") is not ListeningServer.start
+        return cls(etl_class.__name__, base, server, has_own_start)
 
 
 @contextlib.contextmanager
 def stops_put_off() -> Iterator[None]:
-    """Have signals to stop wait for the end of a block: what their handlers raise would be lost in a fork's hooks."""
+    """Have signals to stop wait for the end of a block: a fork's hooks would lose what they raise."""
     came: List[int] = []
-    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in STOP_SIGNALS}
+    before = {number: signal.signal(number, lambda each, _: came.append(each))
+              for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def fork_ends() -> bool:
@@ -6499,7 +6500,8 @@ def fork_ends() -> bool:
         os._exit(0)
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
     while error is None and time.monotonic() < deadline:
-        ended, error = attempt(os.waitpid, pid, os.WNOHANG)  # ChildProcessError where the class ignores SIGCHLD
+        # ChildProcessError where the class ignores SIGCHLD
+        ended, error = attempt(os.waitpid, pid, os.WNOHANG)
         if error is None and ended[0]:
             return bool(ended[1] == 0)
         time.sleep(0.001)
@@ -6510,7 +6512,7 @@ def fork_ends() -> bool:
 
 
 def has_threads() -> bool:
-    """Tell whether this process has more threads than this one, also such as Python does not know of."""
+    """Tell whether this process has other threads, also such as Python does not know of."""
     try:
         return len(os.listdir("/proc/self/task")) > 1
     except OSError:  # not Linux
@@ -6520,19 +6522,16 @@ def has_threads() -> bool:
 def may_be_forked() -> bool:
     """Tell whether this process can be forked now that the class is loaded.
 
-    A fork has one thread, and locks that others held just then are held in it forever. Libraries for numbers know that:
-    they end their threads before a fork, and start them again when they are needed. A trial shows whether all do.
+    A fork has one thread, and locks that others held just then are held in it forever. Libraries
+    for numbers know that: they end their threads before a fork, and start them again when they are
+    needed. A trial shows whether all do.
     """
     if not has_threads():
         return True
-    if not sys.platform.startswith("linux"):  # a system library may be in use by a thread at any time
+    if not sys.platform.startswith("linux"):  # a system library may be in use by a thread
         return False
     with stops_put_off():
         return fork_ends() and not has_threads()
-
-
-FLAG_OF_REPORT = {
-    REPORT_READY: "is_ready", REPORT_BEGUN: "has_begun", REPORT_ANSWERED: "has_answered", REPORT_OPENED: "has_opened"}
 
 
 class Worker:
@@ -6542,14 +6541,11 @@ class Worker:
         self.pid = pid
         self.reports = reports
         self.slot = slot  # its number, among those that are there: a replacement gets it again
-        self.is_ready = False
-        self.has_begun = False
-        self.has_answered = False
+        self.told: Set[bytes] = set()  # the kinds of reports that have come
         self.websockets = 0  # connections that are open
-        self.has_opened = False  # whether any was opened since the supervisor has looked
         self.breakage = ""  # why a failed object has closed one, the last of them
         self._rest = b""  # of what it told, a report without its end
-        self.story: List[str] = []  # of its failure, in lines
+        self._story: List[str] = []  # of its failure, in lines
         self.failure: Optional[StartupError] = None
 
     def read_reports(self) -> bool:
@@ -6565,21 +6561,20 @@ class Worker:
 
     def _take_report(self, kind: bytes, text: str) -> None:
         """Take note of one report."""
-        if kind in FLAG_OF_REPORT:
-            setattr(self, FLAG_OF_REPORT[kind], True)
+        self.told.add(kind)
         if kind in (REPORT_OPENED, REPORT_CLOSED):
             self.websockets += 1 if kind == REPORT_OPENED else -1
         elif kind == REPORT_BROKEN:
             self.breakage = text
         elif kind == REPORT_STORY:
-            self.story.append(text)
+            self._story.append(text)
         elif kind == REPORT_NEEDS:
             name, _, serves = text.partition(" ")
             self.failure = FrameworkNeeded(name, serves == "1")
         elif kind == REPORT_FAILED:
             code, _, reason = text.partition(" ")
             self.failure = StartupError(reason)
-            self.failure.exit, self.failure.story = Exit(int(code)), "\n".join(self.story)
+            self.failure.exit, self.failure.story = Exit(int(code)), "\n".join(self._story)
 
 
 def how_it_died(status: int) -> str:
@@ -6588,7 +6583,8 @@ def how_it_died(status: int) -> str:
         return f"ended with exit code {os.WEXITSTATUS(status)}"
     number = os.WTERMSIG(status)
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    return f"was ended by {name}" + (" (probably out of memory)" if number == signal.SIGKILL else "")
+    is_killed = number == signal.SIGKILL
+    return f"was ended by {name}" + (" (probably out of memory)" if is_killed else "")
 
 
 class Supervisor:
@@ -6757,7 +6753,7 @@ class Supervisor:
     def _announce(self, announce: Callable[[str], None]) -> None:
         """Say once that all workers serve."""
         if not self._is_announced and len(self._workers) == self._count and (
-                all(worker.is_ready for worker in self._workers.values())):
+                all(REPORT_READY in worker.told for worker in self._workers.values())):
             self._is_announced = True
             host = self._settings.host or "0.0.0.0"
             announce(f"http://{f'[{host}]' if ':' in host else host}:{self._settings.port}")
@@ -6806,9 +6802,9 @@ class Supervisor:
         """Take note of why connections were lost; return whether any was opened since the last time."""
         has_opened = False
         for worker in self._workers.values():
-            has_opened = has_opened or worker.has_opened
-            self._breakage = worker.breakage or self._breakage
-            worker.breakage, worker.has_opened = "", False
+            has_opened = has_opened or REPORT_OPENED in worker.told
+            worker.told.discard(REPORT_OPENED)
+            self._breakage, worker.breakage = worker.breakage or self._breakage, ""
         return has_opened
 
     def _bury(self, worker: Worker, status: int) -> None:
@@ -6819,11 +6815,11 @@ class Supervisor:
             logger.error(worker.failure.story or str(worker.failure))
         if self._deadline:
             return
-        if worker.has_answered:
+        if REPORT_ANSWERED in worker.told:
             self._deaths = 0
         why = f"worker {worker.pid} {worker.failure or how_it_died(status)}"
         was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        self._start_later(why, was_idle=was_killed and worker.is_ready and not worker.has_begun)
+        self._start_later(why, was_idle=was_killed and REPORT_READY in worker.told and REPORT_BEGUN not in worker.told)
 
     def _start_later(self, why: str, was_idle: bool = False) -> None:
         """Start a worker after a delay that grows with each death in a row; end the pod where that is hopeless."""
@@ -6832,7 +6828,7 @@ class Supervisor:
             self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
         if self._served.has_own_start:  # one process, whose end is that of the pod
             return self._fail(StartupError(why))
-        has_answered = any(worker.has_answered for worker in self._workers.values())
+        has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
         if self._deaths >= DEATHS_LIMIT and not has_answered:
             return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
         delay = min(0.05 * 2 ** min(self._deaths, 10), RESPAWN_DELAY_LIMIT_SECONDS)
