@@ -132,7 +132,8 @@ else:
 __version__ = "0.1.0"
 
 # == 1. Names and limits ==
-# The wire contract with AIStore (ext/etl and ais/tgtetl.go of its sources), and every number with its reason.
+# The wire contract with AIStore (ext/etl and ais/tgtetl.go of its sources), and every number with
+# its reason.
 
 HEADER_NODE_URL = "Ais-Node-Url"
 HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"
@@ -143,24 +144,35 @@ QPARAM_ARGS = "etl_args"
 QPARAM_LATEST = "latest-ver"
 QPARAM_ORIGINAL_URL = "original_url"
 QPARAM_OBJECT_TO = "object_to"
-AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}  # for /download: some servers refuse requests without one
+# for /download: some servers refuse requests without one
+AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
 
-HEAD_LIMIT_BYTES = 64 << 10  # as much as AIStore's own server takes for a pipeline of many stages, and then some
+# as much as AIStore's own server takes for a pipeline of many stages, and then some
+HEAD_LIMIT_BYTES = 64 << 10
 HEAD_LIMIT_FIELDS = 100  # as http.client; real requests have under ten
 READ_BYTES = 64 << 10  # one receive; most objects of many-object jobs fit with their head
 WRITE_BYTES = 1 << 20  # one send; TLS fails on pieces of several GiB
-DRAIN_LIMIT_BYTES = 1 << 20  # of a body that an error leaves unread; past this, closing is cheaper than reading on
-LINGER_LIMIT_BYTES = 64 << 20  # read after the last answer, so that a client which sends on can still see it
+# of a body that an error leaves unread; past this, closing is cheaper than reading on
+DRAIN_LIMIT_BYTES = 1 << 20
+# read after the last answer, so that a client which sends on can still see it
+LINGER_LIMIT_BYTES = 64 << 20
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
-ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of what another node says of a failure; AIStore cuts it long before
-WAITING_LIMIT_BYTES = 256 << 20  # of bodies that are in a worker's memory before their transform begins, all together
-FRESH_START = "AIS_RUNTIME_FRESH_START"  # the variable by which a process that starts over tells itself of the class
-UNMASK_BYTES = 16 << 10  # of a WebSocket message that whoever leads takes at once, and unmasks as one number
-AHEAD_LIMIT_MESSAGES = 64  # objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
-AHEAD_LIMIT_BYTES = 16 << 20  # of such objects and their results, past which no more are read; one is always read
+# of what another node says of a failure; AIStore cuts it long before
+ERROR_TEXT_LIMIT_BYTES = 64 << 10
+# of bodies that are in a worker's memory before their transform begins, all together
+WAITING_LIMIT_BYTES = 256 << 20
+# the variable by which a process that starts over tells itself of the class
+FRESH_START = "AIS_RUNTIME_FRESH_START"
+# of a WebSocket message that whoever leads takes at once, and unmasks as one number
+UNMASK_BYTES = 16 << 10
+# objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
+AHEAD_LIMIT_MESSAGES = 64
+# of such objects and their results, past which no more are read; one is always read
+AHEAD_LIMIT_BYTES = 16 << 20
 BATCH_LIMIT_PARTS = 512  # of results that leave in one system call: it takes 1024
-SMALL_ANSWER_BYTES = 64 << 10  # a hop's answer of this size is read whole before ours begins, so that it can fail well
+# a hop's answer of this size is read whole before ours begins, so that it can fail well
+SMALL_ANSWER_BYTES = 64 << 10
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
 BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before us may be computing
@@ -172,20 +184,30 @@ DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut
 CONNECT_SECONDS = 5.0  # to reach another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
-RETRY_CONNECT_SECONDS = 1.0  # for all attempts after the first to connect, together: with the default of three retries
-# waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object may be 10
-HOP_IDLE_SECONDS = 20.0  # AIStore closes idle connections after 30 s; ours must not meet that moment
-FORSAKEN_SECONDS = 10.0  # until a pod whose failed objects have closed all its WebSocket connections ends
-WEBSOCKET_DRAIN_SECONDS = 15.0  # until a connection that goes on sending is ended while the pod stops
+# for all attempts after the first to connect, together: with the default of three retries
+RETRY_CONNECT_SECONDS = 1.0
+# waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object
+# may be 10
+# AIStore closes idle connections after 30 s; ours must not meet that moment
+HOP_IDLE_SECONDS = 20.0
+# until a pod whose failed objects have closed all its WebSocket connections ends
+FORSAKEN_SECONDS = 10.0
+# until a connection that goes on sending is ended while the pod stops
+WEBSOCKET_DRAIN_SECONDS = 15.0
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
-WORKER_GRACE_SECONDS = 23.0  # of these for a worker, which then has time for what is registered for its exit
+# of these for a worker, which then has time for what is registered for its exit
+WORKER_GRACE_SECONDS = 23.0
 CHILDREN_SECONDS = 0.3  # for what a class has started to end on SIGTERM, when its worker ends
-THREADS_SECONDS = 0.2  # for threads of a class, other than those of executors, to end with their worker
-TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once unless forking is not safe
-TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, half an hour means it hangs
+# for threads of a class, other than those of executors, to end with their worker
+THREADS_SECONDS = 0.2
+# for the child of a trial fork, which ends at once unless forking is not safe
+TRIAL_FORK_SECONDS = 5.0
+# for an installer: building a large wheel takes minutes, half an hour means it hangs
+TOOL_SECONDS = 1800.0
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer still runs
-TOOL_LOOK_SECONDS = 0.1  # between two looks whether an installer has ended, where its output stays open
+# between two looks whether an installer has ended, where its output stays open
+TOOL_LOOK_SECONDS = 0.1
 TOOL_QUERY_SECONDS = 60.0  # for an installer to say whether a package is there: it reads a file
 TOOL_LINES_LIMIT = 40  # of an installer's output that are kept; its errors are among the last
 TOOL_OUTPUT_BYTES = 128 << 10  # of an installer's output that are looked at for these
@@ -193,18 +215,26 @@ TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
-WEBSOCKET_LIMIT = 512  # WebSocket connections of one worker, each of which may want a thread: half are left to requests
-QUICK_SECONDS = 0.0005  # calls of the class that take less are made by the leader: other threads are not worth it
-TURN_SECONDS = 0.05  # of calls of the class that one connection has from the leader at a time: others wait meanwhile
+# WebSocket connections of one worker, each of which may want a thread: half are left to requests
+WEBSOCKET_LIMIT = 512
+# calls of the class that take less are made by the leader: other threads are not worth it
+QUICK_SECONDS = 0.0005
+# of calls of the class that one connection has from the leader at a time: others wait meanwhile
+TURN_SECONDS = 0.05
 LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
-YIELD_SECONDS = 0.001  # for another worker to accept a connection, by one that has more of them already
-CROWD_LIMIT = 64  # connections that are accepted at once, or of idle ones closed when no more can be opened
-EXCESS_LIMIT = 8  # connections that a busy worker may accept beyond what another has, which may be as busy
+# for another worker to accept a connection, by one that has more of them already
+YIELD_SECONDS = 0.001
+# connections that are accepted at once, or of idle ones closed when no more can be opened
+CROWD_LIMIT = 64
+# connections that a busy worker may accept beyond what another has, which may be as busy
+EXCESS_LIMIT = 8
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
-DEFAULT_THREADS = 16  # transforms at once in a worker: they share one interpreter lock, but many wait for disks
+# transforms at once in a worker: they share one interpreter lock, but many wait for disks
+DEFAULT_THREADS = 16
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
 DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # what passes when others are done
+# what passes when others are done
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more of a message of this kind
@@ -225,8 +255,8 @@ class Exit(enum.IntEnum):
 
 
 # == 2. Errors ==
-# What each failure means to the client (a status) and to the operator (an exit code). Raised where a fault is
-# found, caught once: RequestError in `answer_for`, StartupError in `main`.
+# What each failure means to the client (a status) and to the operator (an exit code). Raised where
+# a fault is found, caught once: RequestError in `answer_for`, StartupError in `main`.
 
 
 class RequestError(Exception):
@@ -311,8 +341,8 @@ class Terminated(SystemExit):
 def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
     """Make a call that may raise anything: users' code runs in it, and its SystemExit must not end a thread.
 
-    Only `Terminated` passes: a signal that comes while the user's code is loaded is meant for us. Whoever gets the
-    outcome decides what an error means; none may be dropped unless that is said.
+    Only `Terminated` passes: a signal that comes while the user's code is loaded is meant for us.
+    Whoever gets the outcome decides what an error means; none may be dropped unless that is said.
     """
     try:
         return Outcome(function(*args))
@@ -330,7 +360,8 @@ def describe(error: BaseException) -> str:
 class StartupError(Exception):
     """What keeps the pod from serving; its text is the last line of the log.
 
-    `story` is what the log has before that: the traceback of the user's code. It is logged once, by the supervisor.
+    `story` is what the log has before that: the traceback of the user's code. It is logged once, by
+    the supervisor.
     """
 
     exit = Exit.SOFTWARE
@@ -645,7 +676,8 @@ def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
     if process.poll() is None:
         return False
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-process.pid, os.WNOHANG)[0]:  # orphans among them, which PID 1 has adopted
+        # orphans among them, which PID 1 has adopted
+        while os.waitpid(-process.pid, os.WNOHANG)[0]:
             pass
     return not signal_group(process.pid, 0)
 
@@ -1059,8 +1091,9 @@ def pip_command(requirements: Iterable[str]) -> str:
 
 
 # == 5. HTTP messages ==
-# What requests and answers have in common: header fields, and bodies that tell a whole one from a cut one. Bytes come
-# from a connection that the caller owns. The grammar is that of RFC 9110, 5.6 and RFC 9112, with nothing forgiven.
+# What requests and answers have in common: header fields, and bodies that tell a whole one from a
+# cut one. Bytes come from a connection that the caller owns. The grammar is that of RFC 9110, 5.6
+# and RFC 9112, with nothing forgiven.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN.decode()}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
@@ -1091,7 +1124,8 @@ class Fields(Dict[str, str]):
 def parse_fields(text: str) -> Mapping[str, str]:
     """Parse header fields, each a line with its CRLF, and return them by name in lower case.
 
-    A repeated one is joined by commas, but none that frames. One match of all is several times faster than one a line.
+    A repeated one is joined by commas, but none that frames. One match of all is several times
+    faster than one a line.
     """
     if not FIELD_LINES.fullmatch(text):
         raise UnframedRequest("a header field is malformed")
@@ -1107,14 +1141,16 @@ def parse_fields(text: str) -> Mapping[str, str]:
 
 
 KEPT_FIELDS_LIMIT = 1024  # characters of fields that are kept parsed
-parse_kept_fields = functools.lru_cache(maxsize=64)(parse_fields)  # clients send the same ones again and again
+# clients send the same ones again and again
+parse_kept_fields = functools.lru_cache(maxsize=64)(parse_fields)
 
 
 class ConnectionInput:
     """What a peer sends, received ahead by up to `READ_BYTES`; its heads and bodies are read from here.
 
-    It does not own the connection. Time-outs are the socket's: a client's are the kernel's (SO_RCVTIMEO), so that a read
-    is one system call, and show as BlockingIOError; a node's are Python's, and show as socket.timeout.
+    It does not own the connection. Time-outs are the socket's: a client's are the kernel's
+    (SO_RCVTIMEO), so that a read is one system call, and show as BlockingIOError; a node's are
+    Python's, and show as socket.timeout.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -1122,7 +1158,8 @@ class ConnectionInput:
         self._ahead = b""
         self._start = 0
         self.ahead = 0  # the number of bytes that are here already
-        self.invite: Optional[Callable[[], None]] = None  # sends "100 Continue" before the first wait for a body
+        # sends "100 Continue" before the first wait for a body
+        self.invite: Optional[Callable[[], None]] = None
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more; False at the end of the connection."""
@@ -1243,7 +1280,8 @@ def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
 class BodyStream(io.RawIOBase):
     """The body of an HTTP message, as a raw binary file whose `read` raises where the body is cut short.
 
-    Subclasses implement `receive`. `size` is the number of bytes in the whole body, None where only its end tells.
+    Subclasses implement `receive`. `size` is the number of bytes in the whole body, None where only
+    its end tells.
     """
 
     size: Optional[int] = None
@@ -1293,7 +1331,8 @@ class MessageBody(BodyStream):
         self._source = source
         self._whose = whose
         self.is_at_end = False
-        self.receive_flags = 0  # MSG_WAITALL saves system calls where nobody waits for the first bytes of a body
+        # MSG_WAITALL saves system calls where nobody waits for the first bytes of a body
+        self.receive_flags = 0
 
     def finish(self) -> None:
         """Read on to the end: a sender that goes away must be noticed, also where the class stopped reading."""
@@ -1421,7 +1460,8 @@ class ClosingReader(MessageBody):
 
 
 # == 6. Other nodes ==
-# Connections to the target, and bodies that come from there. Any thread of a worker; it knows no ETLRequest.
+# Connections to the target, and bodies that come from there. Any thread of a worker; it knows no
+# ETLRequest.
 
 
 def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
@@ -1429,7 +1469,8 @@ def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
     if not pipeline_header or not pipeline_header.strip():
         return "", ""
     if not all(url.strip() for url in pipeline_header.split(",")):
-        sdk_errors = sys.modules.get("aistore.sdk.errors")  # the real SDK's, if it is there and a class uses it
+        # the real SDK's, if it is there and a class uses it
+        sdk_errors = sys.modules.get("aistore.sdk.errors")
         raise getattr(sdk_errors, "InvalidPipelineError", InvalidPipelineError)("the pipeline has an empty entry")
     first, _, rest = pipeline_header.partition(",")
     return first.strip(), rest.strip()
@@ -1443,8 +1484,9 @@ def is_final(url: str) -> bool:
 def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str, etl_args: str = "") -> str:
     """Make the URL that a result is put to, from the pipeline's entry and the object's decoded path.
 
-    An entry with a path is the object at its final target, which wants the secret path of `host_target` before it
-    and speaks that one's scheme. One without is the next stage, a pod: it gets the object's path, by its own scheme.
+    An entry with a path is the object at its final target, which wants the secret path of
+    `host_target` before it and speaks that one's scheme. One without is the next stage, a pod: it
+    gets the object's path, by its own scheme.
     """
     entry, host = urlsplit(direct_put_url), urlsplit(host_target)
     query = entry.query
@@ -1591,8 +1633,9 @@ def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.
 class NodeConnection:
     """One connection to a node: connected when made, owned by one request at a time.
 
-    The socket does not block while a body is sent, since a node may answer before it has taken all: a stage that streams,
-    or one that refuses and reads no further. OSError where the node cannot be reached.
+    The socket does not block while a body is sent, since a node may answer before it has taken all:
+    a stage that streams, or one that refuses and reads no further. OSError where the node cannot be
+    reached.
     """
 
     def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
@@ -1601,7 +1644,8 @@ class NodeConnection:
         self._silence_seconds = request.silence_seconds
         self.socket: socket.socket = socket.create_connection((hop.host, hop.port), request.connect_seconds)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)  # what a socket says that does not block
+        # what a socket says that does not block
+        self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)
         self._is_tls = tls is not None
         if tls is not None:
             self._not_now += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1696,9 +1740,10 @@ class NodeConnection:
 class BodySender:
     """Send a request's body over a connection, and go on with it in a thread if the answer comes meanwhile.
 
-    A stage that streams answers while it reads. If we sent all before reading anything, both sides would block once the
-    buffers between them are full; so the rest of the body gets a thread of its own, which ends with the body, with the
-    connection, or when `stop` is called. It owns the iterator and closes it.
+    A stage that streams answers while it reads. If we sent all before reading anything, both sides
+    would block once the buffers between them are full; so the rest of the body gets a thread of its
+    own, which ends with the body, with the connection, or when `stop` is called. It owns the
+    iterator and closes it.
     """
 
     def __init__(self, connection: NodeConnection, pieces: Iterator[Union[bytes, memoryview]]) -> None:
@@ -1735,7 +1780,8 @@ class BodySender:
         self._outcome = attempt(self._send_rest)
         self.close()
         if self._outcome.error is not None:
-            attempt(self._connection.socket.shutdown, socket.SHUT_RDWR)  # wakes whoever reads the answer
+            # wakes whoever reads the answer
+            attempt(self._connection.socket.shutdown, socket.SHUT_RDWR)
 
     def _send_rest(self) -> None:
         """Send what is left. What the node wants no more is read all the same, to see that it would have come right."""
@@ -1820,23 +1866,24 @@ def read_text(body: NodeBody) -> bytes:
 class ConnectionPool:
     """Connections to other nodes, kept alive per hop, for any thread.
 
-    Owned by the worker. A connection belongs to one request until that request's answer is read to its end; then it
-    stays here for `HOP_IDLE_SECONDS`.
+    Owned by the worker. A connection belongs to one request until that request's answer is read to
+    its end; then it stays here for `HOP_IDLE_SECONDS`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._token = settings.token
         self._settings = settings
-        self._tls: Optional[ssl.SSLContext] = None  # made when first needed: reading the authorities takes a while
+        # made when first needed: reading the authorities takes a while
+        self._tls: Optional[ssl.SSLContext] = None
         self._lock = threading.Lock()
         self._idle: Dict[Hop, List[NodeConnection]] = {}
 
     def open(self, request: NodeRequest) -> NodeBody:
         """Send a request; return the answer, its body unread. The caller closes it.
 
-        A kept connection may have been closed by the node while the request was on its way: if it breaks before any
-        byte of an answer, the request goes out once more on a new one, unless its body can be sent only once. OSError
-        tells that the node was lost.
+        A kept connection may have been closed by the node while the request was on its way: if it
+        breaks before any byte of an answer, the request goes out once more on a new one, unless its
+        body can be sent only once. OSError tells that the node was lost.
         """
         kept = self._take_kept(request.hop) if request.is_repeatable else None
         if kept is not None:
@@ -1876,7 +1923,8 @@ class ConnectionPool:
             sender.close()
         else:
             sender.go_on()
-        is_good = is_sent and head.keeps_alive and request.is_repeatable  # others go out on new connections, and would pile up
+        # others go out on new connections, and would pile up
+        is_good = is_sent and head.keeps_alive and request.is_repeatable
         return NodeBody(head, body, sender, lambda: self._release(connection, is_good and body.is_at_end))
 
     def _converse(self, connection: NodeConnection, request: NodeRequest,
@@ -1892,7 +1940,8 @@ class ConnectionPool:
             except ConnectionError:  # it may have answered before it hung up
                 is_sent = False
             head = connection.read_head()
-            if head.status >= 200:  # "100 Continue" and its like come before the answer, and want the rest of the body
+            # "100 Continue" and its like come before the answer, and want the rest of the body
+            if head.status >= 200:
                 return is_sent, head
 
     def _release(self, connection: NodeConnection, is_good: bool) -> None:
@@ -1919,8 +1968,9 @@ class ConnectionPool:
 
 
 # == 7. The ETL class contract ==
-# What users subclass: the SDK's names, attributes and methods (aistore/sdk/etl/webserver of SDK 1.24 and 2.0),
-# without its servers. An instance is made in a worker, after the fork, and lives as long as that.
+# What users subclass: the SDK's names, attributes and methods (aistore/sdk/etl/webserver of SDK
+# 1.24 and 2.0), without its servers. An instance is made in a worker, after the fork, and lives as
+# long as that.
 
 
 REPORT_READY = b"R"
@@ -1931,13 +1981,15 @@ REPORT_OPENED = b"O"  # a WebSocket connection
 REPORT_CLOSED = b"C"  # a WebSocket connection
 REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason follows
 REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
-REPORT_NEEDS = b"N"  # a framework's name, a space, and 1 where it is to serve the class or 0 where it is imported
+# a framework's name, a space, and 1 where it is to serve the class or 0 where it is imported
+REPORT_NEEDS = b"N"
 
 
 class Framework(NamedTuple):
     """A framework that a class may need: modules that must be there, and the requirements that bring them.
 
-    The first module is imported by classes, the others serve them. The bounds are those of setup.cfg's extras.
+    The first module is imported by classes, the others serve them. The bounds are those of
+    setup.cfg's extras.
     """
 
     server: str  # "": this runtime's own
@@ -1954,8 +2006,9 @@ FRAMEWORKS: Mapping[str, Framework] = {
 class Share:
     """One worker's share of the connections, in memory that all workers of a pod see.
 
-    The kernel wakes all workers for a connection, and the quickest would get most of them: the one that is awake. So a
-    worker that has more than another gives the others a moment. One that is gone counts as having more than anybody.
+    The kernel wakes all workers for a connection, and the quickest would get most of them: the one
+    that is awake. So a worker that has more than another gives the others a moment. One that is
+    gone counts as having more than anybody.
     """
 
     ABSENT = 0xFFFFFFFF
@@ -1997,7 +2050,8 @@ class Current:
     listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
     reports: Optional[int] = None  # the pipe to the supervisor, in a worker
     share: Optional[Share] = None  # of the connections, in a worker
-    is_loading = False  # whether a file is imported for its class: instances that it makes are not served
+    # whether a file is imported for its class: instances that it makes are not served
+    is_loading = False
 
 
 def report(message: bytes) -> None:
@@ -2010,12 +2064,14 @@ class ETLServer(ABC):
     """The base of every ETL class.
 
     Methods to override:  transform(data, path, etl_args), or transform_stream(reader, path, etl_args);
-                          get_mime_type(); start(), _build_session(), client_put(), handle_direct_put_response()
+                          get_mime_type(); start(), _build_session(), client_put(),
+                          handle_direct_put_response()
     Methods for callers:  start(); sanitize_fqn, close_reader, iter_and_close, make_direct_put_headers
     Attributes:           host_target, direct_put, direct_fqn, direct_put_retries, token, session, logger, use_streaming
     """
 
-    one_at_a_time = False  # whether the buffered transform must run on the thread that made the instance
+    # whether the buffered transform must run on the thread that made the instance
+    one_at_a_time = False
 
     def __init__(self) -> None:
         settings = Current.settings or Settings.from_env(required=("AIS_TARGET_URL",))
@@ -2148,7 +2204,8 @@ class HTTPMultiThreadedServer(ListeningServer):
 class LateApp:
     """The application of an instance that is not served, made when something of it is used.
 
-    Files for the SDK end with such lines, for uvicorn or gunicorn: `server = Mine()` and `app = server.app`.
+    Files for the SDK end with such lines, for uvicorn or gunicorn: `server = Mine()` and `app =
+    server.app`.
     """
 
     def __init__(self, server: FrameworkServer) -> None:
@@ -2167,8 +2224,9 @@ class LateApp:
 class FrameworkServer(ListeningServer):
     """The base of FastAPIServer and FlaskServer: one transform at a time, on the thread that made the instance.
 
-    Their classes are served without any framework, unless they use `self.app` or override a hook. Then the start is made
-    once more with the framework installed, and the app is there from the construction on, as the SDK has it.
+    Their classes are served without any framework, unless they use `self.app` or override a hook.
+    Then the start is made once more with the framework installed, and the app is there from the
+    construction on, as the SDK has it.
     """
 
     one_at_a_time = True
@@ -2213,8 +2271,9 @@ class FrameworkServer(ListeningServer):
 class FastAPIServer(FrameworkServer):
     """The SDK's FastAPI base; `path` is decoded and without its first slash.
 
-    Hooks: _setup_app(), called when the app is made; startup_event() and shutdown_event(); _handle_request(), which
-    answers requests for objects. A class that overrides one is served by uvicorn.
+    Hooks: _setup_app(), called when the app is made; startup_event() and shutdown_event();
+    _handle_request(), which answers requests for objects. A class that overrides one is served by
+    uvicorn.
     """
 
     etl_framework = "fastapi"
@@ -2245,8 +2304,8 @@ class FastAPIServer(FrameworkServer):
 class FlaskServer(FrameworkServer):
     """The SDK's Flask base; `path` is decoded and without its first slash.
 
-    Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which answers requests for
-    objects. A class that overrides one has its app served, by WSGI.
+    Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which
+    answers requests for objects. A class that overrides one has its app served, by WSGI.
     """
 
     etl_framework = "flask"
@@ -2293,8 +2352,8 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 8. Loading the class ==
-# From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim image has none
-# of them, so an import finder answers for them with what this file has.
+# From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim
+# image has none of them, so an import finder answers for them with what this file has.
 
 FAILED = "Failed to deserialize ETL class"  # AIStore's own tests look for these words
 
@@ -2317,13 +2376,15 @@ CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
     "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
 }
 
-# Import name: the PyPI name to put into PACKAGES. The first line came to the default image with aistore[etl].
+# Import name: the PyPI name to put into PACKAGES. The first line came to the default image with
+# aistore[etl].
 DEFAULT_IMAGE = {"requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash", "yaml": "PyYAML",
                  "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask", "werkzeug": "flask"}
 PYPI_NAMES = {**DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
               "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
               "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore"}
-# Base: names of the SDK's own servers that this runtime does not call, so that overriding one would do nothing.
+# Base: names of the SDK's own servers that this runtime does not call, so that overriding one would
+# do nothing.
 DELIVERY_INTERNALS = ("_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
                       "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered", "_handle_request_streaming")
 INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
@@ -2332,7 +2393,8 @@ INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
                                          "_open_sync_get_stream"),
     FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
 }
-# Base: names that are called where the framework serves the class, so that overriding one says that it shall.
+# Base: names that are called where the framework serves the class, so that overriding one says that
+# it shall.
 HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     FastAPIServer: ("_setup_app", "startup_event", "shutdown_event", "_handle_request"),
     FlaskServer: ("_register_routes", "_health", "_handle_request"),
@@ -2393,8 +2455,8 @@ def sdk_modules() -> Dict[str, Dict[str, Any]]:
 class SDKNames:
     """An import finder and loader that answers for the SDK's modules with the names of this file.
 
-    The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask. The others are ours
-    only while the real SDK is not installed.
+    The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
+    The others are ours only while the real SDK is not installed.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
@@ -2453,7 +2515,8 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
     """Walk bytecode of 3.11 or later: its instructions must be known here, with as many cache entries as here."""
     import opcode
 
-    entries: Any = getattr(opcode, "_inline_cache_entries")  # private; by number until 3.12, by name from 3.13
+    # private; by number until 3.12, by name from 3.13
+    entries: Any = getattr(opcode, "_inline_cache_entries")
     caches, resumed = 0, False
     for offset in range(0, len(code_bytes), 2):
         number = code_bytes[offset]
@@ -2463,7 +2526,8 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
                 return True
             caches -= 1
             continue
-        if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):  # nothing that a compiler makes
+        # nothing that a compiler makes
+        if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
         caches = entries.get(name, 0) if isinstance(entries, Mapping) else entries[number]
@@ -2473,9 +2537,10 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 def checked_code(*args: Any) -> types.CodeType:
     """Make a code object; ForeignBytecode where this interpreter cannot have compiled it.
 
-    A later Python may have other tables than those that are looked at. Where they are missing, or this file's own code does
-    not pass, nothing can be judged, and all passes. From 3.11 on the bytes are judged before there is a code object: making
-    one of foreign bytes, or reading them back, may write beyond their end or crash.
+    A later Python may have other tables than those that are looked at. Where they are missing, or
+    this file's own code does not pass, nothing can be judged, and all passes. From 3.11 on the
+    bytes are judged before there is a code object: making one of foreign bytes, or reading them
+    back, may write beyond their end or crash.
     """
     if sys.version_info >= (3, 11):
         try:
@@ -2502,8 +2567,9 @@ def is_here(module: str) -> bool:
 class PayloadUnpickler(pickle.Unpickler):
     """Unpickle a class, refusing another Python's bytecode before any of it runs.
 
-    A pickle does not say which Python made it. Code of another minor version may load without complaint and then crash
-    the interpreter, or compute nonsense, so each code object is looked at as it is made.
+    A pickle does not say which Python made it. Code of another minor version may load without
+    complaint and then crash the interpreter, or compute nonsense, so each code object is looked at
+    as it is made.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -2590,7 +2656,8 @@ def server_for(cls: Type[ETLServer]) -> str:
 def checked_class(cls: Any) -> Type[ETLServer]:
     """Refuse what cannot be served: no class, no ETLServer, nothing to call, or an override that would do nothing.
 
-    Called in the supervisor, before any worker is forked, so that the mistake is told once. PayloadError or ClassError.
+    Called in the supervisor, before any worker is forked, so that the mistake is told once.
+    PayloadError or ClassError.
     """
     if not isinstance(cls, type):
         raise PayloadError(f"{FAILED}: it is no class but {type(cls).__name__!r}")
@@ -2611,7 +2678,8 @@ def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
     """Return an exception's traceback less the frames of this file; None if no other frame is in it."""
     kept, entry = [], error.__traceback__
     while entry is not None:
-        if entry.tb_frame.f_code.co_filename != user_traceback.__code__.co_filename:  # __file__ may be its bytecode
+        # __file__ may be its bytecode
+        if entry.tb_frame.f_code.co_filename != user_traceback.__code__.co_filename:
             kept.append(entry)
         entry = entry.tb_next
     result = None
@@ -2642,7 +2710,8 @@ def with_story(failure: StartupError, what: str, error: BaseException) -> Startu
 def load_etl_class(settings: Settings) -> Type[ETLServer]:
     """Decode, unpickle and check the class of the payload; StartupError tells what is wrong and what to do.
 
-    The payload comes from whoever may start pods, and is run as code: it is trusted as the image is.
+    The payload comes from whoever may start pods, and is run as code: it is trusted as the image
+    is.
     """
     pickled = decode_payload(settings)
     install_sdk_names()
@@ -2674,8 +2743,9 @@ OBJECT_METHODS = ("GET", "PUT")
 def split_target(method: str, target: str) -> Tuple[str, str]:
     """Split a request target into path and query, both raw.
 
-    AIStore writes bucket and object into a PUT's URL as they are, question marks too: there the query begins at the
-    last one that is followed by a parameter of ours. An absolute target (RFC 9112, 3.2.2) loses scheme and host.
+    AIStore writes bucket and object into a PUT's URL as they are, question marks too: there the
+    query begins at the last one that is followed by a parameter of ours. An absolute target (RFC
+    9112, 3.2.2) loses scheme and host.
     """
     if not target.startswith("/"):
         target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
@@ -2694,7 +2764,8 @@ def decode_escapes(text: str, errors: str = "replace") -> str:
 
 
 FOLDER_LIMIT = 1024  # characters of what is kept decoded
-decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)  # objects of a bucket have their path in common
+# objects of a bucket have their path in common
+decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)
 
 
 def decode_query(text: str) -> str:
@@ -2730,7 +2801,8 @@ class ETLRequest(NamedTuple):
     latest: bool = False
     pipeline: str = ""  # the Ais-Node-Url header: where the result goes
     original_url: str = ""  # decoded; what a download fetches
-    object_to: str = ""  # decoded; the object a download becomes, or what a WebSocket message calls it
+    # decoded; the object a download becomes, or what a WebSocket message calls it
+    object_to: str = ""
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
@@ -2797,7 +2869,8 @@ class ETLRequest(NamedTuple):
 
 
 # == 10. Stage 2, reading ==
-# A request to a byte source. Runs on the thread that serves the connection; the source belongs to whoever opened it.
+# A request to a byte source. Runs on the thread that serves the connection; the source belongs to
+# whoever opened it.
 
 
 class ObjectFile(io.FileIO):
@@ -2919,9 +2992,10 @@ def require_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> None:
 def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
     """Open an object's file: its descriptor, NotFound, or Forbidden for what is not AIStore's to show.
 
-    The pod's port can be reached by others than its target, and the container holds secrets: only a file may be read
-    that lies in AIStore's layout, or under `roots`, once symlinks are resolved. It is the open file that is asked where
-    it lies, since a path can come to lead elsewhere between a look at it and its use.
+    The pod's port can be reached by others than its target, and the container holds secrets: only a
+    file may be read that lies in AIStore's layout, or under `roots`, once symlinks are resolved. It
+    is the open file that is asked where it lies, since a path can come to lead elsewhere between a
+    look at it and its use.
     """
     looks_right = "/.." not in path and is_object_path(path, roots)
     try:
@@ -2929,7 +3003,8 @@ def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
             require_object_path(os.path.realpath(path), roots)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        require_object_path(os.path.realpath(path), roots)  # what is not there elsewhere must not be told
+        # what is not there elsewhere must not be told
+        require_object_path(os.path.realpath(path), roots)
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         is_ours = getattr(error, "errno", None) in (*OUT_OF_RESOURCES, errno.EIO)
@@ -2950,9 +3025,9 @@ OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x0
 def is_whole(descriptor: int, size: int) -> bool:
     """Tell whether an object's file is all of it: of an object in chunks the path leads to the first chunk alone.
 
-    AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a preamble of ten bytes,
-    records of a two-byte key and a value, parted by three fixed bytes; key 3 is the size. What cannot be read as that
-    says nothing.
+    AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a
+    preamble of ten bytes, records of a two-byte key and a value, parted by three fixed bytes; key 3
+    is the size. What cannot be read as that says nothing.
     """
     try:
         attribute = os.getxattr(descriptor, "user.ais.lom")
@@ -2965,7 +3040,8 @@ def is_whole(descriptor: int, size: int) -> bool:
 def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
     """Read all of a file, most often by one call; OSError where that fails, or less is there than was.
 
-    A file system that cannot read on gives what it has first, and tells the failure to the next call.
+    A file system that cannot read on gives what it has first, and tells the failure to the next
+    call.
     """
     data = read(size)
     while len(data) < size:
@@ -3022,15 +3098,16 @@ def target_refusal(status: int, text: str) -> RequestError:
 class Sources:
     """Open the object of a request: a file, the request's body, the target's copy, or a download.
 
-    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`. The target sends a path wherever the
-    object has a file, which saves a trip of its bytes through a socket; but a path says nothing of whether the file is
-    all of the object, so `is_whole` asks.
+    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`. The target sends
+    a path wherever the object has a file, which saves a trip of its bytes through a socket; but a
+    path says nothing of whether the file is all of the object, so `is_whole` asks.
     """
 
     def __init__(self, settings: Settings, pool: ConnectionPool, locate: Callable[[str], str]) -> None:
         self._settings = settings
         self._pool = pool
-        self._outside = ConnectionPool(Settings())  # no token, no certificate, the system's authorities
+        # no token, no certificate, the system's authorities
+        self._outside = ConnectionPool(Settings())
         self._locate = locate
 
     def open(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Source:
@@ -3425,7 +3502,8 @@ class Transforms:
 
 
 # == 12. Stage 4, delivering ==
-# An output to an answer. What is delivered elsewhere is told in the answer; what is not, is the answer.
+# An output to an answer. What is delivered elsewhere is told in the answer; what is not, is the
+# answer.
 
 
 BODILESS = (HTTPStatus.SWITCHING_PROTOCOLS, HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
@@ -3542,9 +3620,9 @@ def is_overridden(server: ETLServer, name: str) -> bool:
 class Deliveries:
     """Put outputs to the next hop, and turn its answer into ours. Shared by all threads of a worker.
 
-    What a hop answers decides whether an object is there or lost, and AIStore acts on our status alone: 200 is content,
-    204 a delivery, 404 a source that does not exist and is skipped without a word. So nothing is passed on that means
-    something else coming from us.
+    What a hop answers decides whether an object is there or lost, and AIStore acts on our status
+    alone: 200 is content, 204 a delivery, 404 a source that does not exist and is skipped without a
+    word. So nothing is passed on that means something else coming from us.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
@@ -3635,9 +3713,10 @@ def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 # == 13. One request ==
-# The stages in a row, and the only place that maps failures to answers. HTTP servers call `Service.answer`.
+# The stages in a row, and the only place that maps failures to answers. HTTP servers call
+# `Service.answer`.
 
-# User exceptions with a meaning, by name, since their modules are imported only where the class needs them.
+
 STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
     "werkzeug.exceptions.HTTPException": lambda error: int(error.code or getattr(error.response, "status_code", 500)),
@@ -3647,7 +3726,10 @@ STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
 
 
 def user_status(error: BaseException) -> int:
-    """Read the status that a user's exception stands for, 500 unless it is of a few known kinds."""
+    """Read the status that a user's exception stands for, 500 unless it is of a few known kinds.
+
+    These are known by name: their modules are imported only where the class needs them.
+    """
     for base in type(error).__mro__:
         of_kind = STATUS_OF_USER_ERROR.get(f"{base.__module__}.{base.__qualname__}") or (
             STATUS_OF_USER_ERROR.get(base.__qualname__) if base.__module__ in (__name__, "aistore.sdk.errors") else None)
@@ -3687,8 +3769,8 @@ def forget_traceback(error: BaseException) -> None:
 class Service:
     """What a worker answers requests with; shared by all its threads.
 
-    `answer` never raises. An answer in pieces holds the object's source, and perhaps a connection to a hop, until it has
-    been sent or closed.
+    `answer` never raises. An answer in pieces holds the object's source, and perhaps a connection
+    to a hop, until it has been sent or closed.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool, slots: Slots) -> None:
@@ -3733,7 +3815,8 @@ class Service:
     def answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         if not self._has_begun:
-            report(REPORT_BEGUN)  # before the flag: another thread that sees it may kill the worker at once
+            # before the flag: another thread that sees it may kill the worker at once
+            report(REPORT_BEGUN)
             self._has_begun = True
         answer, error = attempt(self._answer, request, body)
         if not self._has_answered:
@@ -3757,7 +3840,8 @@ class Service:
         if not self.is_streaming or request.is_message:  # a message must be whole
             return Answer(HTTPStatus.OK, self._output(request, body), fields)
         pieces = guarded(self._pieces(request, body))
-        first = next(pieces, b"")  # until the first piece is there, a failure can still be told by a status
+        # until the first piece is there, a failure can still be told by a status
+        first = next(pieces, b"")
         return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
 
     def _output(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> bytes:
@@ -3807,8 +3891,8 @@ class Service:
 
 
 # == 14. HTTP: one connection ==
-# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread at a time serves
-# a connection: the leader of the server, which must not wait, or a thread of its pool.
+# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread at a time
+# serves a connection: the leader of the server, which must not wait, or a thread of its pool.
 
 
 class Next(enum.Enum):
@@ -4312,7 +4396,8 @@ class HTTPConnection(Connection):
 OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
 OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG)
 FRAME_HEAD_LIMIT_BYTES = 14
-# what stands in a frame's head where its size does not fit: where that ends, and the least it may be
+# what stands in a frame's head where its size does not fit: where that ends, and the least it may
+# be
 EXTENDED_SIZES = {126: (4, 126), 127: (10, 1 << 16)}
 CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1001, 1002, 1005
@@ -4751,7 +4836,8 @@ class ObjectExchange:
         if is_ours:
             self._send_in_turn([reply], waits=False)
         elif attempt(self._submit, lambda reply: self._keep(exchanged, reply), reply).error:
-            self._keep(exchanged, reply)  # else another thread does: this one must not wait for a client
+            # else another thread does: this one must not wait for a client
+            self._keep(exchanged, reply)
         return is_ours
 
     def _run(self, exchanged: Exchanged) -> None:
@@ -5535,8 +5621,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 17. Frameworks ==
-# Classes with an application of FastAPI or Flask: uvicorn serves the one, and the built-in server the other. Nothing in
-# here runs, nor is anything imported, for other classes.
+# Classes with an application of FastAPI or Flask: uvicorn serves the one, and the built-in server
+# the other. Nothing in here runs, nor is anything imported, for other classes.
 
 
 class PieceInput(ConnectionInput):
@@ -5608,7 +5694,8 @@ def report_failure(error: StartupError) -> None:
     """Tell the supervisor why this worker ends."""
     if isinstance(error, FrameworkNeeded):
         return report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
-    redact = (Current.settings or Settings()).redact  # here: a report is cut, perhaps within a secret
+    # here: a report is cut, perhaps within a secret
+    redact = (Current.settings or Settings()).redact
     for line in redact(error.story).splitlines():
         report(REPORT_STORY + line.encode("utf-8", "replace"))
     reason = redact(" ".join(str(error).split()))
@@ -5984,7 +6071,8 @@ def half_closing(base: Any) -> Any:
 class UvicornServer:
     """Serve a class's application by uvicorn, in another thread than that of `serve_forever`, which makes its calls.
 
-    What uvicorn has no setting for is not bounded: how long a client may take for the head of a request.
+    What uvicorn has no setting for is not bounded: how long a client may take for the head of a
+    request.
     """
 
     def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service,
@@ -6028,7 +6116,8 @@ class UvicornServer:
 
         def serve() -> None:
             failures.append(attempt(self._uvicorn.run, [self._listener]).error)
-            self._main.end()  # also where it failed: a worker that accepts nothing must end, to be replaced
+            # also where it failed: a worker that accepts nothing must end, to be replaced
+            self._main.end()
 
         def end() -> None:
             failure = self._front.failure or failures[0]
@@ -6210,7 +6299,8 @@ class FlaskAnswers:
             request = ETLRequest.parse(environ["REQUEST_METHOD"], target, environ.get("HTTP_AIS_NODE_URL", ""))
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers))
-        cached = getattr(flask.request, "_cached_data", None)  # a hook of the class may have read it all
+        # a hook of the class may have read it all
+        cached = getattr(flask.request, "_cached_data", None)
         stream: Any = flask.request.stream if cached is None else io.BytesIO(cached)
         read = getattr(stream, "read1", stream.read)
         body = body_of_app(environ.get("CONTENT_LENGTH"), lambda: cast(bytes, read(READ_BYTES)))
@@ -6590,13 +6680,15 @@ def how_it_died(status: int) -> str:
 class Supervisor:
     """Keep `workers` processes serving a class until SIGTERM or SIGINT.
 
-    It owns the listening socket, forks the workers, replaces one that dies, and ends with the reason of one that
-    cannot construct the class. As PID 1 of a container it reaps the orphans of the user's subprocesses.
+    It owns the listening socket, forks the workers, replaces one that dies, and ends with the
+    reason of one that cannot construct the class. As PID 1 of a container it reaps the orphans of
+    the user's subprocesses.
 
-    It has one thread and one place where it waits, the selector: for reports of the workers, and for signals, whose
-    handlers only count. A worker that dies is replaced after a delay that doubles with each death in a row; a worker
-    that has answered a request ends the row, and where such a one lives the pod is not given up. Workers get the class
-    from `load`, which loads it where the supervisor has not. They notice its own death by a pipe whose other end closes.
+    It has one thread and one place where it waits, the selector: for reports of the workers, and
+    for signals, whose handlers only count. A worker that dies is replaced after a delay that
+    doubles with each death in a row; a worker that has answered a request ends the row, and where
+    such a one lives the pod is not given up. Workers get the class from `load`, which loads it
+    where the supervisor has not. They notice its own death by a pipe whose other end closes.
     """
 
     SIGNALS = (*STOP_SIGNALS, signal.SIGCHLD)
@@ -6724,7 +6816,8 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, lambda *_: None)  # a terminal's Ctrl-C is for the supervisor to pass on
+            # a terminal's Ctrl-C is for the supervisor to pass on
+            signal.signal(signal.SIGINT, lambda *_: None)
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             self._selector.close()
             others = [worker.reports for worker in self._workers.values()]
@@ -6784,7 +6877,8 @@ class Supervisor:
     def _look_at_websockets(self) -> None:
         """End a pod where failures have closed WebSocket connections and none has been open for a while.
 
-        A target never dials again: what it sends there waits forever, and it hears of the failure only by the pod's end.
+        A target never dials again: what it sends there waits forever, and it hears of the failure
+        only by the pod's end.
         """
         if not (self._settings.payload or self._settings.payload_file):  # a laptop
             return
@@ -6862,7 +6956,8 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `install`: for images.
+# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `install`: for
+# images.
 
 
 def prepare(settings: Settings) -> None:
@@ -6871,7 +6966,8 @@ def prepare(settings: Settings) -> None:
     if settings.client_ca or settings.client_cert:
         tls_context(settings)
     if settings.target.startswith("https:"):
-        logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)  # loaded here, it is shared by all workers
+        # loaded here, it is shared by all workers
+        logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)
 
 
 def install_packages(settings: Settings) -> None:
@@ -6892,14 +6988,16 @@ class Start(NamedTuple):
 
         The supervisor then forks workers that load it, each for itself, and has no copy of its own.
         """
-        # Signals wait for the new program's handlers; one that another thread takes goes down a pipe that it inherits.
+        # Signals wait for the new program's handlers; one that another thread takes goes down a
+        # pipe that it inherits.
         signals, writer = os.pipe()
         for end in (signals, writer):
             os.set_blocking(end, False)
             os.set_inheritable(end, True)
         signal.set_wakeup_fd(writer)
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            signal.setitimer(timer, 0)  # one of the class's would end a program that does not expect it
+            # one of the class's would end a program that does not expect it
+            signal.setitimer(timer, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         known = json.dumps([served, target_folder.path, target_folder.requirements, signals, writer])
         flush_output()
@@ -6936,12 +7034,14 @@ class Job(NamedTuple):
     settings: Settings
     may_install: bool
     load: Callable[[], Type[ETLServer]]
-    announce: Callable[[Served, str, str], None]  # gets the class, the framework's server or "", and the URL
+    # gets the class, the framework's server or "", and the URL
+    announce: Callable[[Served, str, str], None]
 
     def run(self, start: Start, served: Optional[Served]) -> int:
         """Serve until SIGTERM; once more from the start where a framework turns out to be needed.
 
-        `served` is there in a program that has started over: packages are installed, and workers load the class.
+        `served` is there in a program that has started over: packages are installed, and workers
+        load the class.
         """
         prepare(self.settings)
         if served is None and self.may_install:
@@ -7181,7 +7281,8 @@ def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str]
     known = environ.pop(FRESH_START, "")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a log line must not fail for a character
+            # a log line must not fail for a character
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments == ["install"]:
@@ -7190,7 +7291,8 @@ def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str]
         served = take_fresh_start(known, environ) if known else None
         job = read_job(arguments, environ)
         del sys.argv[1:]  # a class may read its own command line, which has no arguments
-        environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # pyarrow's thread would outlive a fork
+        # pyarrow's thread would outlive a fork
+        environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
         return job.run(start, served)
     except StartupError as error:
         return give_up(error)
