@@ -6566,7 +6566,7 @@ class Served(NamedTuple):
 
 @contextlib.contextmanager
 def stops_put_off() -> Iterator[None]:
-    """Have signals to stop wait for the end of a block: a fork's hooks would lose what they raise."""
+    """Have signals to stop wait for the end of a block: hooks of a fork would swallow them."""
     came: List[int] = []
     before = {number: signal.signal(number, lambda each, _: came.append(each))
               for number in STOP_SIGNALS}
@@ -6638,6 +6638,11 @@ class Worker:
         self._story: List[str] = []  # of its failure, in lines
         self.failure: Optional[StartupError] = None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it serves, and has never had anything to do."""
+        return REPORT_READY in self.told and REPORT_BEGUN not in self.told
+
     def read_reports(self) -> bool:
         """Read what the worker has told so far; False if it will tell no more."""
         try:
@@ -6693,7 +6698,8 @@ class Supervisor:
 
     SIGNALS = (*STOP_SIGNALS, signal.SIGCHLD)
 
-    def __init__(self, settings: Settings, served: Served, load: Callable[[], Type[ETLServer]]) -> None:
+    def __init__(self, settings: Settings, served: Served,
+                 load: Callable[[], Type[ETLServer]]) -> None:
         self._settings = settings
         self._served = served
         self._load = load
@@ -6714,7 +6720,10 @@ class Supervisor:
         self._wakeup = (-1, -1)
 
     def run(self, announce: Callable[[str], None]) -> int:
-        """Serve; return the exit code, or raise the StartupError that ended it. `announce` gets the base URL."""
+        """Serve; return the exit code, or raise the StartupError that ended it.
+
+        `announce` gets the base URL once all workers serve.
+        """
         self._bind()
         self._take_signals()
         self._due = [0.0] * self._count
@@ -6723,8 +6732,8 @@ class Supervisor:
             for key, _ in self._selector.select(self._seconds_to_wait()):
                 if key.data is None:
                     os.read(key.fd, READ_BYTES)
-                elif not key.data.read_reports():  # user code has closed it; without this we would spin
-                    self._selector.unregister(key.fd)
+                elif not key.data.read_reports():
+                    self._selector.unregister(key.fd)  # user code has closed it: we would spin
             self._announce(announce)
             self._reap()
             self._look_at_websockets()
@@ -6743,8 +6752,8 @@ class Supervisor:
             time.sleep(0.01)
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handlers[number])
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         self._selector.close()
         for end in (*self._wakeup, *self._life, self._shares):
@@ -6771,7 +6780,7 @@ class Supervisor:
             os.set_blocking(end, False)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, count) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers = {number: signal.signal(number, count) for number in STOP_SIGNALS}
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def _start_due(self) -> None:
@@ -6798,7 +6807,7 @@ class Supervisor:
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
     def _fork(self, slot: int, reports: int, reporter: int) -> int:
-        """Fork. Signals wait meanwhile: one that came between the fork and the child's own handlers would be lost."""
+        """Fork. Signals wait meanwhile: the child would lose one before it has its own handlers."""
         flush_output()
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
@@ -6809,8 +6818,9 @@ class Supervisor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
-    def _become_worker(self, slot: int, reports: int, reporter: int, masked: Iterable[int]) -> NoReturn:
-        """The child's side of the fork: let go of what is the supervisor's, serve, and never return."""
+    def _become_worker(self, slot: int, reports: int, reporter: int,
+                       masked: Iterable[int]) -> NoReturn:
+        """The child's side of the fork: let go of what is the supervisor's, serve, and end."""
         try:
             os.setpgid(0, 0)  # all that the class starts ends with this process
             signal.set_wakeup_fd(-1)
@@ -6871,11 +6881,12 @@ class Supervisor:
                 os.close(worker.reports)
                 if self._shares >= 0:
                     Share(self._count, worker.slot, self._shares).leave()
-                self._groups = [group for group in (*self._groups, pid) if signal_group(group, signal.SIGTERM)]
+                self._groups = [group for group in (*self._groups, pid)
+                                if signal_group(group, signal.SIGTERM)]
                 self._bury(worker, status)
 
     def _look_at_websockets(self) -> None:
-        """End a pod where failures have closed WebSocket connections and none has been open for a while.
+        """End a pod whose WebSocket connections were closed by failures, the last a while ago.
 
         A target never dials again: what it sends there waits forever, and it hears of the failure
         only by the pod's end.
@@ -6890,10 +6901,11 @@ class Supervisor:
             self._forsaken_at = time.monotonic() + FORSAKEN_SECONDS
         elif time.monotonic() >= self._forsaken_at:
             self._forsaken_at = 0.0
-            self._fail(Forsaken(f"{self._breakage} (no WebSocket connection is left, and AIStore opens none again)"))
+            self._fail(Forsaken(f"{self._breakage} (no WebSocket connection is left, and AIStore "
+                                f"opens none again)"))
 
     def _take_news_of_websockets(self) -> bool:
-        """Take note of why connections were lost; return whether any was opened since the last time."""
+        """Note why connections were lost; return whether any was opened since the last time."""
         has_opened = False
         for worker in self._workers.values():
             has_opened = has_opened or REPORT_OPENED in worker.told
@@ -6913,10 +6925,10 @@ class Supervisor:
             self._deaths = 0
         why = f"worker {worker.pid} {worker.failure or how_it_died(status)}"
         was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        self._start_later(why, was_idle=was_killed and REPORT_READY in worker.told and REPORT_BEGUN not in worker.told)
+        self._start_later(why, was_killed and worker.is_idle)
 
     def _start_later(self, why: str, was_idle: bool = False) -> None:
-        """Start a worker after a delay that grows with each death in a row; end the pod where that is hopeless."""
+        """Start a worker after a delay that grows with each death in a row, or end the pod."""
         self._deaths += 1
         if was_idle:  # neither its class nor an object has killed it: no reason to give up
             self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
@@ -6924,7 +6936,8 @@ class Supervisor:
             return self._fail(StartupError(why))
         has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
         if self._deaths >= DEATHS_LIMIT and not has_answered:
-            return self._fail(StartupError(f"{why}, the {self._deaths}th in a row that never answered a request"))
+            return self._fail(StartupError(
+                f"{why}, the {self._deaths}th in a row that never answered a request"))
         delay = min(0.05 * 2 ** min(self._deaths, 10), RESPAWN_DELAY_LIMIT_SECONDS)
         logger.error("%s; starting another in %.1f s", why, delay)
         self._due.append(time.monotonic() + delay)
@@ -6984,7 +6997,7 @@ class Start(NamedTuple):
     folder: str
 
     def over(self, served: Served) -> NoReturn:
-        """Start the same program in the place of this one, for a class that cannot be forked once it is loaded.
+        """Start the same program in the place of this one, for a class that cannot be forked.
 
         The supervisor then forks workers that load it, each for itself, and has no copy of its own.
         """
@@ -6999,13 +7012,15 @@ class Start(NamedTuple):
             # one of the class's would end a program that does not expect it
             signal.setitimer(timer, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        known = json.dumps([served, target_folder.path, target_folder.requirements, signals, writer])
+        folder = target_folder
+        known = json.dumps([served, folder.path, folder.requirements, signals, writer])
         flush_output()
         error = None
         if attempt(os.getcwd).value != self.folder:
             error = attempt(os.chdir, self.folder).error
         if error is None:
-            error = attempt(os.execve, self.command[0], self.command, {**self.environ, FRESH_START: known}).error
+            environ = {**self.environ, FRESH_START: known}
+            error = attempt(os.execve, self.command[0], self.command, environ).error
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         raise StartupError(f"the class left threads, and the pod cannot start over for it: {error}")
 
@@ -7029,7 +7044,7 @@ def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
 
 
 class Job(NamedTuple):
-    """What a command line asks for: with which settings to serve which class, and what to say once it is served."""
+    """What a command line asks for: which class to serve, how, and what to say once it is."""
 
     settings: Settings
     may_install: bool
@@ -7063,7 +7078,7 @@ class Job(NamedTuple):
                     job = job._replace(settings=job.settings._replace(server=need.framework))
 
     def _serve(self, start: Start, served: Optional[Served]) -> int:
-        """Load the class, unless workers are to do so, and serve it, by its framework if that is known."""
+        """Load the class, unless workers are to do so, and serve it."""
         load, is_loaded_here = self.load, served is None
         if served is None:
             etl_class = load()
@@ -7087,8 +7102,8 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     settings = Settings.from_env(environ, required)
 
     def announce(served: Served, by: str, url: str) -> None:
-        logger.info("serving %s (%s%s) on %s with %d workers", served.name, served.base, by and f", by {by}", url,
-                    settings.workers)
+        logger.info("serving %s (%s%s) on %s with %d workers", served.name, served.base,
+                    by and f", by {by}", url, settings.workers)
 
     return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
@@ -7105,26 +7120,31 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
         if wanted not in names:
             raise UsageError(f"{module.__file__} has no {wanted}")
         return checked_class(names[wanted])
-    found = {cls for cls in filter(is_etl_class, names.values()) if cls.__module__ == module.__name__}
+    found = {value for value in names.values()
+             if is_etl_class(value) and value.__module__ == module.__name__}
     leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
     if len(leaves) != 1:
         choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
-        raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it has {choice}")
+        raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it "
+                         f"has {choice}")
     return checked_class(leaves[0])
 
 
 def class_from_file(text: str) -> Type[ETLServer]:
-    """Import FILE[:CLASS] and pick the class: the one that is named, or the only one that the file defines."""
+    """Import FILE[:CLASS] and pick the class: the one that is named, or the file's only one."""
     import importlib.util
 
-    path, _, wanted = (text, "", "") if ":" not in text or os.path.exists(text) else text.rpartition(":")
+    path, wanted = text, ""
+    if ":" in text and not os.path.exists(text):
+        path, _, wanted = text.rpartition(":")
     if not os.path.isfile(path):
         raise UsageError(f"there is no file {path!r}")
     install_sdk_names()
     leave_late_modules()
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
     name = os.path.splitext(os.path.basename(path))[0]
-    spec = importlib.util.spec_from_file_location(name if name not in sys.modules else f"etl_{name}", path)
+    name = name if name not in sys.modules else f"etl_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -7133,7 +7153,8 @@ def class_from_file(text: str) -> Type[ETLServer]:
     Current.is_loading = False
     raise_framework_needed(error)
     if error is not None:
-        failure: StartupError = ClassError(f"{path} cannot be imported: {type(error).__name__}: {describe(error)}")
+        reason = f"{type(error).__name__}: {describe(error)}"
+        failure: StartupError = ClassError(f"{path} cannot be imported: {reason}")
         if isinstance(error, ImportError) and package_of(error):
             failure = PackageError(f"{path} cannot be imported: {missing_package(error)}")
         raise with_story(failure, path, error)
@@ -7150,7 +7171,7 @@ def first_file(folder: str) -> str:
 
 
 def curl_lines(url: str, folder: str) -> List[str]:
-    """Make two commands that try the class: with bytes, and with a file of the folder if it has one."""
+    """Make two commands that try the class: with bytes, and with a file of the folder."""
     file = first_file(folder) if folder else ""
     return [f"  echo hello | curl -sS -T - {url}/bucket/object",
             f"  curl -sS '{url}/{quote(file)}'" if file else f"  curl -sS {url}/health"]
@@ -7158,14 +7179,18 @@ def curl_lines(url: str, folder: str) -> List[str]:
 
 def serve_job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     """Serve a class from a file: `serve FILE[:CLASS]`."""
-    settings = Settings.from_env({**environ, **({"AIS_TARGET_URL": arguments.target} if arguments.target else {})})
-    folder = unquote(urlsplit(settings.target).path) if settings.target.startswith("file:") else ""
+    target = {"AIS_TARGET_URL": arguments.target} if arguments.target else {}
+    settings = Settings.from_env({**environ, **target})
+    is_folder = settings.target.startswith("file:")
+    folder = unquote(urlsplit(settings.target).path) if is_folder else ""
     settings = settings._replace(
         host=arguments.host, port=arguments.port, workers=arguments.workers,
-        threads=arguments.threads or settings.threads, fqn_roots=(os.path.realpath(folder),) if folder else ())
+        threads=arguments.threads or settings.threads,
+        fqn_roots=(os.path.realpath(folder),) if folder else ())
 
     def announce(served: Served, by: str, url: str) -> None:
-        print(f"serving {served.name} from {arguments.file} on {url}", *curl_lines(url, folder), sep="\n", flush=True)
+        print(f"serving {served.name} from {arguments.file} on {url}", *curl_lines(url, folder),
+              sep="\n", flush=True)
 
     return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
 
@@ -7195,7 +7220,7 @@ def give_up(error: StartupError) -> int:
 
 
 def install(environ: Mapping[str, str]) -> int:
-    """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have them baked in."""
+    """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have it all."""
     Current.settings = Settings.from_env(environ)
     target_folder.may_be_made = False
     prepare(Current.settings)
@@ -7225,26 +7250,33 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
         return argument
 
-    parser = Parser(prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without arguments the "
-                    "environment describes what to serve: README.md has the variables.")
+    parser = Parser(
+        prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without arguments the "
+        "environment describes what to serve: README.md has the variables.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("install", help="install what OS_PACKAGES and PACKAGES name, while an image is built",
-                        description="Install what OS_PACKAGES and PACKAGES name, while an image is built.")
-    serve = commands.add_parser(
-        "serve", help="serve a class from a file, to try it", description="Serve a class from a file, to try it.")
-    serve.add_argument("file", metavar="FILE[:CLASS]", help="a Python file, and the class if it defines several")
-    serve.add_argument("--target", metavar="DIR|URL", help="a folder that stands in for a target, or a target's URL")
-    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=number(0, 65535), default=8000, help="the port, 0 for any (default: %(default)s)")
-    serve.add_argument("--workers", type=number(1, 256), default=1, help="worker processes (default: %(default)s)")
+    text = "install what OS_PACKAGES and PACKAGES name, while an image is built"
+    commands.add_parser("install", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    text = "serve a class from a file, to try it"
+    serve = commands.add_parser("serve", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    serve.add_argument("file", metavar="FILE[:CLASS]",
+                       help="a Python file, and the class if it defines several")
+    serve.add_argument("--target", metavar="DIR|URL",
+                       help="a folder that stands in for a target, or a target's URL")
+    serve.add_argument("--host", default="127.0.0.1",
+                       help="the address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=number(0, 65535), default=8000,
+                       help="the port, 0 for any (default: %(default)s)")
+    serve.add_argument("--workers", type=number(1, 256), default=1,
+                       help="worker processes (default: %(default)s)")
     serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
     if arguments.command == "install":
         raise UsageError("install stands alone; --help has the options")
     if arguments.target and "://" not in arguments.target:
         if not os.path.isdir(arguments.target):
-            raise UsageError(f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
+            raise UsageError(
+                f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
         arguments.target = "file://" + quote(os.path.abspath(arguments.target))
     return arguments
 
@@ -7262,7 +7294,7 @@ def terminate(number: int, _: Any) -> NoReturn:
 
 
 def own_command(arguments: Sequence[str]) -> List[str]:
-    """Return the command line that starts this program with the same arguments, and Python with the same options."""
+    """Return the command line that starts this program once more, with Python's own options."""
     original = getattr(sys, "orig_argv", ())  # from Python 3.10 on
     count = len(original) - len(arguments)
     if count > 0 and list(original[count:]) == list(arguments):
@@ -7273,7 +7305,8 @@ def own_command(arguments: Sequence[str]) -> List[str]:
     return [sys.executable, *options, os.path.abspath(__file__), *arguments]
 
 
-def main(argv: Optional[Sequence[str]] = None, environ: MutableMapping[str, str] = os.environ) -> int:
+def main(argv: Optional[Sequence[str]] = None,
+         environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
     for number in STOP_SIGNALS:
