@@ -902,7 +902,8 @@ def parse_requirement(text: str) -> Any:
 
 def is_requirement(text: str) -> bool:
     """Tell whether a text is a requirement, a path or a URL, which pip takes too, or an option."""
-    return bool(re.match(r"\s*(-|[./~]|[\w+]+://)", text) or parse_requirement(text))
+    text = text.strip()
+    return bool(re.match(r"-|[./~]|[\w+]+://", text) or parse_requirement(text))
 
 
 def requirements_of(text: str, why: str) -> List[str]:
@@ -5626,7 +5627,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 class PieceInput(ConnectionInput):
-    """A request's body as another server has received it, in pieces; `receive` returns b"" at its end."""
+    """A request's body as another server has received it; `receive` returns b"" at its end."""
 
     def __init__(self, receive: Callable[[], bytes]) -> None:
         super().__init__(cast(socket.socket, None))
@@ -5639,7 +5640,7 @@ class PieceInput(ConnectionInput):
         return super().readinto(buffer, flags)
 
     def fill(self, flags: int = 0) -> bool:
-        """Wait for the next piece; the server's own exceptions come as OSError, which readers expect."""
+        """Wait for the next piece; the server's exceptions come as OSError, as readers expect."""
         piece, error = attempt(self._next_piece)
         if error is not None:
             raise error if isinstance(error, OSError) else OSError(describe(error)) from None
@@ -5648,17 +5649,18 @@ class PieceInput(ConnectionInput):
 
 def quiet_level() -> int:
     """Return the log level of other servers, whose ordinary life is worth a line at DEBUG alone."""
-    return logger.level if logger.level in (logging.NOTSET, logging.DEBUG) else max(logging.WARNING, logger.level)
+    level = logger.level
+    return level if level in (logging.NOTSET, logging.DEBUG) else max(logging.WARNING, level)
 
 
 def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
-    """Make the body of a request that another server has parsed; without a length, `receive` tells its end."""
+    """Make the body of a request that another server has parsed; `receive` may tell its end."""
     source = PieceInput(receive)
     return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
 
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
-    """Install what is missing of a framework, and import it here, so that forked workers share its memory."""
+    """Install what is missing of a framework, and import it here: forked workers share it."""
     framework = FRAMEWORKS[name]
     wanted = list(framework.modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
@@ -5669,18 +5671,20 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
             install_python_packages(",".join(missing), why=name)
         except PackageError as error:
             raise PackageError(
-                f"the class needs {' and '.join(missing)}, which this image does not have and pip cannot install: bake it "
-                f"in with docker build --build-arg EXTRAS={name}, or let PACKAGES or pip's own variables name a source "
-                f"that can be reached; {error}") from None
+                f"the class needs {' and '.join(missing)}, which this image does not have and pip "
+                f"cannot install: bake it in with docker build --build-arg EXTRAS={name}, or let "
+                f"PACKAGES or pip's own variables name a source that can be reached; "
+                f"{error}") from None
     for module, _ in wanted:
         problem = attempt(importlib.import_module, module).error
         if problem is not None:
-            failure = PackageError(f"the class needs {module}, which cannot be imported: {describe(problem)}")
+            failure = PackageError(
+                f"the class needs {module}, which cannot be imported: {describe(problem)}")
             raise with_story(failure, module, problem)
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
-    """Call the user's code at start-up; ClassError, and its traceback in the log, where it fails."""
+    """Call the user's code at start-up; ClassError, which has its traceback, where it fails."""
     value, error = attempt(function)
     if isinstance(error, StartupError):
         raise error
@@ -5728,13 +5732,13 @@ class CallingThread(MainThread):
 
 @functools.lru_cache(maxsize=1)
 def piece_response_class() -> Any:
-    """Make the class of Starlette's responses whose bodies come in pieces; its own read the request meanwhile."""
+    """Make the class of responses in pieces: Starlette's own would read the request meanwhile."""
     import asyncio
 
     from starlette.responses import Response
 
     class PieceResponse(Response):  # type: ignore[misc]
-        """An answer in pieces; where it fails, no end is sent, and ASGIFront cuts the connection."""
+        """An answer in pieces; where it fails, no end is sent: ASGIFront cuts the connection."""
 
         def __init__(self, answer: Answer, name: str, threads: Any) -> None:
             super().__init__(None, answer.status)
@@ -5756,7 +5760,8 @@ def piece_response_class() -> Any:
                         log_cut(self._name, error)
                         scope.get("etl.cut", []).append(self._name)
                         raise BrokenPipeError("the answer was cut")
-                    await send({"type": "http.response.body", "body": piece, "more_body": piece != b""})
+                    await send({"type": "http.response.body", "body": piece,
+                                "more_body": piece != b""})
             finally:
                 await self._call(attempt, self._answer.__exit__)
             if self.background is not None:
@@ -5766,7 +5771,7 @@ def piece_response_class() -> Any:
 
 
 class StarletteAnswers:
-    """Answer an application's requests for objects by Starlette's responses, on threads of a pool."""
+    """Answer an application's requests for objects, on threads of a pool."""
 
     def __init__(self, service: Service) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -5783,7 +5788,8 @@ class StarletteAnswers:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         target = (path + query).decode("latin-1")
         try:
-            parsed = ETLRequest.parse(request.method, target, ", ".join(fields.getlist(HEADER_NODE_URL)))
+            pipeline = ", ".join(fields.getlist(HEADER_NODE_URL))
+            parsed = ETLRequest.parse(request.method, target, pipeline)
             if parsed.is_message:  # a handshake goes another way
                 upgrade_answer({})
         except RequestError as error:
@@ -5818,7 +5824,7 @@ class StarletteAnswers:
 
 
 class ASGISession:
-    """One connection that speaks AIStore's protocol, over a server of ASGI; on that server's loop."""
+    """One connection of AIStore's protocol over a server of ASGI, on that server's loop."""
 
     def __init__(self, service: Service, pool: ThreadPool, receive: Any, send: Any) -> None:
         import asyncio
@@ -5869,23 +5875,27 @@ class ASGISession:
         self._is_over = True
         report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
         if self._transport is None:
-            await self._send({"type": "websocket.close", "code": CLOSE_FAILED, "reason": cut_reason(reason)})
+            await self._send({"type": "websocket.close", "code": CLOSE_FAILED,
+                              "reason": cut_reason(reason)})
             return
-        self._transport.write(frame_head(OP_BINARY, 0, is_last=False) + close_frame(CLOSE_FAILED, reason))
+        beginning = frame_head(OP_BINARY, 0, is_last=False)
+        self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
         # at once a client that still sends might not see it
         self._loop.call_later(DRAIN_SECONDS, self._transport.close)
 
     async def _take(self, data: bytes) -> None:
         """Take one message, and wait until another one may be."""
-        # nothing may be transformed on the loop's thread
-        error = None if self._is_over else attempt(self._objects.take, ReceivedObject(data), False).error
+        error = None
+        if not self._is_over:  # nothing may be transformed on the loop's thread
+            error = attempt(self._objects.take, ReceivedObject(data), False).error
         while self._objects.is_full or (error is not None and self._objects.pending):
             self._has_changed.clear()
             if self._objects.pending:
                 await self._has_changed.wait()
         if error is not None:
             reason = self._service.settings.redact(describe(error))
-            logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason)
+            logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name,
+                         reason)
             await self.fail(reason)
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
@@ -5905,7 +5915,7 @@ class ASGISession:
 
 
 class ASGIMessages:
-    """Serve AIStore's protocol over a server of ASGI, which alone bounds how large a message may be."""
+    """AIStore's protocol over a server of ASGI, which alone bounds how large a message may be."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -5946,15 +5956,19 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
         return Response(b"Running", media_type="text/plain")
 
     async def answer(request: Any) -> Any:
-        return await server._handle_request(request.path_params.get("path", ""), request, request.method == "GET")
+        path, is_get = request.path_params.get("path", ""), request.method == "GET"
+        return await server._handle_request(path, request, is_get)
+
+    def route(path: str, function: Any, *methods: str) -> Any:
+        return Route(path, function, methods=list(methods), include_in_schema=False)
 
     messages = ASGIMessages(service)
     server.etl_answer = StarletteAnswers(service)
-    objects = Route("/{path:path}", answer, methods=["GET", "PUT"], include_in_schema=False)
+    objects = route("/{path:path}", answer, "GET", "PUT")
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")  # its own knows no line feed
     server.app.router.routes.extend([
-        WebSocketRoute("/ws", messages), Route("/health", health, methods=["GET"], include_in_schema=False),
-        Route("/download", answer, methods=["POST"], include_in_schema=False), objects])
+        WebSocketRoute("/ws", messages), route("/health", health, "GET"),
+        route("/download", answer, "POST"), objects])
     return messages
 
 
@@ -5964,16 +5978,21 @@ def is_gone(send: Any) -> bool:
 
 
 async def transmit(message: Any, send: Any) -> None:
-    """Send a message by uvicorn, a large body in parts; OSError where the client is gone or does not read."""
+    """Send a message by uvicorn, a large body in parts.
+
+    OSError where the client is gone, or does not read.
+    """
     import asyncio
 
+    call_later = asyncio.get_running_loop().call_later
     body, more = message.get("body", b""), message.get("more_body", False)
     for start in range(0, max(len(body), 1), WRITE_BYTES):
         part = message
         if len(body) > WRITE_BYTES:
             is_last = start + WRITE_BYTES >= len(body)
-            part = {**message, "body": body[start:start + WRITE_BYTES], "more_body": more or not is_last}
-        unread = asyncio.get_running_loop().call_later(RESULT_UNREAD_SECONDS, send.__self__.transport.abort)
+            part = {**message, "body": body[start:start + WRITE_BYTES],
+                    "more_body": more or not is_last}
+        unread = call_later(RESULT_UNREAD_SECONDS, send.__self__.transport.abort)
         try:
             await send(part)
         finally:
@@ -5983,7 +6002,7 @@ async def transmit(message: Any, send: Any) -> None:
 
 
 class ASGIFront:
-    """The outermost application: it answers health probes and serves `/ws`, and hands all else to that of a class."""
+    """The outermost application: it serves `/health` and `/ws`, and the class's own the rest."""
 
     def __init__(self, app: Any, messages: ASGIMessages) -> None:
         self._app = app
@@ -6005,7 +6024,7 @@ class ASGIFront:
             await self._serve(scope, receive, send)
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application's start-up and shutdown; what fails there is told by whoever runs us, once."""
+        """Run the application's start-up and shutdown; whoever runs us tells what fails there."""
         async def send_on(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.begin()
@@ -6022,9 +6041,10 @@ class ASGIFront:
 
     @staticmethod
     def _offers_to_leave(fields: Mapping[bytes, bytes]) -> bool:
-        """Tell whether a request with a body offers to go on by another protocol: uvicorn then reads no body."""
+        """Tell whether a request with a body offers another protocol: uvicorn reads none then."""
         has_body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
-        return has_body and b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
+        offers = b"upgrade" in fields.get(b"connection", b"").lower()
+        return has_body and b"upgrade" in fields and offers
 
     @staticmethod
     async def _answer(send: Any, status: int, body: bytes) -> None:
@@ -6035,7 +6055,7 @@ class ASGIFront:
         await send({"type": "http.response.body", "body": body})
 
     async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the class's application for one request; an answer that has failed is never finished."""
+        """Run the application for one request; an answer that has failed is never finished."""
         cut: List[str] = []
         scope["etl.cut"] = cut
 
@@ -6054,12 +6074,12 @@ class ASGIFront:
 
 
 def half_closing(base: Any) -> Any:
-    """Make a protocol of uvicorn's that answers a client which sends nothing more, but may still read."""
+    """Make a protocol of uvicorn's that answers a client which has ended its side."""
     class HalfClosing(base):  # type: ignore[misc]
         """The protocol of one connection."""
 
         def eof_received(self) -> Optional[bool]:
-            """Return whether the connection is to stay open for an answer to a request that is whole."""
+            """Return whether the connection is to stay open, for an answer to a whole request."""
             if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
                 return cast(Optional[bool], super().eof_received())
             self.cycle.keep_alive = False
@@ -6069,7 +6089,7 @@ def half_closing(base: Any) -> Any:
 
 
 class UvicornServer:
-    """Serve a class's application by uvicorn, in another thread than that of `serve_forever`, which makes its calls.
+    """Serve a class's application by uvicorn, in a thread; that of `serve_forever` makes its calls.
 
     What uvicorn has no setting for is not bounded: how long a client may take for the head of a
     request.
@@ -6086,10 +6106,12 @@ class UvicornServer:
         self._listener = listener
         self._waker = Waker()
         self._config = uvicorn.Config(
-            self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False, server_header=False,
-            backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS), timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
-            h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False, ws_max_size=memory_limit(),
-            ws_max_queue=1, ws_ping_interval=None, ws_ping_timeout=None)
+            self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False,
+            server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
+            timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
+            h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False,
+            ws_max_size=memory_limit(), ws_max_queue=1, ws_ping_interval=None,
+            ws_ping_timeout=None)
         self._config.load()
         self._config.http_protocol_class = half_closing(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
@@ -6130,7 +6152,7 @@ class UvicornServer:
         call_user(f"{self._name}'s {'shutdown' if self._has_begun else 'start-up'}", end)
 
     def drain_on(self, signals: Iterable[int]) -> None:
-        """Have signals drain the server, also while the main thread transforms. Call it on the main thread."""
+        """Have signals drain the server. Call it on the main thread."""
         self._waker.wake_on(signals, self.drain)
 
     def drain(self) -> None:
@@ -6140,7 +6162,7 @@ class UvicornServer:
         self._waker.wake()
 
     def _wake_up(self) -> None:
-        """Begin to drain: a signal has come, if its handler has not run yet, or has. On uvicorn's loop."""
+        """Begin to drain; on uvicorn's loop, perhaps before the signal's handler has run."""
         import asyncio
 
         self._waker.take()
@@ -6162,13 +6184,15 @@ class UvicornServer:
 
 
 def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Optional[MainThread]]:
-    """Make what answers requests, and the main thread where that is to do more than to lead the server."""
+    """Make what answers requests, and the main thread where that has to make the class's calls."""
     Current.pool = Current.pool or ConnectionPool(settings)
     is_one = server.one_at_a_time and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = MainThread() if is_one else None
     if isinstance(server, FastAPIServer) and server.etl_app is not None:
         main_thread = CallingThread()
-    slots = main_thread if main_thread is not None and is_one else ThreadSlots(settings.threads or DEFAULT_THREADS)
+    slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
+    if main_thread is not None and is_one:
+        slots = main_thread
     return Service(settings, server, Current.pool, slots), main_thread
 
 
@@ -6186,7 +6210,7 @@ class WSGIResponse:
         self._count = 0  # bytes that were yielded
 
     def start(self, status: str, fields: Sequence[Tuple[str, str]], exc_info: Any = None) -> Any:
-        """Be `start_response`; what the function that it returns is given comes before other pieces."""
+        """Be `start_response`; the function that it returns takes what comes before the pieces."""
         if exc_info and self._count:
             raise exc_info[1].with_traceback(exc_info[2])
         if (self.status and not exc_info) or not "200" <= status[:3] <= "599":
@@ -6196,8 +6220,9 @@ class WSGIResponse:
         self.size = lengths[0] if lengths else None
         return self._written.append
 
-    def pieces(self, application: Any, environ: Dict[str, Any], body: MessageBody) -> Iterator[bytes]:
-        """Call the application, and yield its output; raise where it or the request's body is not whole."""
+    def pieces(self, application: Any, environ: Dict[str, Any],
+               body: MessageBody) -> Iterator[bytes]:
+        """Call the application, and yield its output; raise where that or the body is not whole."""
         output = application(environ, self.start)
         try:
             for piece in itertools.chain(output, (b"",)):
@@ -6207,12 +6232,14 @@ class WSGIResponse:
                     raise AssertionError("the application has not called start_response()")
                 self._count += len(data)
                 if self.size is not None and self._count > self.size and self._has_body(environ):
-                    raise ValueError(f"the answer has more bytes than its Content-Length, {self.size}")
+                    raise ValueError(
+                        f"the answer has more bytes than its Content-Length, {self.size}")
                 if data:
                     yield data
             body.raise_failure()
             if self.size not in (None, self._count) and self._has_body(environ):
-                raise ValueError(f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
+                raise ValueError(
+                    f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
         finally:
             error = attempt(getattr(output, "close", lambda: None)).error
             if error is not None:  # too late for the answer
@@ -6222,7 +6249,9 @@ class WSGIResponse:
         return environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
 
 
-HOP_BY_HOP = frozenset(("connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"))
+OF_SERVER = frozenset((  # the fields that an application cannot set
+    "connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding",
+    "upgrade"))
 
 
 class WSGIApplication:
@@ -6236,14 +6265,16 @@ class WSGIApplication:
         self._service = service
         self._answers_health = type(server)._health is not FlaskServer._health
 
-    def asked(self, head: Head, connection: socket.socket) -> Optional[Callable[[MessageBody], Answer]]:
-        """Return what answers a request, once it has its body; None for what is not the application's."""
+    def asked(self, head: Head,
+              connection: socket.socket) -> Optional[Callable[[MessageBody], Answer]]:
+        """Return what answers a request, given its body; None for what is not the application's."""
         path, query = split_target(head.method, head.target)
         is_health = (head.method, path) == ("GET", "/health") and not self._answers_health
         if path == "/ws" or is_health or not path.startswith("/"):
             return None
         environ = self._environ(head, connection)
-        environ.update(PATH_INFO=unquote_to_bytes(path.encode("latin-1")).decode("latin-1"), QUERY_STRING=query)
+        environ["PATH_INFO"] = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
+        environ["QUERY_STRING"] = query
         return functools.partial(self._answer, ETLRequest(head.method, path), environ)
 
     def _environ(self, head: Head, connection: socket.socket) -> Dict[str, Any]:
@@ -6251,28 +6282,33 @@ class WSGIApplication:
         host, port = connection.getsockname()[:2]
         peer = attempt(connection.getpeername).value or ("", 0)
         # a name with "_" could pass for one with "-"
-        fields = {f"HTTP_{name.upper().replace('-', '_')}": value for name, value in head.fields.items() if "_" not in name}
-        described = {name: fields.pop(f"HTTP_{name}") for name in ("CONTENT_TYPE", "CONTENT_LENGTH") if f"HTTP_{name}" in fields}
+        fields = {"HTTP_" + name.upper().replace("-", "_"): value
+                  for name, value in head.fields.items() if "_" not in name}
+        for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            if f"HTTP_{name}" in fields:
+                fields[name] = fields.pop(f"HTTP_{name}")
         return {
-            **fields, **described,
-            "REQUEST_METHOD": head.method, "SCRIPT_NAME": "", "RAW_URI": head.target, "REQUEST_URI": head.target,
-            "SERVER_NAME": host, "SERVER_PORT": str(port), "REMOTE_ADDR": peer[0], "REMOTE_PORT": str(peer[1]),
-            "SERVER_PROTOCOL": "HTTP/1.0" if head.is_http_1_0 else "HTTP/1.1", "wsgi.version": (1, 0),
+            **fields, "REQUEST_METHOD": head.method, "SCRIPT_NAME": "", "RAW_URI": head.target,
+            "REQUEST_URI": head.target, "SERVER_NAME": host, "SERVER_PORT": str(port),
+            "SERVER_PROTOCOL": "HTTP/1.0" if head.is_http_1_0 else "HTTP/1.1",
+            "REMOTE_ADDR": peer[0], "REMOTE_PORT": str(peer[1]), "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr, "wsgi.multithread": True,
-            "wsgi.multiprocess": self._service.settings.workers > 1, "wsgi.run_once": False, "wsgi.input_terminated": True}
+            "wsgi.multiprocess": self._service.settings.workers > 1, "wsgi.run_once": False,
+            "wsgi.input_terminated": True}
 
     def _answer(self, request: ETLRequest, environ: Dict[str, Any], body: MessageBody) -> Answer:
         """Have the application answer a request, whatever happens."""
         answer, error = attempt(self._ask, environ, body)
-        return cast(Answer, answer) if error is None else self._service.answer_failure(request, error)
+        return answer if error is None else self._service.answer_failure(request, error)
 
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
-        """Call the application; until the first piece is there, a failure can still be told by a status."""
+        """Call the application; until its first piece is there, a failure is told by a status."""
         response = WSGIResponse()
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         pieces: Any = guarded(response.pieces(self._server.app, environ, body))
         first = next(pieces, b"")
-        fields = tuple((str(name), str(value)) for name, value in response.fields if name.lower() not in HOP_BY_HOP)
+        fields = tuple((str(name), str(value)) for name, value in response.fields
+                       if name.lower() not in OF_SERVER)
         if environ["REQUEST_METHOD"] == "HEAD" or response.status in BODILESS:
             pieces.close()
             return Answer(response.status, b"", fields, response.size)
@@ -6283,7 +6319,7 @@ class WSGIApplication:
 
 
 class FlaskAnswers:
-    """Answer an application's requests for objects by Flask's responses, on the thread that serves the request."""
+    """Answer an application's requests for objects, on the thread that asks."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -6294,9 +6330,11 @@ class FlaskAnswers:
 
         environ = flask.request.environ
         query = environ.get("QUERY_STRING", "")
-        target = environ.get("RAW_URI") or quote(environ["PATH_INFO"].encode("latin-1")) + ("?" + query if query else "")
+        path = quote(environ["PATH_INFO"].encode("latin-1"))
+        target = environ.get("RAW_URI") or (f"{path}?{query}" if query else path)
+        pipeline = environ.get("HTTP_AIS_NODE_URL", "")
         try:
-            request = ETLRequest.parse(environ["REQUEST_METHOD"], target, environ.get("HTTP_AIS_NODE_URL", ""))
+            request = ETLRequest.parse(environ["REQUEST_METHOD"], target, pipeline)
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers))
         # a hook of the class may have read it all
@@ -6311,7 +6349,8 @@ class FlaskAnswers:
         import flask
 
         body: Any = self._pieces(answer) if answer.is_open else answer.body
-        return flask.Response(body, answer.status, [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers])
+        fields = [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers]
+        return flask.Response(body, answer.status, fields)
 
     def _pieces(self, answer: Answer) -> Iterator[bytes]:
         """Yield the pieces of an answer; the server cuts the connection where that raises."""
@@ -6323,7 +6362,7 @@ class FlaskAnswers:
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
-    """Let a class's application answer requests for objects; werkzeug prefers routes that are more specific."""
+    """Let a class's application answer requests for objects, where none of its own routes does."""
     from werkzeug.routing import BaseConverter
 
     class AnyName(BaseConverter):  # type: ignore[misc]
@@ -6331,14 +6370,15 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
 
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
+    app, handle = server.app, server._handle_request
     server.etl_answer = FlaskAnswers(service)
-    if "etl_object" in server.app.view_functions:
+    if "etl_object" in app.view_functions:
         return
-    server.app.url_map.converters["etl_name"] = AnyName
-    server.app.add_url_rule("/health", "etl_health", lambda: server._health(), methods=["GET"])
-    server.app.add_url_rule("/download", "etl_download", lambda: server._handle_request("download"), methods=["POST"])
-    server.app.add_url_rule(
-        "/<etl_name:path>", "etl_object", lambda path: server._handle_request(path), methods=["GET", "PUT"])
+    app.url_map.converters["etl_name"] = AnyName
+    app.add_url_rule("/health", "etl_health", lambda: server._health(), methods=["GET"])
+    app.add_url_rule("/download", "etl_download", lambda: handle("download"), methods=["POST"])
+    app.add_url_rule("/<etl_name:path>", "etl_object", lambda path: handle(path),
+                     methods=["GET", "PUT"])
 
 
 def make_front(listener: socket.socket, server: ETLServer,
@@ -6355,8 +6395,9 @@ def make_front(listener: socket.socket, server: ETLServer,
 
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
-    """Let the application of a class that starts a server of its own answer requests for objects, one at a time."""
-    if isinstance(server, FrameworkServer) and server.etl_app is not None and server.etl_answer is None:
+    """Let the application of a class that starts its own server answer requests for objects."""
+    has_app = isinstance(server, FrameworkServer) and server.etl_app is not None
+    if has_app and cast(FrameworkServer, server).etl_answer is None:
         Current.pool = Current.pool or ConnectionPool(settings)
         service = Service(settings, server, Current.pool, ThreadSlots(settings.threads or 1))
         if isinstance(server, FastAPIServer):
