@@ -220,6 +220,7 @@ WEBSOCKET_LIMIT = 512
 # calls of the class that take less are made by the leader: other threads are not worth it
 QUICK_SECONDS = 0.0005
 # of calls of the class that one connection has from the leader at a time: others wait meanwhile
+END_SECONDS = 0.1  # for an application under uvicorn to fail, once it has ended an answer in pieces
 TURN_SECONDS = 0.05
 LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
 # for another worker to accept a connection, by one that has more of them already
@@ -1204,7 +1205,7 @@ class ConnectionInput:
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
         if not self.ahead:
-            self._send_invitation()
+            self.send_invitation()
             return self._connection.recv_into(buffer, 0, flags)
         data = self.take(len(buffer))
         buffer[:len(data)] = data
@@ -1218,11 +1219,12 @@ class ConnectionInput:
                 return self.take(end + 1)
             if self.ahead >= limit:
                 return self.take(limit)
-            self._send_invitation()
+            self.send_invitation()
             if not self.fill():
                 return b""
 
-    def _send_invitation(self) -> None:
+    def send_invitation(self) -> None:
+        """Have the client send a body, if it waits to be told."""
         if self.invite is not None:
             invite, self.invite = self.invite, None
             invite()
@@ -1287,6 +1289,7 @@ class BodyStream(io.RawIOBase):
 
     size: Optional[int] = None
     failure: Optional[RequestError] = None
+    count = 0  # bytes that were read
 
     @property
     def is_small(self) -> bool:
@@ -1314,7 +1317,9 @@ class BodyStream(io.RawIOBase):
         """Read some bytes into a buffer, 0 at the end. What has failed once fails again, and reads nothing more."""
         self.raise_failure()
         try:
-            return self.receive(buffer)
+            count = self.receive(buffer)
+            self.count += count
+            return count
         except RequestError as error:
             self.failure = error
             raise
@@ -2299,7 +2304,7 @@ class FastAPIServer(FrameworkServer):
 
     async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
         """Answer a request for an object by a response of Starlette's."""
-        return await self.etl_answer(request)
+        return await self.etl_answer(path, request)
 
 
 class FlaskServer(FrameworkServer):
@@ -2328,7 +2333,7 @@ class FlaskServer(FrameworkServer):
 
     def _handle_request(self, path: str) -> Any:
         """Answer the current request, for an object, by a response of Flask's."""
-        return self.etl_answer()
+        return self.etl_answer(path)
 
 
 class CountingIterator:
@@ -3549,6 +3554,10 @@ def error_answer(status: int, detail: str, headers: Mapping[str, str]) -> Answer
     return Answer(status, text, (("Content-Type", "application/json"), *headers.items()))
 
 
+class AnswerCut(OSError):
+    """An answer has failed half-way, which was told; the connection must end."""
+
+
 class OutputFailed(Exception):
     """The class's stream failed while it was being delivered; `error` is what it raised."""
 
@@ -3707,7 +3716,7 @@ def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
         while True:
             piece, error = attempt(next, pieces, None)
             if error is not None:
-                raise OutputFailed(error)
+                raise error if isinstance(error, OutputFailed) else OutputFailed(error)
             if piece is None:
                 return
             yield piece
@@ -4364,6 +4373,7 @@ class HTTPConnection(Connection):
         elif isinstance(answer.body, bytes):
             self._send(text, last or answer.body)
         else:
+            self.input.send_invitation()  # which cannot come within the answer
             self._is_cut = not is_chunked
             self._send_pieces(text, answer.body, last)
             self._is_cut = False
@@ -5653,6 +5663,13 @@ def quiet_level() -> int:
     return level if level in (logging.NOTSET, logging.DEBUG) else max(logging.WARNING, level)
 
 
+def target_of(path: str, raw_path: str, query: str) -> str:
+    """Return a request's target as it came, or for another path, if the class has made it one."""
+    if decode_escapes(raw_path)[1:] != path:
+        raw_path = "/" + quote(path)
+    return f"{raw_path}?{query}" if query else raw_path
+
+
 def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
     """Make the body of a request that another server has parsed; `receive` may tell its end."""
     source = PieceInput(receive)
@@ -5717,6 +5734,7 @@ class CallingThread(MainThread):
         self._bell = threading.Semaphore(0)
         self.wake = self._bell.release
         self._is_over = False
+        self.has_ended = threading.Event()
 
     def work(self) -> None:
         """Make the calls that are handed over."""
@@ -5724,6 +5742,7 @@ class CallingThread(MainThread):
             self._bell.acquire()
             while self.calls:
                 self.make_call()
+        self.has_ended.set()
 
     def end(self) -> None:
         """Let `work` return once it has made the calls before this one."""
@@ -5758,8 +5777,7 @@ def piece_response_class() -> Any:
                     piece, error = await self._call(attempt, next, pieces, b"")
                     if error is not None:
                         log_cut(self._name, error)
-                        scope.get("etl.cut", []).append(self._name)
-                        raise BrokenPipeError("the answer was cut")
+                        raise AnswerCut
                     await send({"type": "http.response.body", "body": piece,
                                 "more_body": piece != b""})
             finally:
@@ -5779,22 +5797,21 @@ class StarletteAnswers:
         self._service = service
         self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
 
-    async def __call__(self, request: Any) -> Any:
+    async def __call__(self, path: str, request: Any) -> Any:
         """Answer one request; on the application's loop."""
         import asyncio
 
         loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
-        path = scope.get("raw_path") or quote(scope["path"]).encode()
-        query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        target = (path + query).decode("latin-1")
+        raw_path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
+        target = target_of(path, raw_path, scope["query_string"].decode("latin-1"))
         try:
             pipeline = ", ".join(fields.getlist(HEADER_NODE_URL))
             parsed = ETLRequest.parse(request.method, target, pipeline)
-            if parsed.is_message:  # a handshake goes another way
+            if parsed.is_message:  # no handshake, which does not come here
                 upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
-        pieces = request.stream()
+        pieces, count = request.stream(), 0
 
         async def receive() -> bytes:
             async for piece in pieces:
@@ -5804,7 +5821,13 @@ class StarletteAnswers:
 
         def take() -> bytes:
             """Wait for the next piece, b"" at the end; on another thread."""
-            return asyncio.run_coroutine_threadsafe(receive(), loop).result(BODY_PAUSE_SECONDS)
+            nonlocal count
+            future = asyncio.run_coroutine_threadsafe(receive(), loop)
+            piece = future.result(BODY_PAUSE_SECONDS)
+            count += len(piece)
+            if not piece and scope.get("etl.request", count) != count:
+                raise OSError("the application has read some of it")
+            return piece
 
         body = body_of_app(fields.get("content-length"), take)
         answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
@@ -5860,13 +5883,12 @@ class ASGISession:
     def is_idle(self) -> bool:
         """Whether all that has come is answered, and nothing has come for a moment."""
         is_done = self._objects.is_between_objects and not self._objects.pending
-        return is_done and time.monotonic() - self._since > DRAIN_LOOK_SECONDS
+        return is_done and not self._is_over and time.monotonic() - self._since > DRAIN_LOOK_SECONDS
 
-    async def close(self, code: int) -> None:
-        """Say goodbye."""
-        if not self._is_over:
-            self._is_over = True
-            await self._send({"type": "websocket.close", "code": code})
+    async def close(self) -> None:
+        """Say goodbye, as far as the client reads."""
+        self._is_over = True
+        await self._send({"type": "websocket.close", "code": CLOSE_GOING_AWAY})
 
     async def fail(self, reason: str) -> None:
         """End the connection so that a target takes it for the failure of an object."""
@@ -5877,11 +5899,11 @@ class ASGISession:
         if self._transport is None:
             await self._send({"type": "websocket.close", "code": CLOSE_FAILED,
                               "reason": cut_reason(reason)})
-            return
-        beginning = frame_head(OP_BINARY, 0, is_last=False)
-        self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
-        # at once a client that still sends might not see it
-        self._loop.call_later(DRAIN_SECONDS, self._transport.close)
+        elif not self._transport.is_closing():
+            beginning = frame_head(OP_BINARY, 0, is_last=False)
+            self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
+            # at once a client that still sends might not see it
+            self._loop.call_later(DRAIN_SECONDS, self._transport.close)
 
     async def _take(self, data: bytes) -> None:
         """Take one message, and wait until another one may be."""
@@ -5902,8 +5924,12 @@ class ASGISession:
         """Send replies, and wait for that; on a thread of the pool."""
         import asyncio
 
-        for reply in replies:  # the client may be gone
-            attempt(asyncio.run_coroutine_threadsafe(self._send_reply(reply), self._loop).result)
+        for reply in replies:
+            sending = self._send_reply(reply)
+            future, error = attempt(asyncio.run_coroutine_threadsafe, sending, self._loop)
+            if error is not None:  # the loop has ended
+                return sending.close()
+            attempt(future.result)  # the client may be gone
 
     async def _send_reply(self, reply: Reply) -> None:
         if reply.opcode == OP_CLOSE:
@@ -5940,8 +5966,8 @@ class ASGIMessages:
 
         deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
         while self._sessions and time.monotonic() < deadline:
-            for session in filter(lambda each: each.is_idle, tuple(self._sessions)):
-                await session.close(CLOSE_GOING_AWAY)
+            idle = [session.close() for session in self._sessions if session.is_idle]
+            asyncio.gather(*idle, return_exceptions=True)  # not waited for: a client may not read
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         for session in tuple(self._sessions):
             await session.fail("the pod is stopping")
@@ -5972,33 +5998,81 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
     return messages
 
 
-def is_gone(send: Any) -> bool:
-    """Tell whether a client has left, as far as uvicorn's `send` is bound to what knows."""
-    return bool(getattr(send.__self__, "disconnected", False))
+class ASGIRequest:
+    """The messages of one request, between uvicorn and the application.
 
-
-async def transmit(message: Any, send: Any) -> None:
-    """Send a message by uvicorn, a large body in parts.
-
-    OSError where the client is gone, or does not read.
+    The end of an answer in pieces is held back until the application is done, or for a moment: it
+    may be that of one that has failed, which Starlette's BaseHTTPMiddleware ends all the same.
     """
-    import asyncio
 
-    call_later = asyncio.get_running_loop().call_later
-    body, more = message.get("body", b""), message.get("more_body", False)
-    for start in range(0, max(len(body), 1), WRITE_BYTES):
-        part = message
-        if len(body) > WRITE_BYTES:
-            is_last = start + WRITE_BYTES >= len(body)
-            part = {**message, "body": body[start:start + WRITE_BYTES],
-                    "more_body": more or not is_last}
-        unread = call_later(RESULT_UNREAD_SECONDS, send.__self__.transport.abort)
-        try:
-            await send(part)
-        finally:
-            unread.cancel()
-        if is_gone(send):
-            raise BrokenPipeError("the client is gone")
+    def __init__(self, scope: Any, receive: Any, send: Any) -> None:
+        self._scope = scope
+        self._scope["etl.request"] = 0  # bytes of the body that have come
+        self._receive = receive
+        self._send = send
+        self._cycle = send.__self__  # uvicorn's own of the request
+        self._is_in_pieces = False
+        self._end: Any = None  # what is held back
+
+    async def receive(self) -> Any:
+        """Receive the next message, and count the bytes of the body."""
+        message = await self._receive()
+        self._scope["etl.request"] += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Send a message, or hold it back."""
+        import asyncio
+
+        has_more = message.get("more_body", False)
+        if self._is_in_pieces and not has_more:
+            self._end = message
+            loop = asyncio.get_running_loop()
+            loop.call_later(END_SECONDS, lambda: loop.create_task(self.finish()))
+        else:
+            self._is_in_pieces = has_more
+            await self._transmit(message)
+
+    async def finish(self) -> None:
+        """Send what is held back."""
+        end, self._end = self._end, None
+        if end is not None:
+            with contextlib.suppress(AnswerCut):
+                await self._transmit(end)
+
+    async def abort(self) -> None:
+        """End the connection, so that half an answer is not taken for a whole one."""
+        import asyncio
+
+        self._end = None
+        self._cycle.transport.abort()
+        await asyncio.sleep(0)  # in which uvicorn hears of it
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has left."""
+        return bool(self._cycle.disconnected or self._cycle.transport.is_closing())
+
+    async def _transmit(self, message: Any) -> None:
+        """Send a message, a large body in parts; AnswerCut where the client leaves or stalls."""
+        import asyncio
+
+        call_later = asyncio.get_running_loop().call_later
+        body, more = message.get("body", b""), message.get("more_body", False)
+        for start in range(0, max(len(body), 1), WRITE_BYTES):
+            part = message
+            if len(body) > WRITE_BYTES:
+                is_last = start + WRITE_BYTES >= len(body)
+                part = {**message, "body": body[start:start + WRITE_BYTES],
+                        "more_body": more or not is_last}
+            unread = call_later(RESULT_UNREAD_SECONDS, self._cycle.transport.abort)
+            try:
+                if not self.is_gone:
+                    await self._send(part)
+            finally:
+                unread.cancel()
+            if self._cycle.disconnected:
+                raise AnswerCut
 
 
 class ASGIFront:
@@ -6016,12 +6090,8 @@ class ASGIFront:
             await self._live(scope, receive, send)
         elif scope["type"] == "websocket":
             await (self._messages if scope["path"] == "/ws" else self._app)(scope, receive, send)
-        elif (scope["path"], scope["method"]) == ("/health", "GET"):
-            await self._answer(send, 200, b"Running")
-        elif self._offers_to_leave(dict(scope["headers"])):
-            await self._answer(send, 400, b"a request with a body cannot offer another protocol")
         else:
-            await self._serve(scope, receive, send)
+            await self._serve(ASGIRequest(scope, receive, send), scope)
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
         """Run the application's start-up and shutdown; whoever runs us tells what fails there."""
@@ -6039,44 +6109,51 @@ class ASGIFront:
             self.failure = error
             raise
 
-    @staticmethod
-    def _offers_to_leave(fields: Mapping[bytes, bytes]) -> bool:
-        """Tell whether a request with a body offers another protocol: uvicorn reads none then."""
+    async def _serve(self, request: ASGIRequest, scope: Any) -> None:
+        """Answer one request; an answer that has failed is never finished."""
+        import asyncio
+
+        fields = dict(scope["headers"])
+        coding = fields.get(b"transfer-encoding", b"chunked").lower()
         has_body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
-        offers = b"upgrade" in fields.get(b"connection", b"").lower()
-        return has_body and b"upgrade" in fields and offers
+        try:
+            if (scope["path"], scope["method"]) == ("/health", "GET"):
+                await self._answer(request, 200, b"Running")
+            elif coding != b"chunked" or (coding in fields.values() and scope["http_version"] == "1.0"):
+                await self._answer(request, 501, b"the Transfer-Encoding is not known here")
+            elif has_body and b"upgrade" in fields.get(b"connection", b"").lower():
+                # uvicorn has read no body
+                await self._answer(request, 400, b"another protocol cannot be offered with a body")
+            else:
+                await self._app(scope, request.receive, request.send)
+                await request.finish()
+        except AnswerCut:
+            await request.abort()
+        except asyncio.CancelledError:
+            logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
+            await request.abort()
+        except (OSError, RuntimeError):  # the second of uvloop, where a connection is closed
+            if not request.is_gone:
+                raise
 
     @staticmethod
-    async def _answer(send: Any, status: int, body: bytes) -> None:
+    async def _answer(request: ASGIRequest, status: int, body: bytes) -> None:
         fields = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body))]
         if status >= 400:
             fields.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": status, "headers": fields})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application for one request; an answer that has failed is never finished."""
-        cut: List[str] = []
-        scope["etl.cut"] = cut
-
-        async def send_on(message: Any) -> None:
-            if cut:  # Starlette's BaseHTTPMiddleware would end the body of an answer that failed
-                raise BrokenPipeError("the answer was cut")
-            await transmit(message, send)
-
-        try:
-            await self._app(scope, receive, send_on)
-        except OSError:
-            if not cut and not is_gone(send):
-                raise
-        if cut:
-            send.__self__.transport.abort()
+        await request.send({"type": "http.response.start", "status": status, "headers": fields})
+        await request.send({"type": "http.response.body", "body": body})
 
 
-def half_closing(base: Any) -> Any:
-    """Make a protocol of uvicorn's that answers a client which has ended its side."""
-    class HalfClosing(base):  # type: ignore[misc]
-        """The protocol of one connection."""
+def protocol_on(base: Any) -> Any:
+    """Make a protocol of uvicorn's that is right in two things that its own is not."""
+    class Protocol(base):  # type: ignore[misc]
+        """One connection: a client that has ended its side is answered, and bodies are read."""
+
+        def _should_upgrade(self) -> bool:
+            fields = dict(self.headers)
+            has_body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
+            return bool(super()._should_upgrade()) and not has_body
 
         def eof_received(self) -> Optional[bool]:
             """Return whether the connection is to stay open, for an answer to a whole request."""
@@ -6085,7 +6162,7 @@ def half_closing(base: Any) -> Any:
             self.cycle.keep_alive = False
             return True
 
-    return HalfClosing
+    return Protocol
 
 
 class UvicornServer:
@@ -6113,12 +6190,12 @@ class UvicornServer:
             ws_max_size=memory_limit(), ws_max_queue=1, ws_ping_interval=None,
             ws_ping_timeout=None)
         self._config.load()
-        self._config.http_protocol_class = half_closing(self._config.http_protocol_class)
+        self._config.http_protocol_class = protocol_on(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
         self._has_begun = False
         self._drain_began = 0.0
         self.ready: Callable[[], object] = lambda: None  # called before the first request
-        # ends a process that has nothing to drain
+        # ends a process that has not begun to serve, or whose main thread is still held up
         self.leave: Callable[[], object] = lambda: None
         logging.getLogger("uvicorn").setLevel(quiet_level())
 
@@ -6140,6 +6217,8 @@ class UvicornServer:
             failures.append(attempt(self._uvicorn.run, [self._listener]).error)
             # also where it failed: a worker that accepts nothing must end, to be replaced
             self._main.end()
+            if not self._main.has_ended.wait(10 * LEAD_SECONDS):
+                self.leave()
 
         def end() -> None:
             failure = self._front.failure or failures[0]
@@ -6236,7 +6315,8 @@ class WSGIResponse:
                         f"the answer has more bytes than its Content-Length, {self.size}")
                 if data:
                     yield data
-            body.raise_failure()
+            if self.status < 400:
+                body.raise_failure()
             if self.size not in (None, self._count) and self._has_body(environ):
                 raise ValueError(
                     f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
@@ -6304,6 +6384,7 @@ class WSGIApplication:
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
         """Call the application; until its first piece is there, a failure is told by a status."""
         response = WSGIResponse()
+        environ["etl.body"] = body
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         pieces: Any = guarded(response.pieces(self._server.app, environ, body))
         first = next(pieces, b"")
@@ -6324,41 +6405,38 @@ class FlaskAnswers:
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def __call__(self) -> Any:
+    def __call__(self, path: str) -> Any:
         """Answer the current request."""
         import flask
 
         environ = flask.request.environ
-        query = environ.get("QUERY_STRING", "")
-        path = quote(environ["PATH_INFO"].encode("latin-1"))
-        target = environ.get("RAW_URI") or (f"{path}?{query}" if query else path)
-        pipeline = environ.get("HTTP_AIS_NODE_URL", "")
+        method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
+        raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
+        if "RAW_URI" in environ:
+            raw_path, query = split_target(method, environ["RAW_URI"])
         try:
-            request = ETLRequest.parse(environ["REQUEST_METHOD"], target, pipeline)
+            target = target_of(path, raw_path, query)
+            request = ETLRequest.parse(method, target, environ.get("HTTP_AIS_NODE_URL", ""))
+            answer = self._service.answer(request, self._body(flask.request))
         except RequestError as error:
-            return self._response(error_answer(error.status, str(error), error.headers))
-        # a hook of the class may have read it all
-        cached = getattr(flask.request, "_cached_data", None)
-        stream: Any = flask.request.stream if cached is None else io.BytesIO(cached)
-        read = getattr(stream, "read1", stream.read)
-        body = body_of_app(environ.get("CONTENT_LENGTH"), lambda: cast(bytes, read(READ_BYTES)))
-        return self._response(self._service.answer(request, body))
-
-    def _response(self, answer: Answer) -> Any:
-        """Make the response of an answer."""
-        import flask
-
-        body: Any = self._pieces(answer) if answer.is_open else answer.body
+            answer = error_answer(error.status, str(error), error.headers)
         fields = [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers]
+        body: Any = (answer.body or iter(())) if answer.is_open else answer.body
         return flask.Response(body, answer.status, fields)
 
-    def _pieces(self, answer: Answer) -> Iterator[bytes]:
-        """Yield the pieces of an answer; the server cuts the connection where that raises."""
-        with answer:
-            try:
-                yield from cast(Iterator[bytes], answer.body or ())
-            except OutputFailed as error:
-                raise error.error from None
+    def _body(self, request: Any) -> Union[MessageBody, ReceivedObject]:
+        """Return the object of a request, of which a hook of the class may have read all."""
+        data = getattr(request, "_cached_data", None)
+        stream: Any = request.stream if data is None else io.BytesIO(data)  # 413 for its maximum
+        body: Optional[MessageBody] = request.environ.get("etl.body")
+        if body is None:  # of a server that the class has started
+            length = request.environ.get("CONTENT_LENGTH")
+            return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
+        if not body.count:
+            return body
+        if data is None or len(data) != body.count or not body.is_at_end:
+            raise RequestError("the application has read some of the object, or not all")
+        return ReceivedObject(data)
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
@@ -6372,6 +6450,8 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
 
     app, handle = server.app, server._handle_request
     server.etl_answer = FlaskAnswers(service)
+    # of a body that is cut, which is no failure of the application's
+    app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
         return
     app.url_map.converters["etl_name"] = AnyName
