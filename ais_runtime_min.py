@@ -114,6 +114,7 @@ import ssl
 import stat
 import struct
 import time
+import weakref
 from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
@@ -197,6 +198,8 @@ WEBSOCKET_DRAIN_SECONDS = 15.0
 GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
 # of these for a worker, which then has time for what is registered for its exit
 WORKER_GRACE_SECONDS = 23.0
+LEAVE_SECONDS = 2.0  # for a process that has nothing in flight to end
+REPEAT_SECONDS = 0.3  # between two signals to stop that are not one, sent to a process and its group
 CHILDREN_SECONDS = 0.3  # for what a class has started to end on SIGTERM, when its worker ends
 # for threads of a class, other than those of executors, to end with their worker
 THREADS_SECONDS = 0.2
@@ -745,7 +748,9 @@ class Tool:
 
         with contextlib.ExitStack() as stack:
             try:
-                self._output = stack.enter_context(tempfile.TemporaryFile())
+                file = attempt(tempfile.TemporaryFile).value  # None where none can be written
+                file = file or os.fdopen(os.memfd_create("output"), "w+b")
+                self._output = stack.enter_context(file)
                 process = subprocess.Popen(
                     self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
                     stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -893,12 +898,18 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
 
 @functools.lru_cache(maxsize=None)
 def parse_requirement(text: str) -> Any:
-    """Read a requirement as pip does; None for what is none, or where nobody can read it."""
-    for package in ("pip._vendor.packaging", "packaging"):  # the second in a Python without pip
+    """Read a requirement as pip does; None for what is none, as a path or a URL alone.
+
+    Where neither pip nor `packaging` is there, nothing but a name can be read.
+    """
+    for package in ("pip._vendor.packaging", "packaging"):
         parser = attempt(importlib.import_module, f"{package}.requirements").value
         if parser is not None:
             return attempt(parser.Requirement, text).value
-    return None
+    if not re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", text, re.ASCII):
+        return None
+    any_version = types.SimpleNamespace(contains=lambda version, _: True)
+    return types.SimpleNamespace(name=text, url="", extras=(), marker=None, specifier=any_version)
 
 
 def is_requirement(text: str) -> bool:
@@ -944,25 +955,25 @@ def installed_version(name: str) -> Optional[str]:
     return next((version for version in found if isinstance(version, str)), None)
 
 
-def is_installed(requirement: str, in_any_version: bool = False) -> bool:
-    """Tell whether what a requirement asks for is there; of extras and URLs only pip can say.
-
-    Where the version does not matter, what cannot be told counts as there.
-    """
-    wanted = parse_requirement(requirement)
-    if wanted is None or (not in_any_version and (wanted.url or wanted.extras)):
-        return in_any_version
+def is_lacking(wanted: Any) -> bool:
+    """Tell whether a requirement that was read is for this Python, and not met by what is here."""
     if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-        return True  # it is not for this Python
+        return False
     version = installed_version(wanted.name)
-    if version is None or in_any_version:
-        return version is not None
-    return bool(attempt(wanted.specifier.contains, version, True).value)
+    return version is None or not wanted.specifier.contains(version, True)
+
+
+def is_installed(requirement: str) -> bool:
+    """Tell whether what a requirement asks for is here for sure; anything more is for pip."""
+    wanted = parse_requirement(requirement)
+    is_plain = wanted is not None and not wanted.url and not wanted.extras
+    return is_plain and attempt(is_lacking, wanted).value is False
 
 
 def lacking(requirements: Iterable[str]) -> List[str]:
-    """List requirements of which nothing is there, in any version."""
-    return [each for each in requirements if not is_installed(each, in_any_version=True)]
+    """List the requirements that are not met for sure."""
+    return [each for each in requirements
+            if attempt(is_lacking, parse_requirement(each)).value is True]
 
 
 class TargetFolder:
@@ -1089,7 +1100,9 @@ def install_python_packages(text: str, why: str = "PACKAGES",
 
 def pip_command(requirements: Iterable[str]) -> str:
     """Return the command that installs requirements."""
-    return hide_credentials("pip install " + " ".join(f"'{each}'" for each in requirements))
+    import shlex
+
+    return hide_credentials(f"pip install {shlex.join(requirements)}")
 
 
 # == 5. HTTP messages ==
@@ -1396,7 +1409,8 @@ class BoundedReader(MessageBody):
         """Read what is left; a small body has come with the head, and is cut off in one piece."""
         if self._source.ahead < self._left or self._left != self.size:
             return super().readall()
-        data, self._left, self.is_at_end = self._source.take(self._left), 0, True
+        data = self._source.take(self._left)
+        self.count, self._left, self.is_at_end = len(data), 0, True
         return data
 
 
@@ -2058,6 +2072,8 @@ class Current:
     share: Optional[Share] = None  # of the connections, in a worker
     # whether a file is imported for its class: instances that it makes are not served
     is_loading = False
+    inherited: Sequence[int] = ()  # children that this process had before it was this program
+    last_line = ""  # of the log, the reason of a failed start
 
 
 def report(message: bytes) -> None:
@@ -6114,12 +6130,13 @@ class ASGIFront:
         import asyncio
 
         fields = dict(scope["headers"])
+        has_coding = b"transfer-encoding" in fields
         coding = fields.get(b"transfer-encoding", b"chunked").lower()
-        has_body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
+        has_body = has_coding or fields.get(b"content-length", b"0") != b"0"
         try:
             if (scope["path"], scope["method"]) == ("/health", "GET"):
                 await self._answer(request, 200, b"Running")
-            elif coding != b"chunked" or (coding in fields.values() and scope["http_version"] == "1.0"):
+            elif coding != b"chunked" or (has_coding and scope["http_version"] == "1.0"):
                 await self._answer(request, 501, b"the Transfer-Encoding is not known here")
             elif has_body and b"upgrade" in fields.get(b"connection", b"").lower():
                 # uvicorn has read no body
@@ -6533,7 +6550,7 @@ def serve_instance(server: ListeningServer) -> None:
     if threading.current_thread() is threading.main_thread():
         front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
     if Current.reports is not None:
-        front.leave = functools.partial(leave, Exit.OK)
+        front.leave = functools.partial(leave, Exit.OK, LEAVE_SECONDS)
     error = attempt(front.serve_forever).error
     if isinstance(error, StartupError):
         raise error
@@ -6610,19 +6627,31 @@ def children_here() -> List[int]:
     return pids
 
 
+def own_children() -> List[int]:
+    """List the children that the class has started, less one that cleans up after it."""
+    tracker = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", None)
+    return list({*children_here()} - {*Current.inherited, getattr(tracker, "_pid", None)})
+
+
+def has_own_group() -> bool:
+    """Tell whether all processes of this one's group were started by it, as a worker's are."""
+    return os.getpgrp() == os.getpid() and Current.reports is not None
+
+
 def end_children() -> None:
     """Ask what the class has started to end, and wait a moment; the supervisor kills the rest."""
     multiprocessing = sys.modules.get("multiprocessing")
     known = multiprocessing.active_children() if multiprocessing else []
-    for pid in children_here():
+    for pid in own_children():
         attempt(os.kill, pid, signal.SIGTERM)
-    if Current.reports is not None:  # the group is a worker's own
+    if has_own_group():
         signal_group(0, signal.SIGTERM)
     deadline = time.monotonic() + CHILDREN_SECONDS
     for child in known:
         child.join(max(0.0, deadline - time.monotonic()))
         child.kill()
-    while time.monotonic() < deadline and attempt(os.waitpid, -1, os.WNOHANG).error is None:
+    while time.monotonic() < deadline and own_children():
+        attempt(os.waitpid, -1, os.WNOHANG)
         time.sleep(0.005)
 
 
@@ -6638,35 +6667,64 @@ def finish_threads() -> None:
                 logger.warning("the class's thread %s goes on, and is not waited for", thread.name)
 
 
-def leave(code: int) -> NoReturn:
+def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> None:
+    """Have a function called after a while, if this process is still here and has a thread."""
+    timer = threading.Timer(seconds, function, args)
+    timer.daemon = True
+    attempt(timer.start)
+
+
+def say_last_line(code: int) -> NoReturn:
+    """End this process at once, with its reason in the last line of the log."""
+    if Current.last_line:
+        attempt(functools.partial(print, flush=True), Current.last_line)
+    attempt(flush_output)
+    os._exit(code)
+
+
+def leave(code: int, seconds: float) -> NoReturn:
     """End this process as Python does: threads, then what is registered for the exit, children.
 
-    But no thread and no child is waited for without end. Where the main thread is held up, as it
-    may be when there is no more time, no thread is. And no module is taken apart: libraries
-    complain of that, in many lines behind the reason of a failed start.
+    All that has `seconds`, after which the process just ends; children and threads, other than
+    those of executors, have less. If the main thread is held up, no thread is waited for. No module
+    is taken apart: libraries complain of that, in many lines behind the reason of a failed start.
     """
     import atexit
 
+    start_timer(seconds, say_last_line, code)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all of this process's group get one
+        for number in STOP_SIGNALS:  # all of this process's group get one
+            signal.signal(number, signal.SIG_IGN)
         attempt(finish_threads)
     util = sys.modules.get("multiprocessing.util")
     end_multiprocessing = getattr(util, "_exit_function", lambda: None)
     atexit.unregister(end_multiprocessing)  # it is the last: it waits for children
     attempt(atexit._run_exitfuncs)
-    patience = threading.Timer(CHILDREN_SECONDS, end_children)
-    patience.daemon = True
-    attempt(patience.start)
+    attempt(flush_output)
+    start_timer(CHILDREN_SECONDS, end_children)
     attempt(end_multiprocessing)
     attempt(end_children)
-    attempt(flush_output)
-    os._exit(code)
+    say_last_line(code)
+
+
+def forget_what_is_shared() -> None:
+    """Let a forked worker forget what it would take from all others when it ends.
+
+    The supervisor owns it: temporary folders of the class's module, processes that this started.
+    """
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        finalizer.atexit = False
+    for name, attribute in (("util", "_finalizer_registry"), ("process", "_children")):
+        getattr(sys.modules.get(f"multiprocessing.{name}"), attribute, set()).clear()
 
 
 def die_with(life: int) -> None:
-    """End this worker when the other end of a pipe closes: the supervisor is gone."""
+    """End this worker, and what it has started, when the supervisor is gone: it closes a pipe."""
     os.read(life, 1)
-    signal_group(0, signal.SIGKILL)
+    attempt(end_children)
+    for pid in own_children():
+        attempt(os.kill, pid, signal.SIGKILL)
+    os._exit(Exit.SOFTWARE)
 
 
 class Served(NamedTuple):
@@ -6833,6 +6891,7 @@ class Supervisor:
         self._breakage = ""  # why a WebSocket connection was lost, the last that was
         self._forsaken_at = 0.0  # when to end for that reason, where no connection is left
         self._stops = 0  # signals to stop, so far
+        self._last_stop = 0.0  # when the last of them came
         self._is_announced = False
         self._selector = selectors.DefaultSelector()
         self._life = os.pipe()
@@ -6894,7 +6953,10 @@ class Supervisor:
     def _take_signals(self) -> None:
         """Have signals wake the selector; the handlers only count."""
         def count(*_: Any) -> None:
-            self._stops += 1
+            now = time.monotonic()
+            if now - self._last_stop > REPEAT_SECONDS:  # else it came to the group as well
+                self._stops += 1
+                self._last_stop = now
 
         self._wakeup = wakeup, waker = os.pipe()
         for end in self._wakeup:
@@ -6942,8 +7004,10 @@ class Supervisor:
     def _become_worker(self, slot: int, reports: int, reporter: int,
                        masked: Iterable[int]) -> NoReturn:
         """The child's side of the fork: let go of what is the supervisor's, serve, and end."""
+        code, error = Exit.SOFTWARE, None
         try:
-            os.setpgid(0, 0)  # all that the class starts ends with this process
+            if not os.isatty(0):  # else a debugger could not read from it
+                os.setpgid(0, 0)  # all that the class starts ends with this process
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -6954,16 +7018,17 @@ class Supervisor:
             others = [worker.reports for worker in self._workers.values()]
             for end in (*self._wakeup, self._life[1], reports, *others):
                 os.close(end)
-            Current.reports, Current.listener = reporter, self._listener
-            Current.share = Share(self._count, slot, self._shares) if self._shares >= 0 else None
+            forget_what_is_shared()
+            Current.reports, Current.listener, Current.inherited = reporter, self._listener, ()
+            if self._shares >= 0:
+                Current.share = Share(self._count, slot, self._shares)
             code, error = attempt(self._serve)
             if error is not None:
                 failure = StartupError(describe(error))
-                failure.exit = Exit.SYSTEM
+                failure.exit = code = Exit.SYSTEM
                 report_failure(failure)
-            leave(Exit.SYSTEM if error is not None else cast(int, code))
         finally:
-            leave(Exit.SOFTWARE)
+            leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
 
     def _serve(self) -> int:
         """Be a worker, to its exit code."""
@@ -7134,7 +7199,8 @@ class Start(NamedTuple):
             signal.setitimer(timer, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = target_folder
-        known = json.dumps([served, folder.path, folder.requirements, signals, writer])
+        known = json.dumps([served, folder.path, folder.requirements, signals, writer,
+                            Current.inherited])
         flush_output()
         error = None
         if attempt(os.getcwd).value != self.folder:
@@ -7149,9 +7215,9 @@ class Start(NamedTuple):
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     """Take over what the program before this one knew, and the folder with its packages."""
     values = attempt(json.loads, known).value
-    if not (isinstance(values, list) and len(values) == 5):
+    if not (isinstance(values, list) and len(values) == 6):
         raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
-    served, folder, requirements, signals, writer = values
+    served, folder, requirements, signals, writer, Current.inherited = values
     if folder:
         target_folder.take_over(folder, requirements)
         use_packages_of(folder, environ)
@@ -7326,11 +7392,11 @@ def raise_file_limit() -> None:
 
 
 def give_up(error: StartupError) -> int:
-    """Tell why the pod ends, in the last line of the log: AIStore shows it to the user."""
+    """Have the last line of the log tell why the pod ends: AIStore shows it to the user."""
     if error.story:
         logger.error(error.story)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
-    print(f"ais_runtime_min: {reason}", flush=True)
+    Current.last_line = f"ais_runtime_min: {reason}"
     if os.path.exists(TERMINATION_LOG):
         try:
             with open(TERMINATION_LOG, "wb") as file:
@@ -7430,6 +7496,7 @@ def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
+    Current.inherited = children_here()
     for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until there are workers to be stopped
     known = environ.pop(FRESH_START, "")
@@ -7458,7 +7525,7 @@ def run() -> NoReturn:
         code = main()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else Exit.OK
-    leave(code)
+    leave(code, LEAVE_SECONDS)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ SOON_SECONDS = 20.0
 BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer"}
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi stream": "FastStream", "flask stream": "FlaskStream",
-           "fastapi plain": "Prepares", "flask plain": "RegistersRoutes"}
+           "fastapi plain": "Prepares", "flask plain": "RegistersRoutes",
+           "fastapi changes": "Changes"}
 SOURCE = '''
 import asyncio, contextlib, os, sqlite3, sys, threading, time
-import fastapi, fastapi.responses, flask, werkzeug.exceptions
+import fastapi, fastapi.responses, flask, starlette.background, werkzeug.exceptions
 from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
 from aistore.sdk.etl.webserver.flask_server import FlaskServer
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
@@ -129,6 +130,41 @@ async def lifespan(app):
 
 async def made(request: fastapi.Request):
     return request.state.made
+
+class Changes(Work, FastAPIServer):
+    """Middleware and a hook that read bodies and change paths; streams that fail or leave work behind."""
+    def __init__(self):
+        super().__init__()
+        self.app.middleware("http")(self.look)
+        self.app.add_api_route("/bad", self.bad)
+        self.app.add_api_route("/late", self.late)
+    async def look(self, request, call_next):
+        how = request.headers.get("x-look")
+        if how == "kept":
+            await request.body()
+        elif how == "lost":
+            async for piece in request.stream():
+                pass
+        elif how == "first":
+            async for piece in request.stream():
+                break
+        return await call_next(request)
+    async def bad(self):
+        async def pieces():
+            yield "abc"
+            raise RuntimeError("no more of it")
+        return fastapi.responses.StreamingResponse(pieces())
+    async def late(self, gate: str):
+        async def wait():
+            while not os.path.exists(gate):
+                await asyncio.sleep(0.01)
+        async def pieces():
+            yield "abc"
+        return fastapi.responses.StreamingResponse(pieces(), background=starlette.background.BackgroundTask(wait))
+    async def _handle_request(self, path, request, is_get):
+        return await super()._handle_request(path.replace("alias/", "bucket/"), request, is_get)
+    async def shutdown_event(self):
+        print("shut down", flush=True)
 
 class OwnApp(Work, FastAPIServer):
     def __init__(self):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Callable, Iterator, List, Set
 from urllib.parse import unquote
 
 import pytest
@@ -238,7 +238,60 @@ def test_a_body_behind_an_offer_of_another_protocol_is_read_or_the_request_refus
     if answer.startswith(b"HTTP/1.1 200 "):
         assert b"HELLO bucket/object" in answer
     else:
-        assert re.match(rb"HTTP/1.1 4\d\d ", answer) or (answer == b"" and offer == b"websocket")
+        assert re.match(rb"HTTP/1.1 4\d\d ", answer)
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes"])
+@pytest.mark.parametrize("how, statuses", [
+    ("kept", {200}), ("lost", {400}), ("first", {200, 400})])
+def test_an_object_that_middleware_has_read_in_part_is_not_transformed(
+    pod: Runtime, how: str, statuses: Set[int]
+) -> None:
+    for framing, pieces in [
+        (b"Content-Length: 10", [b"hello", b"world"]),
+        (b"Transfer-Encoding: chunked", [b"5\r\nhello\r\n", b"5\r\nworld\r\n0\r\n\r\n"]),
+    ]:
+        head = b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nX-Look: %b\r\nConnection: close\r\n"
+        with pod.connect() as client:
+            client.sendall(head % how.encode() + framing + b"\r\n\r\n" + pieces[0])
+            time.sleep(0.1)  # they arrive apart
+            client.sendall(pieces[1])
+            answer = client.makefile("rb").read()
+        status = int(answer[9:12])
+        assert status in statuses
+        assert (status == 200) == (b"HELLOWORLD bucket/object" in answer)
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes"])
+def test_a_path_that_the_class_changes_is_that_of_the_object(pod: Runtime) -> None:
+    response = pod.request("PUT", "/alias/an%20object", b"hello")
+    assert (response.status, response.body) == (200, b"HELLO bucket/an object")
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes"])
+def test_a_stream_of_the_class_s_own_that_fails_is_cut_behind_middleware_too(pod: Runtime) -> None:
+    with pytest.raises(http.client.IncompleteRead) as cut:
+        pod.request("GET", "/bad")
+    assert cut.value.partial == b"abc"
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes"])
+def test_the_end_of_a_stream_does_not_wait_for_what_is_left_to_do(
+    pod: Runtime, tmp_path: Path
+) -> None:
+    try:
+        assert pod.request("GET", "/late?gate=%s" % (tmp_path / "gate")).body == b"abc"
+    finally:
+        (tmp_path / "gate").touch()
+
+
+@fastapi_alone
+@pytest.mark.parametrize("head", [
+    b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n",
+    b"PUT /bucket/object HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"])
+def test_an_encoding_that_is_not_undone_is_refused(pod: Runtime, head: bytes) -> None:
+    answer = pod.raw([head + b"\r\n5\r\nhello\r\n0\r\n\r\n"])
+    assert re.match(rb"HTTP/1.1 (501|400) ", answer)
 
 
 @both

@@ -15,8 +15,10 @@ import pytest
 from ais_runtime_min import FRAMEWORKS, Exit
 from applications import (BY, CLASSES, body_of, object_in_work, open_websocket, payload_of, start,
                           wait_until)
-from harness import (ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment,
+from harness import (QUICK_NUMBERS, ROOT, RUNTIME, Environ, Finished, Runtime, Server, exact_environment,
                      interpreter, run_to_end)
+
+from peer import BINARY, Peer, frame, handshake, object_frames
 
 StartRuntime = Callable[..., Runtime]
 both = pytest.mark.parametrize("kind", ["fastapi", "flask"])
@@ -78,6 +80,37 @@ def test_after_sigterm_objects_that_came_over_websocket_are_answered(
         assert list(client) == [b"HELLO n%d" % number for number in range(100)]
     assert client.protocol.close_rcvd and client.protocol.close_rcvd.code == 1001
     assert runtime.wait() == Exit.OK
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes", "flask"])
+def test_clients_over_websocket_that_do_not_read_or_have_gone_do_not_hold_up_the_end(
+    start_runtime: StartRuntime, kind: str
+) -> None:
+    runtime = start(start_runtime, CLASSES[kind])
+    with runtime.connect() as stalled:
+        stalled.sendall(handshake())
+        stalled.sendall(object_frames(bytes(20 << 20), path="large"))
+        with Peer(runtime) as gone:
+            gone.send(*[object_frames(b"hello", path="n%d" % number) for number in range(30)])
+            gone.send(frame(BINARY, b"[]"))
+        time.sleep(0.5)
+        assert runtime.terminate() == Exit.OK
+    assert "is killed" not in runtime.log()
+    assert ("shut down" in runtime.lines) == (kind == "fastapi changes")
+
+
+@both
+def test_a_transform_that_goes_on_when_the_time_is_over_is_not_waited_for(
+    start_runtime: StartRuntime, tmp_path: Path, kind: str
+) -> None:
+    numbers = {**QUICK_NUMBERS, "WORKER_GRACE_SECONDS": 1.0, "GRACE_SECONDS": 20.0}
+    runtime = start_runtime(
+        payload_of(CLASSES[kind]), {"NUM_WORKERS": "1"}, python=interpreter("sdk"), numbers=numbers)
+    with pytest.raises((http.client.HTTPException, OSError)):
+        with object_in_work(runtime, tmp_path / "gate") as answer:
+            assert runtime.terminate() == Exit.OK
+            answer.result()
+    assert "is killed" not in runtime.log() and "Traceback" not in runtime.log()
 
 
 def refuses_connections(runtime: Runtime) -> bool:

@@ -181,6 +181,17 @@ def test_packages_can_be_imported_though_pip_is_told_to_install_for_the_user(
     assert done.code == Exit.DATA and installed_in(own_python, "etl-probe") == "1.0"
 
 
+def test_an_older_version_is_not_taken_for_what_pip_has_not_installed(
+    own_python: str, wheels: Path, tmp_path: Path
+) -> None:
+    done = start_in_vain({"PACKAGES": "etl_probe<2", **offline(wheels)}, own_python)
+    assert done.code == Exit.DATA
+    (tmp_path / "pip.conf").write_text("[global]\ndry-run = true\n")
+    env = {"PACKAGES": "etl_probe>=2", **offline(wheels), "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
+    done = start_in_vain(env, own_python)
+    assert done.code == Exit.UNAVAILABLE and "cannot be found here" in done.last_line
+
+
 @pytest.mark.parametrize("name", ["target", "prefix", "root", "dry-run"])
 def test_what_pip_installs_elsewhere_or_not_at_all_is_told_at_the_start(
     own_python: str, wheels: Path, tmp_path: Path, name: str
@@ -198,6 +209,14 @@ def test_a_python_without_pip_is_told(tmp_path: Path) -> None:
     assert done.code == Exit.UNAVAILABLE
     assert "PACKAGES: cannot install six>=1: this Python has no pip" in done.last_line
     assert "No module named pip" in done.last_line
+    # what is there needs none
+    site_packages, = (tmp_path / "bare").glob("lib/python*/site-packages")
+    for name in ("some-thing", "other"):
+        info = site_packages / ("%s-1.5.dist-info" % name.replace("-", "_"))
+        info.mkdir()
+        info.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: %s\nVersion: 1.5\n" % name)
+    done = start_in_vain({"PACKAGES": "Some_Thing,other"}, str(tmp_path / "bare" / "bin" / "python"))
+    assert done.code == Exit.DATA
 
 
 def test_pip_is_told_of_indexes_with_passwords_of_a_certificate_and_of_a_cache(

@@ -219,6 +219,7 @@ INSTALLED = [
     ("without-version", False), ("without-metadata", False),
     ("some-thing~=1.4,!=1.4.*", True), ("some-thing==1.5.0", True), ("some-thing==1.*", True),
     ("candidate>=1", True), ("local==1.5", True), ("local==1.5+cu121", True), ("epoch>=1!1.0", True),
+    ("some-thing; sys_platform ~= 'linux'", False), ("no-such-thing; python_version ~= 'abc'", False),
     ("some-thing; python_version >= '3'", True), ("no-such-thing; python_version < '3'", True),
     ("no-such-thing; python_version >= '3'", False), ("some-thing; extra == 'a'", True),
 ]

@@ -1,18 +1,25 @@
 """What a class leaves behind when its worker ends: threads, functions to be called, and processes of every kind."""
+import fcntl
+import http.client
 import os
+import re
 import signal
+import subprocess
+import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, List
 
 import pytest
 
 from ais_runtime_min import Exit
-from harness import Runtime, children_of, interpreter, make_payload, run_to_end
+from harness import (RUNTIME, Runtime, Server, children_of, exact_environment, interpreter,
+                     make_payload, run_to_end)
 
 SOON_SECONDS = 3.0  # far from the grace period, and what a busy machine may take
 SOURCE = '''
-import atexit, concurrent.futures, multiprocessing, os, signal, subprocess, sys, threading, time
+import atexit, concurrent.futures, multiprocessing, multiprocessing.shared_memory, os, signal, subprocess, sys, threading, time
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
 from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
 from aistore.sdk.etl.webserver.flask_server import FlaskServer
@@ -104,6 +111,10 @@ class Parent:
         time.sleep(0.5)
         self.say("the task is finished")
 
+    def shared_memory(self):
+        self.memory = multiprocessing.shared_memory.SharedMemory("etl-%d" % os.getpid(), create=True, size=100)
+        return self.pool()
+
     def nothing(self):
         return []
 
@@ -141,6 +152,23 @@ class Complaining:  # where the interpreter takes modules apart, as libraries do
         said("taken apart", flush=True)
 json.complaining = Complaining()
 """
+
+class Hanging(HTTPMultiThreadedServer):
+    """Cannot be constructed, and leaves something that would go on."""
+    def __init__(self):
+        super().__init__()
+        getattr(self, os.environ["KIND"])()
+        raise ValueError("no model here")
+    def task(self):
+        concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 60)
+    def queue(self):
+        multiprocessing.Queue().put(bytes(1000000))
+    def function(self):
+        atexit.register(time.sleep, 60)
+    def talkative(self):
+        atexit.register(print, "bye bye")
+    def transform(self, data, path, etl_args):
+        return data
 
 class Vain(Parent, HTTPMultiThreadedServer):
     part = WhenLoaded(complains)
@@ -265,3 +293,159 @@ def test_a_class_that_cannot_be_constructed_leaves_nothing_behind() -> None:
     assert done.code == Exit.SOFTWARE and "no model here" in done.last_line
     assert done.lines[-1] == done.last_line and "taken apart" not in done.lines
     wait_for_end([int(line.split()[1]) for line in done.lines if line.startswith("started ")])
+
+
+@pytest.mark.parametrize("kind", ["task", "queue", "function", "talkative"])
+def test_a_failed_start_ends_with_its_reason_whatever_the_class_has_left(kind: str) -> None:
+    begin = time.monotonic()
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": make_payload(SOURCE, "Hanging"), "KIND": kind, "NUM_WORKERS": "2",
+                           "AIS_TARGET_URL": "http://127.0.0.1:9/v1"}, timeout=30)
+    assert time.monotonic() - begin < 15
+    assert done.code == Exit.SOFTWARE
+    assert done.lines[-1] == "ais_runtime_min: Hanging() failed: ValueError: no model here"
+
+
+LOADING = """
+import atexit, concurrent.futures, multiprocessing, os, tempfile, threading, time
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+{0}
+class Mine(HTTPMultiThreadedServer):
+    def transform(self, data, path, etl_args):
+        if etl_args:
+            open(etl_args + ".begun", "w").close()
+            while not os.path.exists(etl_args):
+                time.sleep(0.01)
+        return {1}
+"""
+
+
+def serve(start_runtime: StartRuntime, file: Path, workers: int = 2) -> Runtime:
+    """Serve a file."""
+    words = ["serve", str(file), "--port", "0", "--workers", str(workers)]
+    return start_runtime(None, {"AIS_TARGET_URL": None, "PORT": None}, words, interpreter("slim"))
+
+
+@pytest.mark.parametrize("shared, answer", [
+    ("TMP = tempfile.TemporaryDirectory()", "os.path.isdir(TMP.name)"),
+    ("HELPER = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,), daemon=True)\n"
+     "HELPER.start()", "os.path.exists('/proc/%d/exe' % HELPER.pid)")], ids=["folder", "process"])
+def test_a_worker_that_ends_leaves_what_all_workers_share(
+    start_runtime: StartRuntime, tmp_path: Path, shared: str, answer: str
+) -> None:
+    file, gate = tmp_path / "mine.py", tmp_path / "gate"
+    file.write_text(LOADING.format(shared, "b'%%d' %% (%s)" % answer))
+    runtime = serve(start_runtime, file)
+    with ThreadPoolExecutor() as clients:
+        future = clients.submit(runtime.request, "PUT", "/b/o?etl_args=%s" % gate, b"")
+        deadline = time.monotonic() + SOON_SECONDS
+        while not Path(str(gate) + ".begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        runtime.process.terminate()
+        runtime.wait_for_line("stopping")
+        while len(children_of(runtime.pid)) > 1 + ("HELPER" in shared):  # the idle worker goes first
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        gate.touch()
+        assert future.result().body == b"1"
+    assert runtime.wait() == Exit.OK
+
+
+@pytest.mark.parametrize("left", [
+    "concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 60)",
+    "threading.Thread(target=time.sleep, args=(60,)).start()", "atexit.register(print, 'bye bye')"])
+def test_a_file_that_fails_ends_with_its_reason_whatever_it_has_left(tmp_path: Path, left: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(LOADING.format(left + "\nraise ValueError('no model here')", "b''"))
+    done = run_to_end(["serve", str(file)], {"AIS_TARGET_URL": None}, timeout=30)
+    assert done.code == Exit.SOFTWARE and done.lines[-1].endswith("ValueError: no model here")
+    assert done.lines[-1].startswith("ais_runtime_min: ")
+
+
+def test_processes_of_the_shell_that_was_before_are_left_alone(tmp_path: Path) -> None:
+    python = interpreter("slim")
+    (tmp_path / "mine.py").write_text(LOADING.format("", "b''"))
+    script = 'sleep 60 & echo $! > "%s/pid"; exec "%s" "%s" serve "%s/mine.py" --port 0' % (
+        tmp_path, python, RUNTIME, tmp_path)
+    with Server(["bash", "-c", script], exact_environment(python, {})) as server:
+        server.wait_for_line("serving Mine")
+        pid = int((tmp_path / "pid").read_text())
+        try:
+            assert server.terminate() == Exit.OK and is_alive(pid)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_the_last_line_reaches_a_reader_that_the_shell_has_started(tmp_path: Path) -> None:
+    python = interpreter("slim")
+    script = 'exec "%s" "%s" serve /nonesuch.py > >(sleep 0.5; cat > "%s/log")' % (python, RUNTIME, tmp_path)
+    done = subprocess.run(["bash", "-c", script], env=exact_environment(python, {}), timeout=30)
+    deadline = time.monotonic() + SOON_SECONDS
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert done.returncode == Exit.USAGE and "there is no file" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("command", ["| true", "> /dev/full", ">&-"])
+def test_an_output_that_cannot_be_written_changes_no_exit_code(command: str) -> None:
+    python = interpreter("slim")
+    script = 'set -o pipefail; "%s" "%s" serve /nonesuch.py %s' % (python, RUNTIME, command)
+    done = subprocess.run(["bash", "-c", script], env=exact_environment(python, {}), timeout=30,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == Exit.USAGE and "Traceback" not in done.stderr
+
+
+def test_two_signals_that_come_together_are_one(start_runtime: StartRuntime, tmp_path: Path) -> None:
+    file, gate = tmp_path / "mine.py", tmp_path / "gate"
+    file.write_text(LOADING.format("", "data"))
+    runtime = serve(start_runtime, file)
+    with ThreadPoolExecutor() as clients:
+        future = clients.submit(runtime.request, "PUT", "/b/o?etl_args=%s" % gate, b"hello")
+        while not Path(str(gate) + ".begun").exists():
+            time.sleep(0.01)
+        runtime.process.terminate()
+        runtime.wait_for_line("stopping")
+        runtime.process.terminate()
+        time.sleep(0.2)
+        gate.touch()
+        assert future.result().body == b"hello"
+    assert runtime.wait() == Exit.OK
+
+
+def test_shared_memory_is_cleaned_up_when_the_supervisor_is_killed(start_runtime: StartRuntime) -> None:
+    runtime = start(start_runtime, "shared_memory", workers=1)
+    worker, = children_of(runtime.pid)
+    memory = Path("/dev/shm/etl-%d" % worker)
+    assert memory.exists()
+    os.kill(runtime.pid, signal.SIGKILL)
+    deadline = time.monotonic() + SOON_SECONDS
+    while memory.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_debugger_can_read_from_the_terminal(tmp_path: Path) -> None:
+    python = interpreter("slim")
+    (tmp_path / "mine.py").write_text(LOADING.format("", "input('say: ').encode()"))
+    parent, child = os.openpty()
+    command = [python, str(RUNTIME), "serve", str(tmp_path / "mine.py"), "--port", "0"]
+    with subprocess.Popen(
+        command, env=exact_environment(python, {}), stdin=child, stdout=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None, universal_newlines=True,
+    ) as process, ThreadPoolExecutor() as clients:
+        try:
+            assert process.stdout
+            port = int(re.findall(r":(\d+)$", process.stdout.readline().strip())[0])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("PUT", "/b/o", b"")
+            answer = clients.submit(connection.getresponse)
+            time.sleep(0.3)
+            os.write(parent, b"something\n")
+            assert answer.result().read() == b"something"
+        finally:
+            process.terminate()
+            process.wait(10)
+            os.close(parent)
+            os.close(child)

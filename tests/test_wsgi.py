@@ -136,9 +136,37 @@ class Wsgi(FlaskServer):
         self.app.add_url_rule("/raises", view_func=lambda: 1 // 0, endpoint="raises")
         self.app.add_url_rule("/gone", view_func=lambda: flask.abort(410, "gone for good"), endpoint="gone")
         self.app.add_url_rule("/swallows", view_func=self.swallows, methods=["POST"])
+        self.app.add_url_rule("/early", view_func=self.early, methods=["POST"])
+        self.app.before_request(self.look)
         self.app.teardown_request(lambda error: print("torn down", flush=True))
 
+    def look(self):
+        """Read of the body what a field asks for, as extensions do."""
+        how = flask.request.headers.get("x-look")
+        if how == "form":
+            flask.request.form
+        elif how == "kept":
+            flask.request.get_data()
+        elif how == "lost":
+            flask.request.get_data(cache=False)
+        elif how == "byte":
+            flask.request.stream.read(1)
+        elif how == "least":
+            flask.request.max_content_length = 10
+            flask.request.get_data()
+
+    def early(self):
+        def pieces():
+            yield b"begin "
+            yield flask.request.stream.read()
+        return flask.Response(flask.stream_with_context(pieces()), headers={"Content-Length": "11"})
+
+    def _handle_request(self, path):
+        return super()._handle_request(path.replace("alias/", "bucket/"))
+
     def choose(self, environ, start_response):
+        if environ["PATH_INFO"].startswith("/v1/"):
+            environ["PATH_INFO"] = environ["PATH_INFO"][3:]
         kind = environ["PATH_INFO"].split("/")[1]
         plain = {"echo": validator(echo), "describe": validator(describe), "outputs": validator(outputs),
                  "misuse": misuse}.get(kind, self.flask_app)
@@ -357,6 +385,17 @@ def test_what_is_left_of_a_body_is_never_taken_for_the_next_request(pod: Runtime
             assert answer.endswith(b"unread") or answer.endswith(b"un\r\n4\r\nread\r\n0\r\n\r\n")
 
 
+def test_an_invitation_comes_before_an_answer_that_reads_the_body(pod: Runtime) -> None:
+    with pod.connect() as client:
+        client.sendall(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+                       b"Expect: 100-continue\r\nConnection: close\r\n\r\n")
+        answer = client.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+        client.sendall(b"hello")
+        answer += client.makefile("rb").read()
+    assert answer.count(b"100 Continue") == 1 and answer.endswith(b"\r\n\r\nbegin hello")
+
+
 def test_send_file_and_its_ranges_work(pod: Runtime) -> None:
     response = pod.request("GET", "/file")
     assert (response.status, response.body) == (200, b"0123456789" * 20000)
@@ -401,7 +440,43 @@ def test_a_client_that_waits_to_be_invited_is(pod: Runtime) -> None:
         assert client.recv(1000).endswith(b"hello")
 
 
+def test_a_cut_body_is_told_in_one_line_without_a_traceback(pod: Runtime) -> None:
+    for path in (b"/data", b"/bucket/cut"):
+        lines = len(pod.lines)
+        with pod.connect() as client:
+            client.sendall(b"PUT %b HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhello" % path
+                           if path != b"/data" else
+                           b"POST /data HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhello")
+            client.shutdown(socket.SHUT_WR)
+            assert client.makefile("rb").read().startswith(b"HTTP/1.1 400 ")
+        assert pod.request("GET", "/pieces").status == 200
+        new = [line for line in pod.lines[lines:] if line.strip() and line != "torn down"]
+        assert len([line for line in new if " - ERROR - " in line]) == (path != b"/data")
+        assert not [line for line in new if "Traceback" in line]
+
+
 # == Objects ==
+
+
+@pytest.mark.parametrize("how, status", [
+    ("kept", 200), ("form", 500), ("lost", 500), ("byte", 500), ("least", 500)])
+def test_an_object_that_the_application_has_read_in_part_is_not_transformed(
+    pod: Runtime, how: str, status: int
+) -> None:
+    data = b"a=1&b=2&c=hello world, how are you"
+    fields = {"X-Look": how, "Content-Type": "application/x-www-form-urlencoded"}
+    for body in (data, iter([data[:9], data[9:]])):
+        response = pod.request("PUT", "/bucket/object", body, fields)
+        if response.status == 200:
+            assert response.body.startswith(data.upper()) and status == 200
+        else:
+            assert response.status in (status, 413)
+
+
+def test_a_path_that_the_class_or_its_middleware_changes_is_that_of_the_object(pod: Runtime) -> None:
+    for path in ("/alias/an%20object", "/v1/bucket/an%20object", "/v1/alias/an%20object"):
+        response = pod.request("PUT", path, b"hello")
+        assert (response.status, response.body) == (200, b"HELLO'bucket/an object'")
 
 
 def test_routes_of_the_class_s_own_win_however_general_they_are(
