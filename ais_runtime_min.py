@@ -4314,9 +4314,8 @@ class HTTPConnection(Connection):
         if isinstance(asked, Answer):
             self._respond(framed)
             return True
-        if not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
-            return False
-        if body.size > READ_BYTES or time.monotonic() > self._calls_until:
+        may_call = body.size <= READ_BYTES and time.monotonic() <= self._calls_until
+        if not may_call or not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
         loaded = self.server.service.load(asked) if asked.fqn else None
         if loaded is None and (asked.fqn or asked.method != "PUT"):
@@ -4389,7 +4388,8 @@ class HTTPConnection(Connection):
         elif isinstance(answer.body, bytes):
             self._send(text, last or answer.body)
         else:
-            self.input.send_invitation()  # which cannot come within the answer
+            # which cannot come within the answer
+            self.input.send_invitation()
             self._is_cut = not is_chunked
             self._send_pieces(text, answer.body, last)
             self._is_cut = False
@@ -6639,7 +6639,7 @@ def has_own_group() -> bool:
 
 
 def end_children() -> None:
-    """Ask what the class has started to end, and wait a moment; the supervisor kills the rest."""
+    """End what the class has started; of a process group, the supervisor kills what is left."""
     multiprocessing = sys.modules.get("multiprocessing")
     known = multiprocessing.active_children() if multiprocessing else []
     for pid in own_children():
@@ -6653,6 +6653,8 @@ def end_children() -> None:
     while time.monotonic() < deadline and own_children():
         attempt(os.waitpid, -1, os.WNOHANG)
         time.sleep(0.005)
+    for pid in own_children():
+        attempt(os.kill, pid, signal.SIGKILL)
 
 
 def finish_threads() -> None:
@@ -6722,8 +6724,6 @@ def die_with(life: int) -> None:
     """End this worker, and what it has started, when the supervisor is gone: it closes a pipe."""
     os.read(life, 1)
     attempt(end_children)
-    for pid in own_children():
-        attempt(os.kill, pid, signal.SIGKILL)
     os._exit(Exit.SOFTWARE)
 
 
