@@ -2006,7 +2006,7 @@ REPORT_NEEDS = b"N"
 
 
 class Framework(NamedTuple):
-    """A framework that a class may need: modules that must be there, and the requirements that bring them.
+    """A framework that a class may need: modules, and the requirements that bring them.
 
     The first module is imported by classes, the others serve them. The bounds are those of
     setup.cfg's extras.
@@ -2017,8 +2017,9 @@ class Framework(NamedTuple):
 
 
 FRAMEWORKS: Mapping[str, Framework] = {
-    "fastapi": Framework("uvicorn", {"fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
-                                     "websockets": "uvicorn[standard]>=0.29"}),
+    "fastapi": Framework("uvicorn", {
+        "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
+        "websockets": "uvicorn[standard]>=0.29"}),
     "flask": Framework("", {"flask": "flask>=3.0"}),
 }
 
@@ -2040,7 +2041,7 @@ class Share:
 
     @classmethod
     def allot(cls, workers: int) -> int:
-        """Make the memory for workers, none of which is there yet; return its descriptor, or -1 on systems without."""
+        """Make the memory, for workers that are not there yet; return its descriptor, or -1."""
         try:
             descriptor = os.memfd_create("shares")
         except (AttributeError, OSError):
@@ -2063,7 +2064,7 @@ class Share:
 
 
 class Current:
-    """What this process runs with. `main` fills it before a class is constructed; one value for all instances."""
+    """What this process runs with: one value for all instances, filled by `main` before these."""
 
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
@@ -2085,11 +2086,13 @@ def report(message: bytes) -> None:
 class ETLServer(ABC):
     """The base of every ETL class.
 
-    Methods to override:  transform(data, path, etl_args), or transform_stream(reader, path, etl_args);
-                          get_mime_type(); start(), _build_session(), client_put(),
+    Methods to override:  transform(data, path, etl_args), or transform_stream(reader, path,
+                          etl_args); get_mime_type(); start(), _build_session(), client_put(),
                           handle_direct_put_response()
-    Methods for callers:  start(); sanitize_fqn, close_reader, iter_and_close, make_direct_put_headers
-    Attributes:           host_target, direct_put, direct_fqn, direct_put_retries, token, session, logger, use_streaming
+    Methods for callers:  start(); sanitize_fqn, close_reader, iter_and_close,
+                          make_direct_put_headers
+    Attributes:           host_target, direct_put, direct_fqn, direct_put_retries, token, session,
+                          logger, use_streaming
     """
 
     # whether the buffered transform must run on the thread that made the instance
@@ -2112,7 +2115,7 @@ class ETLServer(ABC):
 
     @classmethod
     def _streams(cls) -> bool:
-        """Tell whether the class streams: `transform` wins where both are overridden; TypeError where neither is."""
+        """Tell whether the class streams: `transform` wins; TypeError where it has neither."""
         if cls.transform is not ETLServer.transform:
             return False
         if cls.transform_stream is not ETLServer.transform_stream:
@@ -2132,12 +2135,13 @@ class ETLServer(ABC):
         self._session = session
 
     def _build_session(self) -> Any:
-        """Make the session: AIStore's certificates and token; ImportError where `requests` is not installed."""
+        """Make the session, with certificates and token; ImportError without `requests`."""
         settings = Current.settings or Settings()
         try:
             import requests
         except ImportError:
-            raise ImportError("self.session needs the package requests: add requests to PACKAGES") from None
+            raise ImportError(
+                "self.session needs the package requests: add requests to PACKAGES") from None
         session = requests.Session()
         session.verify = False if settings.skip_verify else settings.client_ca or True
         if settings.client_cert:
@@ -2147,11 +2151,11 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Transform one object, whole: its bytes, or its local path where `ETL_DIRECT_FQN` is on."""
+        """Transform a whole object: its bytes, or its local path where `ETL_DIRECT_FQN` is on."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
-        """Transform one object in pieces, in constant memory; the reader ends where the object does."""
+        """Transform an object in pieces, in constant memory; the reader ends where it does."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def get_mime_type(self) -> str:
@@ -2162,17 +2166,20 @@ class ETLServer(ABC):
     def start(self) -> None:
         """Serve, until SIGTERM."""
 
-    def client_put(self, url: str, data: bytes, headers: Dict[str, str], timeout: Optional[float] = None) -> Any:
+    def client_put(self, url: str, data: bytes, headers: Dict[str, str],
+                   timeout: Optional[float] = None) -> Any:
         """Put bytes to another node; an override carries every delivery of this class."""
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
         body = bytes(data) if isinstance(data, (bytearray, memoryview)) else data
-        request = NodeRequest("PUT", Hop.of(url), path_of(url), headers, body, timeout or CONNECT_SECONDS,
-                              timeout or HOP_SILENCE_SECONDS)
+        request = NodeRequest(
+            "PUT", Hop.of(url), path_of(url), headers, body, timeout or CONNECT_SECONDS,
+            timeout or HOP_SILENCE_SECONDS)
         with Current.pool.open(request) as answer:
             return NodeAnswer(answer.status, answer.headers, answer.readall(), url)
 
-    def handle_direct_put_response(self, resp: Any, data: bytes, data_length: int = -1) -> Tuple[int, bytes, int]:
+    def handle_direct_put_response(self, resp: Any, data: bytes,
+                                   data_length: int = -1) -> Tuple[int, bytes, int]:
         """Read a hop's answer: (status to pass on, body to pass on, bytes that were delivered)."""
         if resp.status_code == HTTPStatus.NO_CONTENT:
             return HTTPStatus.NO_CONTENT, b"", int(resp.headers.get(HEADER_DIRECT_PUT_LENGTH, "0"))
@@ -2212,12 +2219,12 @@ class ListeningServer(ETLServer):
         self.port = port
 
     def start(self) -> None:
-        """Serve until SIGTERM: on the workers' shared socket, or outside the runtime on one of its own."""
+        """Serve until SIGTERM: on the workers' socket, or outside the runtime on one of its own."""
         serve_instance(self)
 
 
 class HTTPMultiThreadedServer(ListeningServer):
-    """The base of classes whose `transform` may be called by many threads at once; `path` is the raw request path."""
+    """The base of classes that many threads may call at once; `path` is the raw request path."""
 
     class RequestHandler(http.server.BaseHTTPRequestHandler):
         """A name of the SDK's that payloads may refer to; a class that overrides it is refused."""
@@ -2244,7 +2251,7 @@ class LateApp:
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer: one transform at a time, on the thread that made the instance.
+    """The base of FastAPIServer and FlaskServer: one transform at a time, on the main thread.
 
     Their classes are served without any framework, unless they use `self.app` or override a hook.
     Then the start is made once more with the framework installed, and the app is there from the
@@ -2263,7 +2270,7 @@ class FrameworkServer(ListeningServer):
 
     @property
     def app(self) -> Any:
-        """The framework's application. FrameworkNeeded where the class is served by another server."""
+        """The framework's application; FrameworkNeeded where the class is served without one."""
         return LateApp(self) if self.etl_app is None and Current.is_loading else self.made_app()
 
     @app.setter
@@ -2280,7 +2287,7 @@ class FrameworkServer(ListeningServer):
         return self.etl_app
 
     def _require_framework(self) -> None:
-        """See to it that the framework serves this class; outside the runtime, nothing but the class itself does."""
+        """See to it that the framework serves this class; outside the runtime, the class does."""
         is_served = Current.reports is not None and not Current.is_loading
         if is_served and not (Current.settings or Settings()).server:
             raise FrameworkNeeded(self.etl_framework, serves=True)
@@ -2307,7 +2314,7 @@ class FastAPIServer(FrameworkServer):
         self._setup_app()
 
     def _setup_app(self) -> None:
-        """Prepare the app. The routes of objects come later, so that the class's own are found first."""
+        """Prepare the app. Routes of objects come later: the class's own are found first."""
         self.app.state.etl_server = self
         self.app.router.on_startup.append(self.startup_event)
         self.app.router.on_shutdown.append(self.shutdown_event)
@@ -2368,7 +2375,8 @@ class CountingIterator:
 class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """A name of the SDK's that payloads may refer to; this runtime serves by another."""
 
-    def __init__(self, server_address: Tuple[str, int], handler_class: Any, etl_server: ETLServer) -> None:
+    def __init__(self, server_address: Tuple[str, int], handler_class: Any,
+                 etl_server: ETLServer) -> None:
         super().__init__(server_address, handler_class)
         self.etl_server = etl_server
 
@@ -2381,38 +2389,46 @@ FAILED = "Failed to deserialize ETL class"  # AIStore's own tests look for these
 
 CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
-    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON, "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT,
-    "HEADER_PREFIX": "Ais-", "HEADER_CONTENT_LENGTH": "Content-Length", "HEADER_CONTENT_TYPE": "Content-Type",
-    "HEADER_TRANSFER_ENCODING": "Transfer-Encoding", "HEADER_AUTHORIZATION": "Authorization",
-    "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept", "HEADER_USER_AGENT": "User-Agent",
-    "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS": QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN,
-    "QPARAM_ETL_PIPELINE": "etl_pipeline", "QPARAM_LATEST": QPARAM_LATEST, "QPARAM_OBJ_TO": QPARAM_OBJECT_TO,
-    "QPARAM_UUID": "uuid", "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path",
-    "STATUS_OK": 200, "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204, "STATUS_PARTIAL_CONTENT": 206,
-    "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307, "STATUS_BAD_REQUEST": 400, "STATUS_UNAUTHORIZED": 401,
-    "STATUS_FORBIDDEN": 403, "STATUS_LOCKED": 423, "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502,
-    "STATUS_SERVICE_UNAVAILABLE": 503, "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA": "AIS_CLIENT_CA",
-    "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY", "AIS_SKIP_VERIFY": "AIS_SKIP_VERIFY",
-    "AIS_SKIP_VERIFY_CRT": "AIS_SKIP_VERIFY_CRT", "AIS_DIRECT_PUT_RETRIES": "AIS_DIRECT_PUT_RETRIES",
-    "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE", "UTF_ENCODING": "utf-8", "HTTP": "http://",
-    "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
+    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON, "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT":
+    RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-", "HEADER_CONTENT_LENGTH": "Content-Length",
+    "HEADER_CONTENT_TYPE": "Content-Type", "HEADER_TRANSFER_ENCODING": "Transfer-Encoding",
+    "HEADER_AUTHORIZATION": "Authorization", "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept",
+    "HEADER_USER_AGENT": "User-Agent", "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS":
+    QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN, "QPARAM_ETL_PIPELINE": "etl_pipeline",
+    "QPARAM_LATEST": QPARAM_LATEST, "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
+    "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path", "STATUS_OK": 200,
+    "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204, "STATUS_PARTIAL_CONTENT": 206,
+    "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307, "STATUS_BAD_REQUEST": 400,
+    "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403, "STATUS_LOCKED": 423,
+    "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502, "STATUS_SERVICE_UNAVAILABLE":
+    503, "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA": "AIS_CLIENT_CA", "AIS_CLIENT_CRT":
+    "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY", "AIS_SKIP_VERIFY": "AIS_SKIP_VERIFY",
+    "AIS_SKIP_VERIFY_CRT": "AIS_SKIP_VERIFY_CRT", "AIS_DIRECT_PUT_RETRIES":
+    "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE",
+    "UTF_ENCODING": "utf-8", "HTTP": "http://", "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
 }
 
 # Import name: the PyPI name to put into PACKAGES. The first line came to the default image with
 # aistore[etl].
-DEFAULT_IMAGE = {"requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash", "yaml": "PyYAML",
-                 "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask", "werkzeug": "flask"}
-PYPI_NAMES = {**DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
-              "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
-              "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore"}
+DEFAULT_IMAGE = {
+    "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
+    "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
+    "werkzeug": "flask"}
+PYPI_NAMES = {
+    **DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
+    "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
+    "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore"}
 # Base: names of the SDK's own servers that this runtime does not call, so that overriding one would
 # do nothing.
-DELIVERY_INTERNALS = ("_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
-                      "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered", "_handle_request_streaming")
+DELIVERY_INTERNALS = (
+    "_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
+    "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered",
+    "_handle_request_streaming")
 INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     HTTPMultiThreadedServer: ("RequestHandler",),
-    FastAPIServer: DELIVERY_INTERNALS + ("_build_response", "_get_network_content", "_handle_ws_message", "_iter_chunks",
-                                         "_open_sync_get_stream"),
+    FastAPIServer: DELIVERY_INTERNALS + (
+        "_build_response", "_get_network_content", "_handle_ws_message", "_iter_chunks",
+        "_open_sync_get_stream"),
     FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
 }
 # Base: names that are called where the framework serves the class, so that overriding one says that
@@ -2424,7 +2440,7 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 
 def decode_payload(settings: Settings) -> bytes:
-    """Join and decode the payload's text; white space in it, as editors and YAML leave, does not count."""
+    """Join and decode the payload's text, less the white space that editors and YAML leave."""
     import binascii
 
     text = settings.payload
@@ -2464,13 +2480,16 @@ def sdk_modules() -> Dict[str, Dict[str, Any]]:
         "aistore.sdk.utils": {"parse_bool": parse_bool},
         "aistore.sdk.etl": {"serialize_class": serialize_class},
         webserver: {"serialize_class": serialize_class},
-        webserver + ".base_etl_server": {"ETLServer": ETLServer, "CountingIterator": CountingIterator, **transient},
-        webserver + ".http_multi_threaded_server": {"HTTPMultiThreadedServer": HTTPMultiThreadedServer,
-                                                    "ThreadedHTTPServer": ThreadedHTTPServer},
+        webserver + ".base_etl_server": {
+            "ETLServer": ETLServer, "CountingIterator": CountingIterator, **transient},
+        webserver + ".http_multi_threaded_server": {
+            "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
+            "ThreadedHTTPServer": ThreadedHTTPServer},
         webserver + ".fastapi_server": {"FastAPIServer": FastAPIServer},
         webserver + ".flask_server": {"FlaskServer": FlaskServer},
-        webserver + ".utils": {"serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
-                               "compose_etl_direct_put_url": compose_etl_direct_put_url},
+        webserver + ".utils": {
+            "serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
+            "compose_etl_direct_put_url": compose_etl_direct_put_url},
     }
 
 
@@ -2481,12 +2500,14 @@ class SDKNames:
     The others are ours only while the real SDK is not installed.
     """
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
+    def find_spec(self, name: str, path: Any = None,
+                  target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
         """Answer for `aistore` and what is below it."""
         if name.partition(".")[0] != "aistore":
             return None
         ours = sdk_modules()
-        if name in ours and (name.startswith("aistore.sdk.etl.webserver") or not self._is_installed()):
+        is_always_ours = name.startswith("aistore.sdk.etl.webserver")
+        if name in ours and (is_always_ours or not self._is_installed()):
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         return None
 
@@ -2494,12 +2515,12 @@ class SDKNames:
         """Let the import system make a plain module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with our names; any other name is an AttributeError that names the remedy."""
+        """Fill a module with our names; another one is an AttributeError that tells the remedy."""
         vars(module).update(sdk_modules()[module.__name__])
 
         def missing(name: str) -> NoReturn:
-            raise AttributeError(f"this image has no {module.__name__}.{name}: the default image has it; "
-                                 f"add aistore to PACKAGES")
+            raise AttributeError(f"this image has no {module.__name__}.{name}: the default image "
+                                 f"has it; add aistore to PACKAGES")
 
         vars(module)["__getattr__"] = missing
 
@@ -2515,7 +2536,7 @@ def install_sdk_names() -> None:
 
 
 def leave_late_modules() -> None:
-    """Let imports find modules themselves from now on, and no stand-ins: a class may do with a module what it likes."""
+    """Let imports find modules themselves from now on, and no stand-ins."""
     for name, stand_in in late_modules.items():
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
@@ -2523,18 +2544,18 @@ def leave_late_modules() -> None:
 
 
 class ForeignBytecode(Exception):
-    """A code object that another minor version of Python compiled; running it could crash the interpreter."""
+    """Code that another minor version of Python compiled; running it could crash this one."""
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
-    """Tell 3.9 and 3.10 apart by their line tables: only 3.10's covers the bytecode to its end (PEP 626)."""
+    """Tell 3.9 and 3.10 apart: only 3.10's line table covers the bytecode to its end (PEP 626)."""
     has_ranges = sys.version_info >= (3, 10)
     table: bytes = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
     return (sum(table[::2]) == len(code.co_code)) != has_ranges
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
-    """Walk bytecode of 3.11 or later: its instructions must be known here, with as many cache entries as here."""
+    """Walk bytecode of 3.11 or later: instructions and their cache entries must be known here."""
     import opcode
 
     # private; by number until 3.12, by name from 3.13
@@ -2574,7 +2595,7 @@ def checked_code(*args: Any) -> types.CodeType:
             raise ForeignBytecode
     try:
         code = types.CodeType(*args)
-    except (TypeError, ValueError):  # 3.8 to 3.10 describe a code object by 16 values, 3.11 and later by 18
+    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 values, 3.11 and later 18
         raise ForeignBytecode from None
     if sys.version_info < (3, 11) and is_foreign_wordcode(code):
         raise ForeignBytecode
@@ -2600,25 +2621,29 @@ class PayloadUnpickler(pickle.Unpickler):
             found = super().find_class(module, name)
         except AttributeError:
             if module == "__main__":
-                raise PayloadError(f"{FAILED}: it refers to {name!r} of the script by name, not by value: a function that "
-                                   f"functools.lru_cache wraps, for one, must be made by the class itself") from None
+                raise PayloadError(
+                    f"{FAILED}: it refers to {name!r} of the script by name, not by value: a "
+                    f"function that functools.lru_cache wraps, for one, must be made by the class "
+                    f"itself") from None
             if not isinstance(getattr(sys.modules.get(module), "__loader__", None), SDKNames):
                 raise
-            raise ModuleNotFoundError(f"this image has no {module}.{name}: the default image has it; "
-                                      f"add aistore to PACKAGES", name="aistore") from None
+            raise ModuleNotFoundError(
+                f"this image has no {module}.{name}: the default image has it; add aistore to "
+                f"PACKAGES", name="aistore") from None
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
-        """Make a code object; FrameworkNeeded where it imports a framework that is not here, be it when it runs."""
+        """Make a code object; FrameworkNeeded where it imports a framework that is not here."""
         import opcode
 
         code = checked_code(*args)
         if opcode.opmap["IMPORT_NAME"] in code.co_code[::2]:
-            for name in {name.partition(".")[0] for name in code.co_names}.intersection(DEFAULT_IMAGE):
-                if DEFAULT_IMAGE[name] in FRAMEWORKS and not is_here(name):
-                    raise FrameworkNeeded(DEFAULT_IMAGE[name], serves=False)
+            for name in (name.partition(".")[0] for name in code.co_names):
+                framework = DEFAULT_IMAGE.get(name, "")
+                if framework in FRAMEWORKS and not is_here(name):
+                    raise FrameworkNeeded(framework, serves=False)
         return code
 
 
@@ -2629,9 +2654,10 @@ def raise_framework_needed(error: Optional[BaseException]) -> None:
 
 
 def package_of(error: BaseException) -> str:
-    """Return the package that an import has failed for, "" where none is missing; of the SDK not all names are here."""
+    """Return the package that an import has failed for, "" where none is missing."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    return name if isinstance(error, ModuleNotFoundError) or name == "aistore" else ""
+    is_missing = isinstance(error, ModuleNotFoundError)
+    return name if is_missing or name == "aistore" else ""  # of which not all names are here
 
 
 def describe_of_user(error: BaseException) -> str:
@@ -2645,19 +2671,24 @@ def missing_package(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return describe_of_user(error)
     name = package_of(error)
-    return f"it needs the module {error.name!r}, which is not installed: add {PYPI_NAMES.get(name, name)} to PACKAGES"
+    return (f"it needs the module {error.name!r}, which is not installed: add "
+            f"{PYPI_NAMES.get(name, name)} to PACKAGES")
 
 
 def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
-    """Explain a module that the pickle refers to and that is not here: the user's own, or a package."""
+    """Explain a module that the pickle refers to and that is not here: a package, or the user's."""
     import pickletools
 
-    by_reference = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "MEMOIZE", "GLOBAL", "STACK_GLOBAL", "STOP"}
+    by_reference = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "MEMOIZE", "GLOBAL",
+                    "STACK_GLOBAL", "STOP"}
     if package_of(error) == "cloudpickle":
-        return PackageError("cloudpickle is not installed, and payloads need it: pip install cloudpickle")
+        return PackageError(
+            "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
     if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
-        return PayloadError(f"{FAILED}: it was pickled by reference to the module {error.name!r}, which is not here: "
-                            f"call cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
+        return PayloadError(
+            f"{FAILED}: it was pickled by reference to the module {error.name!r}, which is not "
+            f"here: call cloudpickle.register_pickle_by_value(module) before, or define it in "
+            f"__main__")
     if "PACKAGES" in str(error):
         return PackageError(f"{FAILED}: {error}")
     return PackageError(f"{FAILED}: {missing_package(error)}; if it is a module of your own, call "
@@ -2676,7 +2707,7 @@ def server_for(cls: Type[ETLServer]) -> str:
 
 
 def checked_class(cls: Any) -> Type[ETLServer]:
-    """Refuse what cannot be served: no class, no ETLServer, nothing to call, or an override that would do nothing.
+    """Refuse what cannot be served, or has an override that would do nothing.
 
     Called in the supervisor, before any worker is forked, so that the mistake is told once.
     PayloadError or ClassError.
@@ -2691,13 +2722,14 @@ def checked_class(cls: Any) -> Type[ETLServer]:
         raise PayloadError(f"{FAILED}: {error}") from None
     ignored = overridden(cls, INTERNALS)
     if ignored:
-        raise ClassError(f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and this "
-                         f"runtime does not: override transform or transform_stream only")
+        raise ClassError(
+            f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and "
+            f"this runtime does not: override transform or transform_stream only")
     return cls
 
 
 def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
-    """Return an exception's traceback less the frames of this file; None if no other frame is in it."""
+    """Return an exception's traceback less the frames of this file; None if it has no other."""
     kept, entry = [], error.__traceback__
     while entry is not None:
         # __file__ may be its bytecode
@@ -2711,7 +2743,7 @@ def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
 
 
 def users_info(error: BaseException) -> Any:
-    """Return what `exc_info` of a log record is to be: the part of a traceback that is the user's."""
+    """Return the `exc_info` of a log record: the part of a traceback that is the user's."""
     frames = user_traceback(error)
     return (type(error), error, frames) if frames else None
 
@@ -2723,14 +2755,15 @@ def log_user_error(what: str, error: BaseException) -> None:
 
 def with_story(failure: StartupError, what: str, error: BaseException) -> StartupError:
     """Give a failure the traceback of the user's exception that is its reason."""
-    record = logging.LogRecord(logger.name, logging.ERROR, "", 0, "%s: %s", (what, describe_of_user(error)),
-                               users_info(error))
+    told = (what, describe_of_user(error))
+    record = logging.LogRecord(
+        logger.name, logging.ERROR, "", 0, "%s: %s", told, users_info(error))
     failure.story = logging.Formatter().format(record)
     return failure
 
 
 def load_etl_class(settings: Settings) -> Type[ETLServer]:
-    """Decode, unpickle and check the class of the payload; StartupError tells what is wrong and what to do.
+    """Decode, unpickle and check the class of the payload; StartupError tells what to do.
 
     The payload comes from whoever may start pods, and is run as code: it is trusted as the image
     is.
@@ -2741,8 +2774,10 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     leave_late_modules()
     cls, error = attempt(PayloadUnpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
-        raise PayloadError(f"{FAILED}: it was pickled by another Python than this {sys.version_info[0]}."
-                           f"{sys.version_info[1]}, whose bytecode differs: use the image of the Python that pickled it")
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise PayloadError(
+            f"{FAILED}: it was pickled by another Python than this {version}, whose bytecode "
+            f"differs: use the image of the Python that pickled it")
     if isinstance(error, StartupError):
         raise error
     raise_framework_needed(error)
