@@ -5876,7 +5876,7 @@ class StarletteAnswers:
             future = asyncio.run_coroutine_threadsafe(receive(), loop)
             piece = future.result(BODY_PAUSE_SECONDS)
             count += len(piece)
-            if not piece and scope.get("etl.request", count) != count:
+            if not piece and "etl.request" in scope and scope["etl.request"].count != count:
                 raise OSError("the application has read some of it")
             return piece
 
@@ -6057,8 +6057,8 @@ class ASGIRequest:
     """
 
     def __init__(self, scope: Any, receive: Any, send: Any) -> None:
-        self._scope = scope
-        self._scope["etl.request"] = 0  # bytes of the body that have come
+        scope["etl.request"] = self
+        self.count = 0  # bytes of the body that have come
         self._receive = receive
         self._send = send
         self._cycle = send.__self__  # uvicorn's own of the request
@@ -6068,7 +6068,7 @@ class ASGIRequest:
     async def receive(self) -> Any:
         """Receive the next message, and count the bytes of the body."""
         message = await self._receive()
-        self._scope["etl.request"] += len(message.get("body", b""))
+        self.count += len(message.get("body", b""))
         return message
 
     async def send(self, message: Any) -> None:

@@ -131,11 +131,19 @@ async def lifespan(app):
 async def made(request: fastapi.Request):
     return request.state.made
 
+class Copying:
+    """Middleware of the kind that gives the application a scope of its own."""
+    def __init__(self, app):
+        self.app = app
+    async def __call__(self, scope, receive, send):
+        await self.app(dict(scope), receive, send)
+
 class Changes(Work, FastAPIServer):
     """Middleware and a hook that read bodies and change paths; streams that fail or leave work behind."""
     def __init__(self):
         super().__init__()
         self.app.middleware("http")(self.look)
+        self.app.add_middleware(Copying)
         self.app.add_api_route("/bad", self.bad)
         self.app.add_api_route("/late", self.late)
     async def look(self, request, call_next):

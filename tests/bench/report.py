@@ -37,6 +37,9 @@ START_METHOD = """\
 * Memory is the proportional set size of all processes of an idle server, as it is where no other Python runs beside them."""
 
 
+HEAVY = "\n## Classes with large imports\n"  # what follows there is heavy.py's
+
+
 class Verdict(NamedTuple):
     """A bar and what was measured; `value` is the ratio to the peer, or the figure itself, or None where one is missing."""
 
@@ -229,7 +232,9 @@ def tables(figures: Figures) -> str:
 def write(folder: Path, figures: Figures, around: Circumstances) -> None:
     """Write `results.json` and `results.md`."""
     (folder / "results.json").write_text(json.dumps(_as_data(figures, around), indent=1, ensure_ascii=False) + "\n")
-    (folder / "results.md").write_text(_as_markdown(figures, around), encoding="utf-8")
+    results = folder / "results.md"
+    _, heading, of_heavy = (results.read_text(encoding="utf-8") if results.exists() else "").partition(HEAVY)
+    results.write_text(_as_markdown(figures, around) + heading + of_heavy, encoding="utf-8")
 
 
 def _as_data(figures: Figures, around: Circumstances) -> Dict[str, object]:
