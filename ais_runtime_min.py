@@ -199,7 +199,7 @@ GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain le
 # of these for a worker, which then has time for what is registered for its exit
 WORKER_GRACE_SECONDS = 23.0
 LEAVE_SECONDS = 2.0  # for a process that has nothing in flight to end
-REPEAT_SECONDS = 0.3  # between two signals to stop that are not one, sent to a process and its group
+REPEAT_SECONDS = 0.3  # between two signals to stop: others are one, for a process and its group
 CHILDREN_SECONDS = 0.3  # for what a class has started to end on SIGTERM, when its worker ends
 # for threads of a class, other than those of executors, to end with their worker
 THREADS_SECONDS = 0.2
@@ -721,7 +721,7 @@ def last_words(lines: Sequence[str]) -> str:
 
 
 class Tool:
-    """An installer: it is run to its end, its last lines are kept, and while it runs the log says so.
+    """An installer: it is run to its end, and while it runs the log says so.
 
     It has a session of its own, so that it and all that it starts can be ended together: when its
     time is over, and when a signal ends us, whose exception passes through `run`. What it prints
@@ -742,7 +742,7 @@ class Tool:
         self._environ = environ
 
     def run(self) -> List[str]:
-        """Return its last lines; PackageError if it cannot be run, does not end in time, or fails."""
+        """Return its last lines; PackageError if it cannot be run, takes too long, or fails."""
         import subprocess
         import tempfile
 
@@ -781,8 +781,9 @@ class Tool:
             now = time.monotonic()
             if now - began >= self.limit_seconds:
                 self._log_lines("did not end in time")
-                raise PackageError(f"{self._why} did not end within {self.limit_seconds:.0f} s for "
-                                   f"{self._packages}; it last said: {self._last_line() or 'nothing'}")
+                raise PackageError(
+                    f"{self._why} did not end within {self.limit_seconds:.0f} s for "
+                    f"{self._packages}; it last said: {self._last_line() or 'nothing'}")
             if now - told >= self.progress_seconds:
                 told, last = now, self._last_line()
                 logger.info("%s has been running for %.0f s%s", self._name, now - began,
@@ -1044,8 +1045,8 @@ def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
                            f"install as root, in a Python or environment of its own")
     if attempt(target_folder.make).error is not None:
         raise PackageError(
-            f"neither {paths['purelib']} nor any folder for temporary files can be written; install "
-            f"it into the image, or give the pod a writable /tmp")
+            f"neither {paths['purelib']} nor any folder for temporary files can be written; "
+            f"install it into the image, or give the pod a writable /tmp")
     known = target_folder.requirements
     known += [requirement for requirement in requirements if requirement not in known]
     return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
@@ -4060,7 +4061,7 @@ class LingeringConnection(Connection):
         return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
 
     def dismiss(self) -> bool:
-        """Tell whether the client has stopped sending: AIStore never closes what a failure has broken."""
+        """Tell whether the client has stopped sending: AIStore never closes what has failed."""
         return not is_ready(self.socket, select.POLLIN)
 
     def is_expired(self, now: float) -> bool:
@@ -4430,7 +4431,7 @@ class HTTPConnection(Connection):
             self._is_cut = False
 
     def _send_pieces(self, text: bytes, pieces: Iterable[bytes], last: bytes) -> None:
-        """Send a head, and pieces of a body as they come; as chunks, if there is to be a last one."""
+        """Send a head, and pieces of a body as they come; in chunks, if there is to be a last."""
         for piece in pieces:
             size = b"%x\r\n" % len(piece) if last else b""
             self._send(text + size, piece, b"\r\n" if last else b"")
@@ -6664,7 +6665,8 @@ def children_here() -> List[int]:
 
 def own_children() -> List[int]:
     """List the children that the class has started, less one that cleans up after it."""
-    tracker = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", None)
+    module = sys.modules.get("multiprocessing.resource_tracker")
+    tracker = getattr(module, "_resource_tracker", None)
     return list({*children_here()} - {*Current.inherited, getattr(tracker, "_pid", None)})
 
 
