@@ -224,6 +224,7 @@ WEBSOCKET_LIMIT = 512
 QUICK_SECONDS = 0.0005
 # of calls of the class that one connection has from the leader at a time: others wait meanwhile
 END_SECONDS = 0.1  # for an application under uvicorn to fail, once it has ended an answer in pieces
+END_TURNS = 100  # of its loop that an application under uvicorn has for that
 TURN_SECONDS = 0.05
 LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
 # for another worker to accept a connection, by one that has more of them already
@@ -2075,13 +2076,15 @@ class Current:
     # whether a file is imported for its class: instances that it makes are not served
     is_loading = False
     inherited: Sequence[int] = ()  # children that this process had before it was this program
+    output = 1  # the descriptor of the log
     last_line = ""  # of the log, the reason of a failed start
 
 
 def report(message: bytes) -> None:
     """Tell the supervisor, if there is one; a message is shorter than what a pipe takes at once."""
     if Current.reports is not None:
-        os.write(Current.reports, message[:2000] + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # it is gone, and this worker is about to be
+            os.write(Current.reports, message[:2000] + b"\n")
 
 
 class ETLServer(ABC):
@@ -5864,6 +5867,11 @@ class StarletteAnswers:
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), target)
         pieces, count = request.stream(), 0
+        # other middleware than Starlette's may have put another body into its place
+        came, receives = scope.get("etl.request"), request.receive
+        is_as_it_came = came is not None and (
+            getattr(receives, "__self__", None) is came
+            or getattr(receives, "__module__", "") == "starlette.middleware.base")
 
         async def receive() -> bytes:
             async for piece in pieces:
@@ -5877,7 +5885,7 @@ class StarletteAnswers:
             future = asyncio.run_coroutine_threadsafe(receive(), loop)
             piece = future.result(BODY_PAUSE_SECONDS)
             count += len(piece)
-            if not piece and "etl.request" in scope and scope["etl.request"].count != count:
+            if not piece and is_as_it_came and count < came.count:
                 raise OSError("the application has read some of it")
             return piece
 
@@ -6058,6 +6066,8 @@ class ASGIRequest:
     """
 
     def __init__(self, scope: Any, receive: Any, send: Any) -> None:
+        import asyncio
+
         scope["etl.request"] = self
         self.count = 0  # bytes of the body that have come
         self._receive = receive
@@ -6065,6 +6075,7 @@ class ASGIRequest:
         self._cycle = send.__self__  # uvicorn's own of the request
         self._is_in_pieces = False
         self._end: Any = None  # what is held back
+        self._finishing = asyncio.Lock()
 
     async def receive(self) -> Any:
         """Receive the next message, and count the bytes of the body."""
@@ -6079,18 +6090,27 @@ class ASGIRequest:
         has_more = message.get("more_body", False)
         if self._is_in_pieces and not has_more:
             self._end = message
-            loop = asyncio.get_running_loop()
-            loop.call_later(END_SECONDS, lambda: loop.create_task(self.finish()))
+            self._late = asyncio.ensure_future(self._finish_late())
         else:
             self._is_in_pieces = has_more
             await self._transmit(message)
 
     async def finish(self) -> None:
-        """Send what is held back."""
-        end, self._end = self._end, None
-        if end is not None:
-            with contextlib.suppress(AnswerCut):
+        """Send what is held back; return once it is sent."""
+        async with self._finishing:
+            end, self._end = self._end, None
+            if end is not None:
                 await self._transmit(end)
+
+    async def _finish_late(self) -> None:
+        """Send what is held back although the application goes on; a busy loop has its turns."""
+        import asyncio
+
+        await asyncio.sleep(END_SECONDS)
+        for _ in range(END_TURNS):
+            await asyncio.sleep(0)
+        with contextlib.suppress(Exception):  # which the application meets as well
+            await self.finish()
 
     async def abort(self) -> None:
         """End the connection, so that half an answer is not taken for a whole one."""
@@ -6161,22 +6181,28 @@ class ASGIFront:
             self.failure = error
             raise
 
+    @staticmethod
+    def _own_answer(scope: Any) -> Tuple[int, bytes]:
+        """Answer a health probe, and a request whose body uvicorn would not read rightly."""
+        fields = dict(scope["headers"])
+        coding = fields.get(b"transfer-encoding", b"").lower()
+        has_body = coding or fields.get(b"content-length", b"0") != b"0"
+        if (scope["path"], scope["method"]) == ("/health", "GET"):
+            return 200, b"Running"
+        if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
+            return 501, b"the Transfer-Encoding is not known here"
+        if has_body and b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower():
+            return 400, b"another protocol cannot be offered with a body"
+        return 0, b""
+
     async def _serve(self, request: ASGIRequest, scope: Any) -> None:
         """Answer one request; an answer that has failed is never finished."""
         import asyncio
 
-        fields = dict(scope["headers"])
-        has_coding = b"transfer-encoding" in fields
-        coding = fields.get(b"transfer-encoding", b"chunked").lower()
-        has_body = has_coding or fields.get(b"content-length", b"0") != b"0"
+        status, text = self._own_answer(scope)
         try:
-            if (scope["path"], scope["method"]) == ("/health", "GET"):
-                await self._answer(request, 200, b"Running")
-            elif coding != b"chunked" or (has_coding and scope["http_version"] == "1.0"):
-                await self._answer(request, 501, b"the Transfer-Encoding is not known here")
-            elif has_body and b"upgrade" in fields.get(b"connection", b"").lower():
-                # uvicorn has read no body
-                await self._answer(request, 400, b"another protocol cannot be offered with a body")
+            if status:
+                await self._answer(request, status, text)
             else:
                 await self._app(scope, request.receive, request.send)
                 await request.finish()
@@ -6270,7 +6296,7 @@ class UvicornServer:
             failures.append(attempt(self._uvicorn.run, [self._listener]).error)
             # also where it failed: a worker that accepts nothing must end, to be replaced
             self._main.end()
-            if not self._main.has_ended.wait(10 * LEAD_SECONDS):
+            if self._drain_began and not self._main.has_ended.wait(10 * LEAD_SECONDS):
                 self.leave()
 
         def end() -> None:
@@ -6437,8 +6463,8 @@ class WSGIApplication:
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
         """Call the application; until its first piece is there, a failure is told by a status."""
         response = WSGIResponse()
-        environ["etl.body"] = body
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
+        environ["etl.input"] = environ["wsgi.input"]
         pieces: Any = guarded(response.pieces(self._server.app, environ, body))
         first = next(pieces, b"")
         fields = tuple((str(name), str(value)) for name, value in response.fields
@@ -6477,19 +6503,19 @@ class FlaskAnswers:
         body: Any = (answer.body or iter(())) if answer.is_open else answer.body
         return flask.Response(body, answer.status, fields)
 
-    def _body(self, request: Any) -> Union[MessageBody, ReceivedObject]:
+    def _body(self, request: Any) -> MessageBody:
         """Return the object of a request, of which a hook of the class may have read all."""
         data = getattr(request, "_cached_data", None)
-        stream: Any = request.stream if data is None else io.BytesIO(data)  # 413 for its maximum
-        body: Optional[MessageBody] = request.environ.get("etl.body")
-        if body is None:  # of a server that the class has started
-            length = request.environ.get("CONTENT_LENGTH")
-            return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
-        if not body.count:
-            return body
-        if data is None or len(data) != body.count or not body.is_at_end:
-            raise RequestError("the application has read some of the object, or not all")
-        return ReceivedObject(data)
+        stream: Any = request.stream if data is None else io.BytesIO(data)
+        ours = request.environ.get("etl.input")
+        if ours is request.environ["wsgi.input"]:  # else of another server, or of middleware
+            body = cast(MessageBody, ours.raw)
+            if not body.count and request.max_content_length is None:
+                return body
+            if body.count and (data is None or len(data) != body.count or not body.is_at_end):
+                raise RequestError("the application has read some of the object, or not all")
+        length = request.environ.get("CONTENT_LENGTH")
+        return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
@@ -6653,44 +6679,42 @@ def flush_output() -> None:
         stream.flush()
 
 
-def children_here() -> List[int]:
-    """List the children of this process, where /proc tells them."""
-    pids: List[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
-                pids += map(int, file.read().split())
-    return pids
+def started_here() -> List[int]:
+    """List the processes that this one has started, directly or not, where /proc tells them.
 
-
-def own_children() -> List[int]:
-    """List the children that the class has started, less one that cleans up after it."""
-    module = sys.modules.get("multiprocessing.resource_tracker")
-    tracker = getattr(module, "_resource_tracker", None)
-    return list({*children_here()} - {*Current.inherited, getattr(tracker, "_pid", None)})
-
-
-def has_own_group() -> bool:
-    """Tell whether all processes of this one's group were started by it, as a worker's are."""
-    return os.getpgrp() == os.getpid() and Current.reports is not None
+    Less those that it had before it was this program, and one that cleans up after all others. In
+    a worker's own group an orphan is found as well.
+    """
+    table: Dict[int, List[str]] = {}
+    for name in filter(str.isdigit, attempt(os.listdir, "/proc").value or ()):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            table[int(name)] = file.read().rpartition(b")")[2].decode().split()
+    tracker = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", 0)
+    others = {*Current.inherited, getattr(tracker, "_pid", 0), os.getpid()}
+    found: Set[int] = set()
+    parents = {str(os.getpid())}
+    while parents:
+        children = {pid for pid, (_, parent, *_) in table.items() if parent in parents} - others
+        parents = {*map(str, children - found)}
+        found |= children
+    if os.getpgrp() == os.getpid() and Current.reports is not None:
+        found |= {pid for pid, (_, _, group, *_) in table.items() if group == str(os.getpid())}
+    return [pid for pid in found - others if table[pid][0] != "Z" or table[pid][1] == str(os.getpid())]
 
 
 def end_children() -> None:
-    """End what the class has started; of a process group, the supervisor kills what is left."""
+    """End what the class has started: by SIGTERM, and by SIGKILL what is still there then."""
     multiprocessing = sys.modules.get("multiprocessing")
     known = multiprocessing.active_children() if multiprocessing else []
-    for pid in own_children():
+    for pid in started_here():
         attempt(os.kill, pid, signal.SIGTERM)
-    if has_own_group():
-        signal_group(0, signal.SIGTERM)
     deadline = time.monotonic() + CHILDREN_SECONDS
     for child in known:
         child.join(max(0.0, deadline - time.monotonic()))
-        child.kill()
-    while time.monotonic() < deadline and own_children():
+    while time.monotonic() < deadline and started_here():
         attempt(os.waitpid, -1, os.WNOHANG)
-        time.sleep(0.005)
-    for pid in own_children():
+        time.sleep(0.01)
+    for pid in started_here():
         attempt(os.kill, pid, signal.SIGKILL)
 
 
@@ -6715,9 +6739,9 @@ def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> Non
 
 def say_last_line(code: int) -> NoReturn:
     """End this process at once, with its reason in the last line of the log."""
-    if Current.last_line:
-        attempt(functools.partial(print, flush=True), Current.last_line)
     attempt(flush_output)
+    if Current.last_line:  # the class may have closed sys.stdout
+        attempt(os.write, Current.output, f"{Current.last_line}\n".encode("utf-8", "replace"))
     os._exit(code)
 
 
@@ -6732,7 +6756,7 @@ def leave(code: int, seconds: float) -> NoReturn:
 
     start_timer(seconds, say_last_line, code)
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:  # all of this process's group get one
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         attempt(finish_threads)
     util = sys.modules.get("multiprocessing.util")
@@ -6740,7 +6764,7 @@ def leave(code: int, seconds: float) -> NoReturn:
     atexit.unregister(end_multiprocessing)  # it is the last: it waits for children
     attempt(atexit._run_exitfuncs)
     attempt(flush_output)
-    start_timer(CHILDREN_SECONDS, end_children)
+    start_timer(CHILDREN_SECONDS, attempt, end_children)
     attempt(end_multiprocessing)
     attempt(end_children)
     say_last_line(code)
@@ -7055,6 +7079,7 @@ class Supervisor:
             others = [worker.reports for worker in self._workers.values()]
             for end in (*self._wakeup, self._life[1], reports, *others):
                 os.close(end)
+            attempt(os.close, Current.output)
             forget_what_is_shared()
             Current.reports, Current.listener, Current.inherited = reporter, self._listener, ()
             if self._shares >= 0:
@@ -7086,6 +7111,7 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Take note of every child that has ended, adopted ones too."""
+        self._groups = [group for group in self._groups if signal_group(group, 0)]
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -7104,8 +7130,8 @@ class Supervisor:
                 os.close(worker.reports)
                 if self._shares >= 0:
                     Share(self._count, worker.slot, self._shares).leave()
-                self._groups = [group for group in (*self._groups, pid)
-                                if signal_group(group, signal.SIGTERM)]
+                if signal_group(pid, signal.SIGTERM):
+                    self._groups.append(pid)
                 self._bury(worker, status)
 
     def _look_at_websockets(self) -> None:
@@ -7533,7 +7559,8 @@ def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
-    Current.inherited = children_here()
+    Current.inherited = started_here()
+    Current.output = attempt(os.dup, 1).value or -1
     for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until there are workers to be stopped
     known = environ.pop(FRESH_START, "")

@@ -20,7 +20,7 @@ BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer"}
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi stream": "FastStream", "flask stream": "FlaskStream",
            "fastapi plain": "Prepares", "flask plain": "RegistersRoutes",
-           "fastapi changes": "Changes"}
+           "fastapi changes": "Changes", "fastapi decoded": "Decoded"}
 SOURCE = '''
 import asyncio, contextlib, os, sqlite3, sys, threading, time
 import fastapi, fastapi.responses, flask, starlette.background, werkzeug.exceptions
@@ -136,16 +136,34 @@ class Copying:
     def __init__(self, app):
         self.app = app
     async def __call__(self, scope, receive, send):
-        await self.app(dict(scope), receive, send)
+        decodes = any(name == b"x-decode" for name, _ in scope.get("headers", ()))
+
+        async def receive_decoded():
+            message = await receive()
+            if "body" in message:
+                message = {**message, "body": bytes.fromhex(message["body"].decode())}
+            return message
+        if decodes:
+            scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"content-length"]}
+        await self.app(dict(scope), receive_decoded if decodes else receive, send)
+
+class Decoded(Work, FastAPIServer):
+    """Its one middleware decodes bodies."""
+    def __init__(self):
+        super().__init__()
+        self.app.add_middleware(Copying)
 
 class Changes(Work, FastAPIServer):
     """Middleware and a hook that read bodies and change paths; streams that fail or leave work behind."""
     def __init__(self):
         super().__init__()
-        self.app.middleware("http")(self.look)
+        for _ in range(4):  # each passes on what fails some turns of the loop later
+            self.app.middleware("http")(self.look)
         self.app.add_middleware(Copying)
         self.app.add_api_route("/bad", self.bad)
         self.app.add_api_route("/late", self.late)
+        self.app.add_api_route("/busy", self.busy)
+        self.app.add_api_route("/large", self.large)
     async def look(self, request, call_next):
         how = request.headers.get("x-look")
         if how == "kept":
@@ -162,6 +180,16 @@ class Changes(Work, FastAPIServer):
             yield "abc"
             raise RuntimeError("no more of it")
         return fastapi.responses.StreamingResponse(pieces())
+    async def busy(self):
+        for _ in range(20):
+            time.sleep(0.12)
+            await asyncio.sleep(0)
+    async def large(self):
+        async def pieces():
+            for _ in range(48):
+                yield bytes(1 << 16)
+        return fastapi.responses.StreamingResponse(
+            pieces(), background=starlette.background.BackgroundTask(asyncio.sleep, 0.4))
     async def late(self, gate: str):
         async def wait():
             while not os.path.exists(gate):

@@ -276,6 +276,45 @@ def test_a_stream_of_the_class_s_own_that_fails_is_cut_behind_middleware_too(pod
 
 
 @pytest.mark.parametrize("kind", ["fastapi changes"])
+def test_a_stream_that_fails_is_cut_on_a_busy_loop_too(pod: Runtime) -> None:
+    with ThreadPoolExecutor() as clients:
+        busy = clients.submit(pod.request, "GET", "/busy")
+        time.sleep(0.1)
+        for _ in range(3):
+            with pytest.raises(http.client.IncompleteRead):
+                pod.request("GET", "/bad")
+        assert busy.result().status == 200
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes"])
+def test_a_stream_that_is_read_slowly_is_whole_though_the_application_ends_meanwhile(
+    pod: Runtime
+) -> None:
+    with pod.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(1.0)
+        answer = http.client.HTTPResponse(client, method="GET")
+        answer.begin()
+        assert len(answer.read()) == 48 << 16
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert client.makefile("rb").read().endswith(b"Running")
+
+
+@pytest.mark.parametrize("kind", ["fastapi decoded"])
+def test_an_object_is_what_middleware_makes_of_it(pod: Runtime) -> None:
+    for body in (b"hello".hex().encode(), iter([b"hel".hex().encode(), b"lo".hex().encode()])):
+        response = pod.request("PUT", "/bucket/object", body, {"X-Decode": "1"})
+        assert (response.status, response.body) == (200, b"HELLO bucket/object")
+
+
+@fastapi_alone
+def test_a_word_of_an_upgrade_without_an_offer_is_ignored(pod: Runtime) -> None:
+    response = pod.request("PUT", "/bucket/object", b"hello", {"Connection": "upgrade"})
+    assert (response.status, response.body) == (200, b"HELLO bucket/object")
+
+
+@pytest.mark.parametrize("kind", ["fastapi changes"])
 def test_the_end_of_a_stream_does_not_wait_for_what_is_left_to_do(
     pod: Runtime, tmp_path: Path
 ) -> None:

@@ -95,6 +95,11 @@ class Parent:
         child = subprocess.Popen(SHELL, stdout=subprocess.PIPE)
         return [child.pid, int(child.stdout.readline())]
 
+    def deaf_grandchild(self):
+        child = subprocess.Popen(["sh", "-c", 'trap "" TERM; (trap "" TERM; exec sleep 60) & echo $!; wait'],
+                                 stdout=subprocess.PIPE)
+        return [child.pid, int(child.stdout.readline())]
+
     def thread(self):
         threading.Thread(target=time.sleep, args=(60,)).start()
         return []
@@ -153,6 +158,12 @@ class Complaining:  # where the interpreter takes modules apart, as libraries do
 json.complaining = Complaining()
 """
 
+class Slow(Parent, HTTPMultiThreadedServer):
+    def __init__(self):
+        super().__init__()
+        print("started", *self.pids, flush=True)
+        time.sleep(60)
+
 class Hanging(HTTPMultiThreadedServer):
     """Cannot be constructed, and leaves something that would go on."""
     def __init__(self):
@@ -165,6 +176,8 @@ class Hanging(HTTPMultiThreadedServer):
         multiprocessing.Queue().put(bytes(1000000))
     def function(self):
         atexit.register(time.sleep, 60)
+    def closing(self):
+        atexit.register(sys.stdout.close)
     def talkative(self):
         atexit.register(print, "bye bye")
     def transform(self, data, path, etl_args):
@@ -179,7 +192,7 @@ class Vain(Parent, HTTPMultiThreadedServer):
 '''
 
 CHILDREN = ["pool", "spawned_pool", "multiprocessing_pool", "process", "daemon", "deaf_process", "manager", "program",
-            "deaf_program", "program_of_its_own_session", "grandchild"]
+            "deaf_program", "program_of_its_own_session", "grandchild", "deaf_grandchild"]
 StartRuntime = Callable[..., Runtime]
 
 
@@ -269,7 +282,7 @@ def test_a_worker_that_is_killed_takes_its_processes_along(start_runtime: StartR
     runtime.wait_for_line("starting another")
 
 
-@pytest.mark.parametrize("kind", ["pool", "deaf_process", "deaf_program", "grandchild"])
+@pytest.mark.parametrize("kind", ["pool", "deaf_process", "deaf_program", "grandchild", "deaf_grandchild"])
 def test_processes_do_not_outlive_the_supervisor(start_runtime: StartRuntime, kind: str) -> None:
     runtime = start(start_runtime, kind, workers=1)
     pids = started_by(runtime)
@@ -295,7 +308,19 @@ def test_a_class_that_cannot_be_constructed_leaves_nothing_behind() -> None:
     wait_for_end([int(line.split()[1]) for line in done.lines if line.startswith("started ")])
 
 
-@pytest.mark.parametrize("kind", ["task", "queue", "function", "talkative"])
+def test_processes_of_a_constructor_that_takes_long_do_not_outlive_the_supervisor(tmp_path: Path) -> None:
+    python = interpreter("slim")
+    env = {"ETL_CLASS_PAYLOAD": make_payload(SOURCE, "Slow"), "KIND": "deaf_grandchild", "NUM_WORKERS": "1", "PORT": "0",
+           "AIS_TARGET_URL": "http://127.0.0.1:9/v1"}
+    with Server([python, str(RUNTIME)], exact_environment(python, env)) as server:
+        server.wait_for_line("started ")
+        pids = [int(word) for line in server.lines if line.startswith("started ") for word in line.split()[1:]]
+        assert len(pids) == 2 and all(map(is_alive, pids))
+        os.kill(server.pid, signal.SIGKILL)
+        wait_for_end(pids)
+
+
+@pytest.mark.parametrize("kind", ["task", "queue", "function", "talkative", "closing"])
 def test_a_failed_start_ends_with_its_reason_whatever_the_class_has_left(kind: str) -> None:
     begin = time.monotonic()
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": make_payload(SOURCE, "Hanging"), "KIND": kind, "NUM_WORKERS": "2",
@@ -426,9 +451,17 @@ def test_shared_memory_is_cleaned_up_when_the_supervisor_is_killed(start_runtime
         time.sleep(0.01)
 
 
-def test_a_debugger_can_read_from_the_terminal(tmp_path: Path) -> None:
+STARTING = """
+import subprocess
+def start():
+    command = ["sh", "-c", '(trap "" TERM; exec sleep 60) & echo $!; wait']
+    return subprocess.Popen(command, stdout=subprocess.PIPE).stdout.readline()
+"""
+
+
+def test_a_debugger_can_read_from_the_terminal_and_processes_end_all_the_same(tmp_path: Path) -> None:
     python = interpreter("slim")
-    (tmp_path / "mine.py").write_text(LOADING.format("", "input('say: ').encode()"))
+    (tmp_path / "mine.py").write_text(LOADING.format(STARTING, "start() + input('say: ').encode()"))
     parent, child = os.openpty()
     command = [python, str(RUNTIME), "serve", str(tmp_path / "mine.py"), "--port", "0"]
     with subprocess.Popen(
@@ -443,7 +476,11 @@ def test_a_debugger_can_read_from_the_terminal(tmp_path: Path) -> None:
             answer = clients.submit(connection.getresponse)
             time.sleep(0.3)
             os.write(parent, b"something\n")
-            assert answer.result().read() == b"something"
+            pid, said = answer.result().read().splitlines()
+            assert said == b"something" and is_alive(int(pid))
+            process.terminate()
+            process.wait(10)
+            wait_for_end([int(pid)])
         finally:
             process.terminate()
             process.wait(10)

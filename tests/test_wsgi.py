@@ -119,6 +119,25 @@ def misuse(environ, start_response):
     else:
         yield b"unsaid"
 
+class Decoding(io.RawIOBase):
+    """What middleware puts into the place of a body."""
+    def __init__(self, inner):
+        self.inner = inner
+    def readable(self):
+        return True
+    def readinto(self, buffer):
+        data = bytes.fromhex(self.inner.read(2 * len(buffer)).decode())
+        buffer[:len(data)] = data
+        return len(data)
+
+class Limited(FlaskServer):
+    """Has a limit for bodies."""
+    def __init__(self):
+        super().__init__()
+        self.app.config["MAX_CONTENT_LENGTH"] = 10
+    def transform(self, data, path, etl_args):
+        return data.upper()
+
 class Wsgi(FlaskServer):
     """Plain applications beside Flask's own."""
 
@@ -165,6 +184,13 @@ class Wsgi(FlaskServer):
         return super()._handle_request(path.replace("alias/", "bucket/"))
 
     def choose(self, environ, start_response):
+        how = environ.get("HTTP_X_DECODE")
+        if how == "lazy":
+            environ["wsgi.input"] = Decoding(environ["wsgi.input"])
+        elif how == "eager":
+            environ["wsgi.input"] = io.BytesIO(bytes.fromhex(environ["wsgi.input"].read().decode()))
+        if how:
+            environ["CONTENT_LENGTH"] = str(int(environ["CONTENT_LENGTH"]) // 2)
         if environ["PATH_INFO"].startswith("/v1/"):
             environ["PATH_INFO"] = environ["PATH_INFO"][3:]
         kind = environ["PATH_INFO"].split("/")[1]
@@ -471,6 +497,22 @@ def test_an_object_that_the_application_has_read_in_part_is_not_transformed(
             assert response.body.startswith(data.upper()) and status == 200
         else:
             assert response.status in (status, 413)
+
+
+@pytest.mark.parametrize("how", ["lazy", "eager"])
+def test_an_object_is_what_middleware_makes_of_it(pod: Runtime, how: str) -> None:
+    response = pod.request("PUT", "/bucket/object", b"hello".hex().encode(), {"X-Decode": how})
+    assert (response.status, response.body) == (200, b"HELLO'bucket/object'")
+
+
+def test_the_application_s_limit_of_bodies_holds_for_objects(
+    start_runtime: Callable[..., Runtime]
+) -> None:
+    runtime = start_runtime(make_payload(SOURCE, "Limited"), {"NUM_WORKERS": "1"}, python=interpreter("sdk"))
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO"
+    assert runtime.request("PUT", "/bucket/object", iter([b"hel", b"lo"])).body == b"HELLO"
+    assert runtime.request("PUT", "/bucket/object", b"hello world").status == 413
+    assert runtime.request("PUT", "/bucket/object", iter([b"hello ", b"world"])).status in (400, 413)
 
 
 def test_a_path_that_the_class_or_its_middleware_changes_is_that_of_the_object(pod: Runtime) -> None:

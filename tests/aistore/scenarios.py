@@ -659,7 +659,7 @@ def failing_objects_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_o
 def check_failures_bound_elsewhere(world: World, served: Type[ETLServer]) -> None:
     """Run a job by WebSocket in which objects fail on their way to another target."""
     good = {"good-%d" % number: b"good %d" % number for number in range(100)}
-    bad = {"bad-%d" % number: b"bad" for number in range(40)}
+    bad = {"bad-%d" % number: b"bad" for number in range(16)}  # a target lists eight errors of a job, or a few more
     source = world.filled_bucket({**good, **bad})
     started = world.start_each([served], [WS], [True])[0]
     with world.destination() as destination:
@@ -1027,6 +1027,18 @@ def failing_objects_under_uvicorn_that_are_bound_elsewhere_by_ws_are_told_by_a_j
     check_failures_bound_elsewhere(world, UvicornValidator)
 
 
+def a_failed_inline_read_by_ws_through_wsgi_is_told_at_once(world: World) -> None:
+    check_failed_inline_read_by_ws(world, WsgiValidator)
+
+
+def failing_objects_through_wsgi_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_on(world: World) -> None:
+    check_failures_bound_elsewhere(world, WsgiValidator)
+
+
+def a_pod_through_wsgi_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
+    check_end_with_last_connection(world, WsgiValidator)
+
+
 def a_pod_under_uvicorn_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
     check_end_with_last_connection(world, UvicornValidator)
 
@@ -1062,15 +1074,3 @@ if __name__ == "__main__":
     with os.fdopen(os.dup(1), "w") as reports_file:
         os.dup2(2, 1)  # what a library prints is no report
         raise SystemExit(main(sys.stdin, reports_file))
-
-
-def a_failed_inline_read_by_ws_through_wsgi_is_told_at_once(world: World) -> None:
-    check_failed_inline_read_by_ws(world, WsgiValidator)
-
-
-def failing_objects_through_wsgi_that_are_bound_elsewhere_by_ws_are_told_by_a_job_that_goes_on(world: World) -> None:
-    check_failures_bound_elsewhere(world, WsgiValidator)
-
-
-def a_pod_through_wsgi_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
-    check_end_with_last_connection(world, WsgiValidator)
