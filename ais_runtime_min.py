@@ -6699,22 +6699,23 @@ def started_here() -> List[int]:
         found |= children
     if os.getpgrp() == os.getpid() and Current.reports is not None:
         found |= {pid for pid, (_, _, group, *_) in table.items() if group == str(os.getpid())}
-    return [pid for pid in found - others if table[pid][0] != "Z" or table[pid][1] == str(os.getpid())]
+    return sorted(found - others)
 
 
 def end_children() -> None:
     """End what the class has started: by SIGTERM, and by SIGKILL what is still there then."""
     multiprocessing = sys.modules.get("multiprocessing")
     known = multiprocessing.active_children() if multiprocessing else []
-    for pid in started_here():
-        attempt(os.kill, pid, signal.SIGTERM)
+    pids = started_here()  # an orphan among them may not be found once more
+    left = [pid for pid in pids if attempt(os.kill, pid, signal.SIGTERM).error is None]
     deadline = time.monotonic() + CHILDREN_SECONDS
     for child in known:
         child.join(max(0.0, deadline - time.monotonic()))
-    while time.monotonic() < deadline and started_here():
+    while left and time.monotonic() < deadline:
         attempt(os.waitpid, -1, os.WNOHANG)
-        time.sleep(0.01)
-    for pid in started_here():
+        time.sleep(0.005)
+        left = [pid for pid in left if attempt(os.kill, pid, 0).error is None]
+    for pid in {*left, *started_here()}:
         attempt(os.kill, pid, signal.SIGKILL)
 
 
