@@ -119,6 +119,8 @@ def refuses_connections(runtime: Runtime) -> bool:
         runtime.connect().close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it came just when the listener closed
+        pass
     return False
 
 

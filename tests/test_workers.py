@@ -258,6 +258,8 @@ def is_refused(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), timeout=2).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it came just when the listener closed
+        pass
     return False
 
 
