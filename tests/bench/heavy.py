@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure classes with large imports beside the default runtime: `python3 tests/bench/heavy.py [--only PATTERN]`.
+"""Measure classes with large imports beside the SDK's FastAPI server: `python3 tests/bench/heavy.py [--only PATTERN]`.
 
 For each such class: the time from exec to the first healthy answer, and the memory of the whole pod, each with 4 workers. The
 Python that runs this file is the one that is measured. Both run on one environment of their own, made by pip with some GB of
@@ -48,21 +48,9 @@ class Bench(FastAPIServer):
 WORKERS = 4
 METHOD = """\
 Made by `python3 tests/bench/heavy.py`: a `FastAPIServer` class with these imports, 4 workers, the time from exec to the first
-healthy answer and the memory of all processes, at rest once each has transformed something. *default* does what the default
-runtime does: it imports the SDK and unpickles the class to see its base, then becomes uvicorn, whose workers do both again.
-Median of {rounds} rounds; Python {python}."""
-BOOT = """\
-import base64, os, sys
-import cloudpickle
-from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
-assert issubclass(cloudpickle.loads(base64.b64decode(os.environ["ETL_CLASS_PAYLOAD"])), FastAPIServer)
-os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
-"""
-SERVED = """\
-import base64, os
-import cloudpickle
-fastapi_app = cloudpickle.loads(base64.b64decode(os.environ["ETL_CLASS_PAYLOAD"]))().app
-"""
+healthy answer and the memory of all processes, at rest once each has transformed something. *SDK FastAPI* is uvicorn alone: what
+the default runtime does before, importing the SDK a first time and unpickling the class, is not counted. Median of {rounds}
+rounds; Python {python}."""
 
 
 class Cost(NamedTuple):
@@ -110,8 +98,8 @@ def make_environment(folder: Path) -> str:
 
 
 def measure(name: str, python: str, folder: Path, rounds: int) -> Tuple[Cost, Cost]:
-    """Return what a class costs with this runtime and with the default one; they take turns."""
-    runs: Dict[str, List[Cost]] = {"ours": [], "default": []}
+    """Return what a class costs with this runtime and with the SDK's server; they take turns."""
+    runs: Dict[str, List[Cost]] = {"ours": [], "fastapi": []}
     for number in range(rounds + 1):  # the first fills caches
         for peer, costs in runs.items():
             costs.append(cost(peer, name, python, folder))
@@ -147,18 +135,18 @@ def prepare(peer: str, name: str, python: str, folder: Path) -> Tuple[List[str],
     env = {"PATH": "%s:%s" % (Path(python).parent, os.environ["PATH"]), "PYTHONUNBUFFERED": "1", "PORT": str(port),
            "AIS_TARGET_URL": "http://127.0.0.1:9" + servers.ETL_PATH, "NUM_WORKERS": str(WORKERS), "KERAS_BACKEND": "tensorflow"}
     place.mkdir(exist_ok=True)
+    if peer == "fastapi":
+        (place / "served.py").write_text(source + servers.TAILS["fastapi"].format(port=port))
+        words = servers.COMMANDS["fastapi"].format(port=port, workers=WORKERS).split()
+        return [python, "-m", *words], env, place, port
     if not (place / "payload").exists():
-        for file, text in (("pickled.py", source + servers.TAILS["payload"]), ("boot.py", BOOT), ("served.py", SERVED)):
-            (place / file).write_text(text)
         shutil.copy(servers.ROOT / "ais_runtime_min.py", place)
+        (place / "pickled.py").write_text(source + servers.TAILS["payload"])
         said = subprocess.run([python, "pickled.py"], env=env, cwd=str(place), stdout=subprocess.PIPE, check=True)
         (place / "payload").write_bytes(said.stdout.split()[-1])
-        subprocess.run([python, "-m", "compileall", "-q", str(place)], check=True)
+        subprocess.run([python, "-m", "compileall", "-q", "ais_runtime_min.py"], cwd=str(place), check=True)
     env["ETL_CLASS_PAYLOAD"] = (place / "payload").read_text()
-    if peer == "ours":
-        return [python, *servers.COMMANDS["ours"].split()[1:]], env, place, port
-    words = servers.COMMANDS["fastapi"].format(port=port, workers=WORKERS).split()
-    return [python, "boot.py", *words], env, place, port
+    return [python, *servers.COMMANDS["ours"].split()[1:]], env, place, port
 
 
 def table(costs: Dict[str, Tuple[Cost, Cost]]) -> str:
@@ -167,7 +155,7 @@ def table(costs: Dict[str, Tuple[Cost, Cost]]) -> str:
 
     rows = [[name, "%.2f" % ours.seconds, "%.2f" % peers.seconds, "%.2f" % (ours.seconds / peers.seconds),
              "%.0f" % ours.mib, "%.0f" % peers.mib, "%.2f" % (ours.mib / peers.mib)] for name, (ours, peers) in costs.items()]
-    return markdown(["imports", "start, s", "default", "ratio", "memory, MiB", "default", "ratio"], rows)
+    return markdown(["imports", "start, s", "SDK FastAPI", "ratio", "memory, MiB", "SDK FastAPI", "ratio"], rows)
 
 
 if __name__ == "__main__":
