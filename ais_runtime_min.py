@@ -6147,6 +6147,11 @@ class ASGIRequest:
                 raise AnswerCut
 
 
+def has_body(fields: Mapping[bytes, bytes]) -> bool:
+    """Tell from the fields of a request whether it has a body."""
+    return b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
+
+
 class ASGIFront:
     """The outermost application: it serves `/health` and `/ws`, and the class's own the rest."""
 
@@ -6186,12 +6191,12 @@ class ASGIFront:
         """Answer a health probe, and a request whose body uvicorn would not read rightly."""
         fields = dict(scope["headers"])
         coding = fields.get(b"transfer-encoding", b"").lower()
-        has_body = coding or fields.get(b"content-length", b"0") != b"0"
+        offers = b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
         if (scope["path"], scope["method"]) == ("/health", "GET"):
             return 200, b"Running"
         if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
             return 501, b"the Transfer-Encoding is not known here"
-        if has_body and b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower():
+        if offers and has_body(fields):
             return 400, b"another protocol cannot be offered with a body"
         return 0, b""
 
@@ -6230,9 +6235,7 @@ def protocol_on(base: Any) -> Any:
         """One connection: a client that has ended its side is answered, and bodies are read."""
 
         def _should_upgrade(self) -> bool:
-            fields = dict(self.headers)
-            has_body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
-            return bool(super()._should_upgrade()) and not has_body
+            return bool(super()._should_upgrade()) and not has_body(dict(self.headers))
 
         def eof_received(self) -> Optional[bool]:
             """Return whether the connection is to stay open, for an answer to a whole request."""
@@ -6431,13 +6434,12 @@ class WSGIApplication:
         is_health = (head.method, path) == ("GET", "/health") and not self._answers_health
         if path == "/ws" or is_health or not path.startswith("/"):
             return None
-        environ = self._environ(head, connection)
-        environ["PATH_INFO"] = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
-        environ["QUERY_STRING"] = query
-        return functools.partial(self._answer, ETLRequest(head.method, path), environ)
+        request = ETLRequest(head.method, path, query)
+        return functools.partial(self._answer, request, head, connection)
 
-    def _environ(self, head: Head, connection: socket.socket) -> Dict[str, Any]:
-        """Describe a request, but for its path and body, as PEP 3333 has it."""
+    def _environ(self, request: ETLRequest, head: Head,
+                 connection: socket.socket) -> Dict[str, Any]:
+        """Describe a request, but for its body, as PEP 3333 has it."""
         host, port = connection.getsockname()[:2]
         peer = attempt(connection.getpeername).value or ("", 0)
         # a name with "_" could pass for one with "-"
@@ -6446,18 +6448,21 @@ class WSGIApplication:
         for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
             if f"HTTP_{name}" in fields:
                 fields[name] = fields.pop(f"HTTP_{name}")
+        path = unquote_to_bytes(request.raw_path.encode("latin-1")).decode("latin-1")
         return {
-            **fields, "REQUEST_METHOD": head.method, "SCRIPT_NAME": "", "RAW_URI": head.target,
-            "REQUEST_URI": head.target, "SERVER_NAME": host, "SERVER_PORT": str(port),
+            **fields, "REQUEST_METHOD": head.method, "SCRIPT_NAME": "", "PATH_INFO": path,
+            "QUERY_STRING": request.query, "RAW_URI": head.target, "REQUEST_URI": head.target,
+            "SERVER_NAME": host, "SERVER_PORT": str(port),
             "SERVER_PROTOCOL": "HTTP/1.0" if head.is_http_1_0 else "HTTP/1.1",
             "REMOTE_ADDR": peer[0], "REMOTE_PORT": str(peer[1]), "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http", "wsgi.errors": sys.stderr, "wsgi.multithread": True,
             "wsgi.multiprocess": self._service.settings.workers > 1, "wsgi.run_once": False,
             "wsgi.input_terminated": True}
 
-    def _answer(self, request: ETLRequest, environ: Dict[str, Any], body: MessageBody) -> Answer:
+    def _answer(self, request: ETLRequest, head: Head, connection: socket.socket,
+                body: MessageBody) -> Answer:
         """Have the application answer a request, whatever happens."""
-        answer, error = attempt(self._ask, environ, body)
+        answer, error = attempt(lambda: self._ask(self._environ(request, head, connection), body))
         return answer if error is None else self._service.answer_failure(request, error)
 
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
@@ -6489,10 +6494,12 @@ class FlaskAnswers:
         import flask
 
         environ = flask.request.environ
-        method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
-        raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
+        method = environ["REQUEST_METHOD"]
         if "RAW_URI" in environ:
             raw_path, query = split_target(method, environ["RAW_URI"])
+        else:
+            raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
+            query = environ.get("QUERY_STRING", "")
         try:
             target = target_of(path, raw_path, query)
             request = ETLRequest.parse(method, target, environ.get("HTTP_AIS_NODE_URL", ""))
@@ -6700,6 +6707,18 @@ def started_here() -> List[int]:
     if os.getpgrp() == os.getpid() and Current.reports is not None:
         found |= {pid for pid, (_, _, group, *_) in table.items() if group == str(os.getpid())}
     return sorted(found - others)
+
+
+def children_before() -> Sequence[int]:
+    """List the children that this process has had before it was this program, as of a shell.
+
+    Called at every start: a look at all processes would take some of its milliseconds.
+    """
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            return [*map(int, file.read().split())]
+    except OSError:  # a kernel that does not tell these alone
+        return started_here()
 
 
 def end_children() -> None:
@@ -6989,8 +7008,8 @@ class Supervisor:
     def _close(self) -> None:
         """Let go of all that is open, and of signals: another supervisor may follow."""
         deadline = time.monotonic() + CHILDREN_SECONDS
-        while time.monotonic() < deadline and any(signal_group(group, 0) for group in self._groups):
-            self._reap()
+        while self._groups and time.monotonic() < deadline:
+            self._reap()  # which drops those that have ended
             time.sleep(0.01)
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
@@ -7560,7 +7579,7 @@ def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
-    Current.inherited = started_here()
+    Current.inherited = children_before()
     Current.output = attempt(os.dup, 1).value or -1
     for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until there are workers to be stopped

@@ -46,6 +46,15 @@ def start_target() -> Iterator[StartTarget]:
     assert [complaint for target in targets for complaint in target.complaints] == []
 
 
+@pytest.fixture(scope="module")
+def shared_target() -> Iterator[StandInTarget]:
+    """One stand-in for all tests of a file; nobody may send it what is not HTTP."""
+    target = StandInTarget()
+    yield target
+    target.close()
+    assert target.complaints == []
+
+
 @pytest.fixture
 def target(start_target: StartTarget) -> StandInTarget:
     """A stand-in for the pod's target."""

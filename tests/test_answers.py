@@ -167,15 +167,6 @@ both_modes = pytest.mark.parametrize("mode", [BUFFERED, STREAMING], ids=["buffer
 
 
 @pytest.fixture(scope="module")
-def shared_target() -> Iterator[StandInTarget]:
-    """One stand-in for all tests of this file."""
-    target = StandInTarget()
-    yield target
-    target.close()
-    assert target.complaints == []
-
-
-@pytest.fixture(scope="module")
 def pods(shared_target: StandInTarget) -> Iterator[StartPod]:
     """A function that starts the runtime for a class, or returns the one that it started before.
 

@@ -213,15 +213,6 @@ def case(pod: Pod, hop: StandInTarget, *name: object) -> Iterator[None]:
         raise AssertionError(text) from error
 
 
-@pytest.fixture(scope="module")
-def shared_target() -> Iterator[StandInTarget]:
-    """The pods' own target, for all tests of this file; its records are wiped before each test."""
-    target = StandInTarget()
-    yield target
-    target.close()
-    assert target.complaints == []
-
-
 @pytest.fixture
 def target(shared_target: StandInTarget) -> StandInTarget:
     """The pods' own target, which has nothing and got nothing."""

@@ -46,17 +46,8 @@ fastapi_alone = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[StandInTarget]:
-    """One stand-in for all tests of this file."""
-    target = StandInTarget()
-    yield target
-    target.close()
-    assert target.complaints == []
-
-
-@pytest.fixture(scope="module")
 def start_pod(
-    target: StandInTarget, tmp_path_factory: pytest.TempPathFactory
+    shared_target: StandInTarget, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StartPod]:
     """A function that returns the pod of a kind, one for all tests of this file."""
     pods: List[Runtime] = []
@@ -66,7 +57,7 @@ def start_pod(
         def start_kind(kind: str) -> Runtime:
             kind, _, is_new = kind.partition(", ")
             env = {"ETL_CLASS_PAYLOAD": payload_of(CLASSES[kind]), "NUM_WORKERS": "1",
-                   "AIS_TARGET_URL": target.url, **(variables_of_index() if is_new else {})}
+                   "AIS_TARGET_URL": shared_target.url, **(variables_of_index() if is_new else {})}
             folder = tmp_path_factory.mktemp("new")
             python = make_environment(folder) if is_new else interpreter("sdk")
             pods.append(stack.enter_context(
@@ -97,7 +88,7 @@ def transformed(kind: str, data: bytes) -> bytes:
 
 @both
 def test_objects_and_health_probes_are_answered_as_for_any_class(
-    pod: Runtime, target: StandInTarget
+    pod: Runtime, shared_target: StandInTarget
 ) -> None:
     response = pod.request("PUT", "/bucket/an%20object", b"hello")
     assert (response.status, response.body) == (200, b"HELLO bucket/an object")
@@ -107,10 +98,10 @@ def test_objects_and_health_probes_are_answered_as_for_any_class(
     assert pod.request("DELETE", "/bucket/object").status == 405
     assert pod.request("PUT", "/bucket/object?etl_fqn=%2Fetc%2Fpasswd", b"").status == 403
     path = "/ais%2F@%23%2Fbucket%2Fobj%20ect"
-    target.objects[path] = b"hello"
+    shared_target.objects[path] = b"hello"
     response = pod.request("GET", path + "?uuid=1")
     assert (response.status, response.body) == (200, b"HELLO ais/@#/bucket/obj ect")
-    assert target.requests[-1].target == BASE_PATH + path + "?uuid=1"
+    assert shared_target.requests[-1].target == BASE_PATH + path + "?uuid=1"
     response = pod.request("PUT", "/bucket/teapot", b"hello")
     failure = {"detail": "Processing error: short and stout"}
     assert (response.status, json.loads(response.body)) == (418, failure)
@@ -148,13 +139,13 @@ def test_a_class_may_wrap_the_handling_of_objects_and_read_their_bodies(pod: Run
     "%FF", "a%3Fb", "a%23b", "a;b", "a+b", "a:b", "%20", "very/" * 50 + "deep", "health", "static/x",
     "docs", "{a}"])
 def test_no_name_of_an_object_is_answered_by_the_framework(
-    pod: Runtime, target: StandInTarget, name: str
+    pod: Runtime, shared_target: StandInTarget, name: str
 ) -> None:
     response = pod.request("PUT", "/bucket/" + name, b"hello")
     assert response.status == 200
     assert response.body == b"HELLO bucket/" + unquote(name).encode()
     path = "/ais%2F@%23%2Fbucket%2F" + name.replace("/", "%2F")
-    target.objects[path] = b"hello"
+    shared_target.objects[path] = b"hello"
     response = pod.request("GET", path)
     assert response.status == 200
     assert response.body == b"HELLO ais/@#/bucket/" + unquote(name).encode()
@@ -335,10 +326,10 @@ def test_an_encoding_that_is_not_undone_is_refused(pod: Runtime, head: bytes) ->
 
 @both
 def test_an_offer_of_another_protocol_without_a_body_is_ignored(
-    pod: Runtime, target: StandInTarget
+    pod: Runtime, shared_target: StandInTarget
 ) -> None:
     path = "/ais%2F@%23%2Fbucket%2Foffered"
-    target.objects[path] = b"hello"
+    shared_target.objects[path] = b"hello"
     answer = pod.raw([
         b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n" % path.encode()])
@@ -385,13 +376,13 @@ def test_an_object_that_no_memory_holds_is_refused_before_it_comes(pod: Runtime)
 
 @all_kinds
 def test_results_go_straight_to_their_target(
-    pod: Runtime, kind: str, target: StandInTarget
+    pod: Runtime, kind: str, shared_target: StandInTarget
 ) -> None:
-    target.requests.clear()
-    hop = target.root + "/ais%2F@%23%2Fdst%2Fobj?uuid=1"
+    shared_target.requests.clear()
+    hop = shared_target.root + "/ais%2F@%23%2Fdst%2Fobj?uuid=1"
     response = pod.request("PUT", "/bucket/object", iter([b"hello"] * 3), {"Ais-Node-Url": hop})
     expected = transformed(kind, b"hello" * 3)
-    assert [(request.method, request.body) for request in target.requests] == [("PUT", expected)]
+    assert [(request.method, request.body) for request in shared_target.requests] == [("PUT", expected)]
     assert (response.status, response.body) == (204, b"")
     assert response.headers["ais-direct-put-length"] == str(len(expected))
 

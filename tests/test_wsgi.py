@@ -242,19 +242,10 @@ class Fallback(FlaskServer):
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[StandInTarget]:
-    """One stand-in for all tests of this file."""
-    target = StandInTarget()
-    yield target
-    target.close()
-    assert target.complaints == []
-
-
-@pytest.fixture(scope="module")
-def pod(target: StandInTarget) -> Iterator[Runtime]:
+def pod(shared_target: StandInTarget) -> Iterator[Runtime]:
     """One pod for all tests of this file, whose requests find routes of each kind."""
     env = {"ETL_CLASS_PAYLOAD": make_payload(SOURCE, "Wsgi"), "NUM_WORKERS": "1",
-           "AIS_TARGET_URL": target.url}
+           "AIS_TARGET_URL": shared_target.url}
     with Runtime(env=env, python=interpreter("sdk"), expect_traceback=True) as pod:
         yield pod
 
