@@ -223,8 +223,6 @@ WEBSOCKET_LIMIT = 512
 # calls of the class that take less are made by the leader: other threads are not worth it
 QUICK_SECONDS = 0.0005
 # of calls of the class that one connection has from the leader at a time: others wait meanwhile
-END_SECONDS = 0.1  # for an application under uvicorn to fail, once it has ended an answer in pieces
-END_TURNS = 100  # of its loop that an application under uvicorn has for that
 TURN_SECONDS = 0.05
 LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
 # for another worker to accept a connection, by one that has more of them already
@@ -687,19 +685,26 @@ def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
     return not signal_group(process.pid, 0)
 
 
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and all of its process group, whose leader it is, first by SIGTERM."""
-    def end_by(number: int) -> None:
-        deadline = time.monotonic() + TOOL_STOP_SECONDS
-        has_ended = group_has_ended(process) or not signal_group(process.pid, number)
-        while not has_ended and time.monotonic() < deadline:
-            time.sleep(0.01)
-            has_ended = group_has_ended(process)
+def end_all(send: Callable[[int], bool], seconds: float) -> None:
+    """End processes by SIGTERM, and by SIGKILL what is left after a while.
 
+    `send` sends a signal to all of them, 0 for none, and tells whether any is there.
+    """
+    deadline = time.monotonic() + seconds
     try:
-        end_by(signal.SIGTERM)
+        is_left = send(signal.SIGTERM)
+        while is_left and time.monotonic() < deadline:
+            time.sleep(0.01)
+            is_left = send(0)
     finally:  # also when a second signal to us ends the wait
-        end_by(signal.SIGKILL)
+        send(signal.SIGKILL)
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child and all of its process group, whose leader it is."""
+    end_all(lambda number: not group_has_ended(process) and signal_group(process.pid, number),
+            TOOL_STOP_SECONDS)
+    attempt(process.wait, TOOL_STOP_SECONDS)
 
 
 def last_error(lines: Sequence[str]) -> str:
@@ -2075,7 +2080,7 @@ class Current:
     share: Optional[Share] = None  # of the connections, in a worker
     # whether a file is imported for its class: instances that it makes are not served
     is_loading = False
-    inherited: Sequence[int] = ()  # children that this process had before it was this program
+    began = 0.0  # when this program did, in seconds since the system's start
     output = 1  # the descriptor of the log
     last_line = ""  # of the log, the reason of a failed start
 
@@ -5718,11 +5723,12 @@ def quiet_level() -> int:
     return level if level in (logging.NOTSET, logging.DEBUG) else max(logging.WARNING, level)
 
 
-def target_of(path: str, raw_path: str, query: str) -> str:
-    """Return a request's target as it came, or for another path, if the class has made it one."""
+def request_of_app(method: str, path: str, raw_path: str, query: str,
+                   pipeline: str) -> ETLRequest:
+    """Tell what a request asks for, by its path as it came, or another that the class gives it."""
     if decode_escapes(raw_path)[1:] != path:
         raw_path = "/" + quote(path)
-    return f"{raw_path}?{query}" if query else raw_path
+    return ETLRequest.parse(method, f"{raw_path}?{query}" if query else raw_path, pipeline)
 
 
 def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
@@ -5858,14 +5864,13 @@ class StarletteAnswers:
 
         loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
         raw_path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
-        target = target_of(path, raw_path, scope["query_string"].decode("latin-1"))
+        query, pipeline = scope["query_string"].decode("latin-1"), fields.getlist(HEADER_NODE_URL)
         try:
-            pipeline = ", ".join(fields.getlist(HEADER_NODE_URL))
-            parsed = ETLRequest.parse(request.method, target, pipeline)
+            parsed = request_of_app(request.method, path, raw_path, query, ", ".join(pipeline))
             if parsed.is_message:  # no handshake, which does not come here
                 upgrade_answer({})
         except RequestError as error:
-            return self._response(error_answer(error.status, str(error), error.headers), target)
+            return self._response(error_answer(error.status, str(error), error.headers), path)
         pieces, count = request.stream(), 0
         # other middleware than Starlette's may have put another body into its place
         came, receives = scope.get("etl.request"), request.receive
@@ -6035,6 +6040,7 @@ class ASGIMessages:
 
 def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
     """Let a class's application answer requests for objects, where none of its own routes does."""
+    from starlette.middleware import Middleware
     from starlette.responses import Response
     from starlette.routing import Route, WebSocketRoute
 
@@ -6055,27 +6061,21 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
     server.app.router.routes.extend([
         WebSocketRoute("/ws", messages), route("/health", health, "GET"),
         route("/download", answer, "POST"), objects])
+    layers = [(each, Middleware(FailureMark)) for each in server.app.user_middleware]
+    server.app.user_middleware[:] = itertools.chain(*layers)
     return messages
 
 
 class ASGIRequest:
-    """The messages of one request, between uvicorn and the application.
-
-    The end of an answer in pieces is held back until the application is done, or for a moment: it
-    may be that of one that has failed, which Starlette's BaseHTTPMiddleware ends all the same.
-    """
+    """The messages of one request, between uvicorn and the application."""
 
     def __init__(self, scope: Any, receive: Any, send: Any) -> None:
-        import asyncio
-
         scope["etl.request"] = self
         self.count = 0  # bytes of the body that have come
+        self.has_failed = False  # whether its answer has begun and cannot become whole
         self._receive = receive
         self._send = send
         self._cycle = send.__self__  # uvicorn's own of the request
-        self._is_in_pieces = False
-        self._end: Any = None  # what is held back
-        self._finishing = asyncio.Lock()
 
     async def receive(self) -> Any:
         """Receive the next message, and count the bytes of the body."""
@@ -6084,39 +6084,16 @@ class ASGIRequest:
         return message
 
     async def send(self, message: Any) -> None:
-        """Send a message, or hold it back."""
-        import asyncio
-
-        has_more = message.get("more_body", False)
-        if self._is_in_pieces and not has_more:
-            self._end = message
-            self._late = asyncio.ensure_future(self._finish_late())
-        else:
-            self._is_in_pieces = has_more
-            await self._transmit(message)
-
-    async def finish(self) -> None:
-        """Send what is held back; return once it is sent."""
-        async with self._finishing:
-            end, self._end = self._end, None
-            if end is not None:
-                await self._transmit(end)
-
-    async def _finish_late(self) -> None:
-        """Send what is held back although the application goes on; a busy loop has its turns."""
-        import asyncio
-
-        await asyncio.sleep(END_SECONDS)
-        for _ in range(END_TURNS):
-            await asyncio.sleep(0)
-        with contextlib.suppress(Exception):  # which the application meets as well
-            await self.finish()
+        """Send a message; AnswerCut where the client has left, or the answer has failed."""
+        if not self.has_failed:
+            await self._send(message)
+        if self.has_failed or self._cycle.disconnected:
+            raise AnswerCut
 
     async def abort(self) -> None:
         """End the connection, so that half an answer is not taken for a whole one."""
         import asyncio
 
-        self._end = None
         self._cycle.transport.abort()
         await asyncio.sleep(0)  # in which uvicorn hears of it
 
@@ -6125,26 +6102,32 @@ class ASGIRequest:
         """Whether the client has left."""
         return bool(self._cycle.disconnected or self._cycle.transport.is_closing())
 
-    async def _transmit(self, message: Any) -> None:
-        """Send a message, a large body in parts; AnswerCut where the client leaves or stalls."""
-        import asyncio
 
-        call_later = asyncio.get_running_loop().call_later
-        body, more = message.get("body", b""), message.get("more_body", False)
-        for start in range(0, max(len(body), 1), WRITE_BYTES):
-            part = message
-            if len(body) > WRITE_BYTES:
-                is_last = start + WRITE_BYTES >= len(body)
-                part = {**message, "body": body[start:start + WRITE_BYTES],
-                        "more_body": more or not is_last}
-            unread = call_later(RESULT_UNREAD_SECONDS, self._cycle.transport.abort)
-            try:
-                if not self.is_gone:
-                    await self._send(part)
-            finally:
-                unread.cancel()
-            if self._cycle.disconnected:
-                raise AnswerCut
+class FailureMark:
+    """Middleware that marks an answer which fails after its beginning.
+
+    It stands below each middleware of the class: Starlette's BaseHTTPMiddleware ends an answer
+    although what is below it has failed.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass all on."""
+        has_begun = False
+
+        async def send_on(message: Any) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except BaseException:
+            if has_begun and "etl.request" in scope:
+                scope["etl.request"].has_failed = True
+            raise
 
 
 def has_body(fields: Mapping[bytes, bytes]) -> bool:
@@ -6210,7 +6193,6 @@ class ASGIFront:
                 await self._answer(request, status, text)
             else:
                 await self._app(scope, request.receive, request.send)
-                await request.finish()
         except AnswerCut:
             await request.abort()
         except asyncio.CancelledError:
@@ -6263,6 +6245,9 @@ class UvicornServer:
         self._messages = add_fastapi_routes(server, service)
         self._front = ASGIFront(server.app, self._messages)
         self._listener = listener
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; its connections inherit it
+            milliseconds = int(RESULT_UNREAD_SECONDS * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._waker = Waker()
         self._config = uvicorn.Config(
             self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False,
@@ -6342,19 +6327,6 @@ class UvicornServer:
         seconds = self._drain_began + WORKER_GRACE_SECONDS - time.monotonic()
         self._config.timeout_graceful_shutdown = max(1, int(seconds))
         self._uvicorn.should_exit = True
-
-
-def make_service(server: ETLServer, settings: Settings) -> Tuple[Service, Optional[MainThread]]:
-    """Make what answers requests, and the main thread where that has to make the class's calls."""
-    Current.pool = Current.pool or ConnectionPool(settings)
-    is_one = server.one_at_a_time and settings.threads in (None, 1)
-    main_thread: Optional[MainThread] = MainThread() if is_one else None
-    if isinstance(server, FastAPIServer) and server.etl_app is not None:
-        main_thread = CallingThread()
-    slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
-    if main_thread is not None and is_one:
-        slots = main_thread
-    return Service(settings, server, Current.pool, slots), main_thread
 
 
 # -- Flask, by WSGI --
@@ -6501,8 +6473,8 @@ class FlaskAnswers:
             raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
             query = environ.get("QUERY_STRING", "")
         try:
-            target = target_of(path, raw_path, query)
-            request = ETLRequest.parse(method, target, environ.get("HTTP_AIS_NODE_URL", ""))
+            pipeline = environ.get("HTTP_AIS_NODE_URL", "")
+            request = request_of_app(method, path, raw_path, query, pipeline)
             answer = self._service.answer(request, self._body(flask.request))
         except RequestError as error:
             answer = error_answer(error.status, str(error), error.headers)
@@ -6547,16 +6519,27 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
                      methods=["GET", "PUT"])
 
 
+def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service:
+    """Make what answers the requests to an instance."""
+    Current.pool = Current.pool or ConnectionPool(settings)
+    return Service(settings, server, Current.pool, slots)
+
+
 def make_front(listener: socket.socket, server: ETLServer,
                settings: Settings) -> Union[UvicornServer, Server]:
     """Make what serves an instance on a listening socket."""
-    service, main_thread = make_service(server, settings)
-    if isinstance(main_thread, CallingThread):
-        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
+    has_app = isinstance(server, FrameworkServer) and server.etl_app is not None
+    by_uvicorn = CallingThread() if has_app and isinstance(server, FastAPIServer) else None
+    is_one = server.one_at_a_time and settings.threads in (None, 1)
+    main_thread: Optional[MainThread] = by_uvicorn or (MainThread() if is_one else None)
+    slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
+    service = make_service(server, settings, main_thread if main_thread and is_one else slots)
+    if by_uvicorn:
+        return UvicornServer(listener, cast(FastAPIServer, server), service, by_uvicorn)
     front = Server(listener, service, main_thread)
-    if isinstance(server, FlaskServer) and server.etl_app is not None:
-        add_flask_routes(server, service)
-        front.application = WSGIApplication(server, service)
+    if has_app:
+        add_flask_routes(cast(FlaskServer, server), service)
+        front.application = WSGIApplication(cast(FlaskServer, server), service)
     return front
 
 
@@ -6564,12 +6547,8 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
     """Let the application of a class that starts its own server answer requests for objects."""
     has_app = isinstance(server, FrameworkServer) and server.etl_app is not None
     if has_app and cast(FrameworkServer, server).etl_answer is None:
-        Current.pool = Current.pool or ConnectionPool(settings)
-        service = Service(settings, server, Current.pool, ThreadSlots(settings.threads or 1))
-        if isinstance(server, FastAPIServer):
-            add_fastapi_routes(server, service)
-        elif isinstance(server, FlaskServer):
-            add_flask_routes(server, service)
+        add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
+        add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
 
 
 # == 18. Workers ==
@@ -6687,55 +6666,44 @@ def flush_output() -> None:
 
 
 def started_here() -> List[int]:
-    """List the processes that this one has started, directly or not, where /proc tells them.
+    """List the processes that this program has started, directly or not, where /proc tells them.
 
-    Less those that it had before it was this program, and one that cleans up after all others. In
-    a worker's own group an orphan is found as well.
+    Less what a shell had started before it became this program, and the one process that cleans up
+    after all others. In a worker's own group an orphan is found as well.
     """
-    table: Dict[int, List[str]] = {}
+    own = os.getpid()
+    group = own if os.getpgrp() == own and Current.reports is not None else 0
+    table: Dict[int, Tuple[int, int, float]] = {}  # parent, group and start of each process
     for name in filter(str.isdigit, attempt(os.listdir, "/proc").value or ()):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-            table[int(name)] = file.read().rpartition(b")")[2].decode().split()
+            fields = file.read().rpartition(b")")[2].split()
+            ticks = int(fields[19])
+            table[int(name)] = int(fields[1]), int(fields[2]), ticks / os.sysconf("SC_CLK_TCK")
     tracker = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", 0)
-    others = {*Current.inherited, getattr(tracker, "_pid", 0), os.getpid()}
     found: Set[int] = set()
-    parents = {str(os.getpid())}
-    while parents:
-        children = {pid for pid, (_, parent, *_) in table.items() if parent in parents} - others
-        parents = {*map(str, children - found)}
-        found |= children
-    if os.getpgrp() == os.getpid() and Current.reports is not None:
-        found |= {pid for pid, (_, _, group, *_) in table.items() if group == str(os.getpid())}
-    return sorted(found - others)
-
-
-def children_before() -> Sequence[int]:
-    """List the children that this process has had before it was this program, as of a shell.
-
-    Called at every start: a look at all processes would take some of its milliseconds.
-    """
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-            return [*map(int, file.read().split())]
-    except OSError:  # a kernel that does not tell these alone
-        return started_here()
+    more = {own}
+    while more:
+        found |= more
+        more = {pid for pid, (parent, of_group, began) in table.items() if began >= Current.began
+                and (parent in found or (group and of_group == group))} - found
+        more.discard(getattr(tracker, "_pid", 0))
+    return sorted(found - {own})
 
 
 def end_children() -> None:
-    """End what the class has started: by SIGTERM, and by SIGKILL what is still there then."""
-    multiprocessing = sys.modules.get("multiprocessing")
-    known = multiprocessing.active_children() if multiprocessing else []
-    pids = started_here()  # an orphan among them may not be found once more
-    left = [pid for pid in pids if attempt(os.kill, pid, signal.SIGTERM).error is None]
-    deadline = time.monotonic() + CHILDREN_SECONDS
-    for child in known:
-        child.join(max(0.0, deadline - time.monotonic()))
-    while left and time.monotonic() < deadline:
-        attempt(os.waitpid, -1, os.WNOHANG)
-        time.sleep(0.005)
-        left = [pid for pid in left if attempt(os.kill, pid, 0).error is None]
-    for pid in {*left, *started_here()}:
-        attempt(os.kill, pid, signal.SIGKILL)
+    """End what the class has started."""
+    pids: Set[int] = set()
+
+    def send(number: int) -> bool:
+        # an orphan may not be found once more
+        pids.update(started_here() if number else ())
+        while (attempt(os.waitpid, -1, os.WNOHANG).value or (0,))[0]:
+            pass
+        pids.intersection_update(
+            [pid for pid in pids if attempt(os.kill, pid, number).error is None])
+        return bool(pids)
+
+    end_all(send, CHILDREN_SECONDS)
 
 
 def finish_threads() -> None:
@@ -7007,12 +6975,11 @@ class Supervisor:
 
     def _close(self) -> None:
         """Let go of all that is open, and of signals: another supervisor may follow."""
-        deadline = time.monotonic() + CHILDREN_SECONDS
-        while self._groups and time.monotonic() < deadline:
-            self._reap()  # which drops those that have ended
-            time.sleep(0.01)
-        for group in self._groups:
-            signal_group(group, signal.SIGKILL)
+        def send(number: int) -> bool:
+            self._reap()
+            return any([signal_group(group, number) for group in self._groups])
+
+        end_all(send, CHILDREN_SECONDS)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
@@ -7101,7 +7068,7 @@ class Supervisor:
                 os.close(end)
             attempt(os.close, Current.output)
             forget_what_is_shared()
-            Current.reports, Current.listener, Current.inherited = reporter, self._listener, ()
+            Current.reports, Current.listener = reporter, self._listener
             if self._shares >= 0:
                 Current.share = Share(self._count, slot, self._shares)
             code, error = attempt(self._serve)
@@ -7283,7 +7250,7 @@ class Start(NamedTuple):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = target_folder
         known = json.dumps([served, folder.path, folder.requirements, signals, writer,
-                            Current.inherited])
+                            Current.began])
         flush_output()
         error = None
         if attempt(os.getcwd).value != self.folder:
@@ -7300,7 +7267,7 @@ def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     values = attempt(json.loads, known).value
     if not (isinstance(values, list) and len(values) == 6):
         raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
-    served, folder, requirements, signals, writer, Current.inherited = values
+    served, folder, requirements, signals, writer, Current.began = values
     if folder:
         target_folder.take_over(folder, requirements)
         use_packages_of(folder, environ)
@@ -7579,7 +7546,8 @@ def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     raise_file_limit()
-    Current.inherited = children_before()
+    if sys.platform.startswith("linux"):
+        Current.began = time.clock_gettime(time.CLOCK_BOOTTIME)
     Current.output = attempt(os.dup, 1).value or -1
     for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until there are workers to be stopped

@@ -22,6 +22,7 @@ from peer import BINARY, Peer, frame, handshake, object_frames
 
 StartRuntime = Callable[..., Runtime]
 both = pytest.mark.parametrize("kind", ["fastapi", "flask"])
+LARGE = bytes(20 << 20)  # what no buffer on the way takes
 
 
 def start_in_vain(
@@ -97,6 +98,27 @@ def test_clients_over_websocket_that_do_not_read_or_have_gone_do_not_hold_up_the
         assert runtime.terminate() == Exit.OK
     assert "is killed" not in runtime.log()
     assert ("shut down" in runtime.lines) == (kind == "fastapi changes")
+
+
+@both
+@pytest.mark.parametrize("way", ["http", "websocket"])
+def test_a_result_that_nobody_reads_is_cut(
+    start_runtime: StartRuntime, kind: str, way: str
+) -> None:
+    numbers = {**QUICK_NUMBERS, "RESULT_UNREAD_SECONDS": 1.0}
+    runtime = start_runtime(
+        payload_of(CLASSES[kind]), {"NUM_WORKERS": "1"}, python=interpreter("sdk"), numbers=numbers)
+    with runtime.connect() as client:
+        if way == "http":
+            client.sendall(b"PUT /bucket/object HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(LARGE))
+            client.sendall(LARGE)
+        else:
+            client.sendall(handshake())
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 101 ")
+            client.sendall(object_frames(LARGE))
+        time.sleep(4.0)
+        with contextlib.suppress(ConnectionResetError):
+            assert sum(map(len, iter(lambda: client.recv(1 << 20), b""))) < len(LARGE)
 
 
 @both
