@@ -162,7 +162,7 @@ class Changes(Work, FastAPIServer):
         self.app.add_middleware(Copying)
         self.app.add_api_route("/bad", self.bad)
         self.app.add_api_route("/late", self.late)
-        self.app.add_api_route("/busy", self.busy)
+        self.app.add_api_route("/worse", self.worse)
         self.app.add_api_route("/large", self.large)
     async def look(self, request, call_next):
         how = request.headers.get("x-look")
@@ -174,16 +174,21 @@ class Changes(Work, FastAPIServer):
         elif how == "first":
             async for piece in request.stream():
                 break
-        return await call_next(request)
+        response = await call_next(request)
+        if how == "spoils":
+            response.body_iterator = self.spoiled(response.body_iterator)
+        return response
+    async def spoiled(self, pieces):
+        async for piece in pieces:
+            yield piece
+            raise RuntimeError("no more of it")
     async def bad(self):
         async def pieces():
             yield "abc"
             raise RuntimeError("no more of it")
         return fastapi.responses.StreamingResponse(pieces())
-    async def busy(self):
-        for _ in range(20):
-            time.sleep(0.12)
-            await asyncio.sleep(0)
+    async def worse(self):
+        raise RuntimeError("no more of it")
     async def large(self):
         async def pieces():
             for _ in range(48):
