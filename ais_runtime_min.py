@@ -242,7 +242,8 @@ DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more of a message of this kind
 
-logger = logging.getLogger("ais_runtime_min")
+# in a tree of its own: no configuration of the class's, nor logging.disable(), can silence it
+logger = logging.Manager(cast(Any, logging.root)).getLogger("ais_runtime_min")
 
 
 class Exit(enum.IntEnum):
@@ -506,8 +507,10 @@ def has_usable_base(text: str) -> bool:
 
 def target_url(text: str) -> str:
     """Take a target's base URL, without a slash at its end."""
-    if not has_usable_base(text) or not re.fullmatch("[!-\"$->@-~]+", text):  # no query, no fragment
-        raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that is there")
+    is_plain = re.fullmatch("[!-\"$->@-~]+", text)  # no query, no fragment
+    if not is_plain or not has_usable_base(text) or "@" in urlsplit(text).netloc:
+        raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that "
+                         "is there, without user and password")
     return text if urlsplit(text).path == "/" else text.rstrip("/")
 
 
@@ -618,6 +621,11 @@ class Settings(NamedTuple):
             raise ConfigError("; ".join(complaints))
         return cls(**values)
 
+    @property
+    def is_pod(self) -> bool:
+        """Whether the environment brings the class; otherwise somebody tries it on a laptop."""
+        return bool(self.payload or self.payload_file)
+
     def redact(self, text: str) -> str:
         """Hide the target's secret path and the token, which user code may have put into its errors."""
         for secret in self.secrets():
@@ -632,8 +640,15 @@ class Settings(NamedTuple):
         return sorted((text for text in found if len(text) > 3), key=len, reverse=True)
 
 
+LINE_BREAK = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")
+WITH_LINES = {"has_lines": True}  # `extra` of a log record
+
+
 class RedactingFormatter(logging.Formatter):
-    """Format log records, tracebacks too, without the secrets of some settings."""
+    """Format log records, tracebacks too, without the secrets of some settings.
+
+    A record is one line, whatever texts are in it, but for its traceback, and where it `has_lines`.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__("%(asctime)s - %(name)s - %(levelname)s - %(message)s")
@@ -642,6 +657,11 @@ class RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Format one record."""
         return self._settings.redact(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the library's name
+        """Format all of a record but its traceback."""
+        text = super().formatMessage(record)
+        return text if getattr(record, "has_lines", False) else LINE_BREAK.sub(" ", text)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, the library's name
         """Format a traceback; at least what was raised, where that fails, as it may while files run out."""
@@ -655,6 +675,7 @@ def configure_logging(settings: Settings) -> None:
     handler.setFormatter(RedactingFormatter(settings))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logger.setLevel(settings.log_level)
+    logger.handlers, logger.propagate = [handler], False
 
 
 # == 4. Packages ==
@@ -812,7 +833,8 @@ class Tool:
 
     def _log_lines(self, what: str) -> None:
         said = "\n".join(self.lines())
-        logger.error("%s %s:\n%s", self._name, what, said or "(it printed nothing)")
+        said = said or "(it printed nothing)"
+        logger.error("%s %s:\n%s", self._name, what, said, extra=WITH_LINES)
 
 
 def ask_tool(command: Sequence[str], environ: Mapping[str, str]) -> Optional[str]:
@@ -2077,6 +2099,7 @@ class Current:
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
     reports: Optional[int] = None  # the pipe to the supervisor, in a worker
+    gate: Optional[int] = None  # a pipe that ends once the worker may serve, in a worker
     share: Optional[Share] = None  # of the connections, in a worker
     # whether a file is imported for its class: instances that it makes are not served
     is_loading = False
@@ -2092,6 +2115,25 @@ def report(message: bytes) -> None:
             os.write(Current.reports, message[:2000] + b"\n")
 
 
+class State:
+    """What the runtime keeps with an instance, apart from the names that a class may use."""
+
+    session: Any = None
+    app: Any = None  # the framework's application, once there is one
+    answer: Any = None  # what answers the app's requests for objects, while it is served
+
+
+def state_of(server: ETLServer) -> State:
+    """Return an instance's state."""
+    return cast(State, vars(server).setdefault("ais_runtime_min.state", State()))
+
+
+def how_to_get(package: str) -> str:
+    """Tell how to get a package: in a pod, or on a laptop."""
+    is_laptop = Current.settings is not None and not Current.settings.is_pod
+    return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
+
+
 class ETLServer(ABC):
     """The base of every ETL class.
 
@@ -2104,9 +2146,6 @@ class ETLServer(ABC):
                           logger, use_streaming
     """
 
-    # whether the buffered transform must run on the thread that made the instance
-    one_at_a_time = False
-
     def __init__(self) -> None:
         settings = Current.settings or Settings.from_env(required=("AIS_TARGET_URL",))
         Current.settings = settings
@@ -2115,33 +2154,24 @@ class ETLServer(ABC):
         self.direct_fqn = settings.direct_fqn
         self.direct_put_retries = settings.direct_put_retries
         self.token: Optional[str] = settings.token or None
-        self._session: Any = None
-        logging.basicConfig(level=logging.INFO, stream=sys.stdout,
+        logging.basicConfig(level=settings.log_level, stream=sys.stdout,
                             format="%(asctime)s - %(name)s - %(levelname)s - %(message)s")
         self.logger = logging.getLogger(type(self).__name__)
-        self.logger.setLevel(logging.INFO)
-        self.use_streaming = self._streams()
-
-    @classmethod
-    def _streams(cls) -> bool:
-        """Tell whether the class streams: `transform` wins; TypeError where it has neither."""
-        if cls.transform is not ETLServer.transform:
-            return False
-        if cls.transform_stream is not ETLServer.transform_stream:
-            return True
-        raise TypeError(f"{cls.__name__} must override either transform() or transform_stream()")
+        self.logger.setLevel(settings.log_level)
+        self.use_streaming = streams(type(self))
 
     @property
     def session(self) -> Any:
         """A `requests.Session` for the class's own use, made when it is first touched."""
-        if self._session is None:
-            self._session = self._build_session()
-        return self._session
+        state = state_of(self)
+        if state.session is None:
+            state.session = self._build_session()
+        return state.session
 
     @session.setter
     def session(self, session: Any) -> None:
         """Take a session of the class's own making."""
-        self._session = session
+        state_of(self).session = session
 
     def _build_session(self) -> Any:
         """Make the session, with certificates and token; ImportError without `requests`."""
@@ -2149,8 +2179,8 @@ class ETLServer(ABC):
         try:
             import requests
         except ImportError:
-            raise ImportError(
-                "self.session needs the package requests: add requests to PACKAGES") from None
+            raise ImportError(f"self.session needs the package requests: "
+                              f"{how_to_get('requests')}") from None
         session = requests.Session()
         session.verify = False if settings.skip_verify else settings.client_ca or True
         if settings.client_cert:
@@ -2219,13 +2249,25 @@ class ETLServer(ABC):
         return {HEADER_DIRECT_PUT_LENGTH: str(direct_put_length)} if direct_put_length else {}
 
 
+def streams(cls: Type[ETLServer]) -> bool:
+    """Tell whether a class streams: `transform` wins; TypeError where it has neither."""
+    if cls.transform is not ETLServer.transform:
+        return False
+    if cls.transform_stream is not ETLServer.transform_stream:
+        return True
+    raise TypeError(f"{cls.__name__} must override either transform() or transform_stream()")
+
+
 class ListeningServer(ETLServer):
-    """What the SDK's three bases have in common: an address, and `start`."""
+    """What the SDK's three bases have in common: an address, and `start`.
+
+    PORT decides where the class does not ask for another port than the SDK's, 8000.
+    """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
         super().__init__()
         self.host = host
-        self.port = port
+        self.port = (Current.settings or Settings()).port if port == 8000 else port
 
     def start(self) -> None:
         """Serve until SIGTERM: on the workers' socket, or outside the runtime on one of its own."""
@@ -2247,7 +2289,7 @@ class LateApp:
     """
 
     def __init__(self, server: FrameworkServer) -> None:
-        vars(self)["_made"] = server.made_app
+        vars(self)["_made"] = functools.partial(app_of, server)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made(), name)
@@ -2267,43 +2309,52 @@ class FrameworkServer(ListeningServer):
     construction on, as the SDK has it.
     """
 
-    one_at_a_time = True
-    etl_framework = ""  # its name, a key of FRAMEWORKS
-    etl_app: Any = None  # the application, once there is one
-    etl_answer: Any = None  # what answers the app's requests for objects, while it is served
-
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
         super().__init__(host, port)
-        if Current.settings and Current.settings.server == self.etl_framework:
-            self._make_app()
+        if Current.settings and Current.settings.server == framework_of(type(self)):
+            make_app(self)
 
     @property
     def app(self) -> Any:
         """The framework's application; FrameworkNeeded where the class is served without one."""
-        return LateApp(self) if self.etl_app is None and Current.is_loading else self.made_app()
+        if state_of(self).app is None and Current.is_loading:
+            return LateApp(self)
+        return app_of(self)
 
     @app.setter
     def app(self, app: Any) -> None:
         """Take an application of the class's own making."""
-        self._require_framework()
-        self.etl_app = app
+        require_framework(self)
+        state_of(self).app = app
 
-    def made_app(self) -> Any:
-        """Return the application, and make it if there is none."""
-        if self.etl_app is None:
-            self._require_framework()
-            self._make_app()
-        return self.etl_app
 
-    def _require_framework(self) -> None:
-        """See to it that the framework serves this class; outside the runtime, the class does."""
-        is_served = Current.reports is not None and not Current.is_loading
-        if is_served and not (Current.settings or Settings()).server:
-            raise FrameworkNeeded(self.etl_framework, serves=True)
+def app_of(server: FrameworkServer) -> Any:
+    """Return the application of an instance, and make it if there is none."""
+    if state_of(server).app is None:
+        require_framework(server)
+        make_app(server)
+    return state_of(server).app
 
-    def _make_app(self) -> None:
-        """Make the application, and call the hook that prepares it."""
-        raise NotImplementedError
+
+def require_framework(server: FrameworkServer) -> None:
+    """See to it that the framework serves a class; outside the runtime, the class does."""
+    is_served = Current.reports is not None and not Current.is_loading
+    if is_served and not (Current.settings or Settings()).server:
+        raise FrameworkNeeded(framework_of(type(server)), serves=True)
+
+
+def make_app(server: FrameworkServer) -> None:
+    """Make the application of an instance, and call the hook that prepares it."""
+    if isinstance(server, FastAPIServer):
+        import fastapi
+
+        state_of(server).app = fastapi.FastAPI()
+        server._setup_app()
+    else:
+        import flask
+
+        state_of(server).app = flask.Flask(__name__)
+        cast(FlaskServer, server)._register_routes()
 
 
 class FastAPIServer(FrameworkServer):
@@ -2313,14 +2364,6 @@ class FastAPIServer(FrameworkServer):
     _handle_request(), which answers requests for objects. A class that overrides one is served by
     uvicorn.
     """
-
-    etl_framework = "fastapi"
-
-    def _make_app(self) -> None:
-        import fastapi
-
-        self.etl_app = fastapi.FastAPI()
-        self._setup_app()
 
     def _setup_app(self) -> None:
         """Prepare the app. Routes of objects come later: the class's own are found first."""
@@ -2336,7 +2379,7 @@ class FastAPIServer(FrameworkServer):
 
     async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
         """Answer a request for an object by a response of Starlette's."""
-        return await self.etl_answer(path, request)
+        return await state_of(self).answer(path, request)
 
 
 class FlaskServer(FrameworkServer):
@@ -2345,14 +2388,6 @@ class FlaskServer(FrameworkServer):
     Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which
     answers requests for objects. A class that overrides one has its app served, by WSGI.
     """
-
-    etl_framework = "flask"
-
-    def _make_app(self) -> None:
-        import flask
-
-        self.etl_app = flask.Flask(__name__)
-        self._register_routes()
 
     def _register_routes(self) -> None:
         """Do nothing: the routes of objects come later, when the app is served."""
@@ -2365,7 +2400,13 @@ class FlaskServer(FrameworkServer):
 
     def _handle_request(self, path: str) -> Any:
         """Answer the current request, for an object, by a response of Flask's."""
-        return self.etl_answer(path)
+        return state_of(self).answer(path)
+
+
+def framework_of(cls: Type[ETLServer]) -> str:
+    """Name the framework of a class's base, a key of FRAMEWORKS, or ""."""
+    bases = {FastAPIServer: "fastapi", FlaskServer: "flask"}
+    return next((name for base, name in bases.items() if issubclass(cls, base)), "")
 
 
 class CountingIterator:
@@ -2394,8 +2435,9 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 # From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim
 # image has none of them, so an import finder answers for them with what this file has.
 
-FAILED = "Failed to deserialize ETL class"  # AIStore's own tests look for these words
+FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's own tests look for this
 
+MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
 CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
     "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON, "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT":
@@ -2457,12 +2499,12 @@ def decode_payload(settings: Settings) -> bytes:
         with open(settings.payload_file, encoding="utf-8", errors="replace") as file:
             text = file.read()
     text = re.sub(r"[ \t\r\n]+", "", text)
-    if not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
-        raise PayloadError(f"{FAILED}: the payload is not base64")
-    try:
-        return binascii.a2b_base64(text)
-    except binascii.Error as error:
-        raise PayloadError(f"{FAILED}: the payload is not base64, or was cut: {error}") from None
+    is_alphabet = re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text)
+    pickled, error = attempt(binascii.a2b_base64, text)
+    if not is_alphabet or error is not None:
+        raise PayloadError(f"{FAILED} is not base64, or was cut: {error or 'other characters'}; "
+                           f"{MAKE_ANEW}")
+    return cast(bytes, pickled)
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
@@ -2476,13 +2518,47 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
     return base64.b64encode(cloudpickle.dumps(cls)).decode(encoding)
 
 
-def sdk_modules() -> Dict[str, Dict[str, Any]]:
-    """List the SDK's modules that a payload may refer to, and what they hold here."""
+class HTTPException(Exception):
+    """Starlette's, which is all that many classes take of FastAPI: see STAND_INS."""
+
+    __module__ = "starlette.exceptions"  # by which its status is found
+
+    def __init__(self, status_code: int, detail: Any = None,
+                 headers: Optional[Mapping[str, str]] = None) -> None:
+        self.status_code = status_code
+        self.detail = http.client.responses.get(status_code) if detail is None else detail
+        self.headers = headers
+
+    def __str__(self) -> str:
+        return f"{self.status_code}: {self.detail}"
+
+
+# What classes take of a framework that this file has as well: the framework is not installed for it
+STAND_INS: Mapping[str, Mapping[str, Any]] = {"starlette": {}, **dict.fromkeys(
+    ("fastapi", "fastapi.exceptions", "starlette.exceptions"), {"HTTPException": HTTPException})}
+
+
+def is_here(package: str) -> bool:
+    """Tell whether a package can be imported, by which this file does not stand in for it."""
+    spec = importlib.machinery.PathFinder.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+class LacksName(AttributeError):
+    """A module that this file stands in for has no such name here."""
+
+    def __init__(self, module: str, name: str) -> None:
+        super().__init__(f"{module}.{name} is not here")
+        self.package = module.partition(".")[0]
+
+
+def stand_ins() -> Dict[str, Mapping[str, Any]]:
+    """List the modules that this file stands in for, and what they hold here."""
     transient = {"RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
                  "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)}
     webserver = "aistore.sdk.etl.webserver"
     return {
-        "aistore": {}, "aistore.sdk": {},
+        **STAND_INS, "aistore": {}, "aistore.sdk": {},
         "aistore.sdk.const": CONSTANTS,
         "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
                                "ETLDirectPutTransientError": ETLDirectPutTransientError},
@@ -2506,17 +2582,16 @@ class SDKNames:
     """An import finder and loader that answers for the SDK's modules with the names of this file.
 
     The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
-    The others are ours only while the real SDK is not installed.
+    The others are ours only while the real package is not installed.
     """
 
     def find_spec(self, name: str, path: Any = None,
                   target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        """Answer for `aistore` and what is below it."""
-        if name.partition(".")[0] != "aistore":
+        """Answer for the modules that this file stands in for."""
+        package = name.partition(".")[0]
+        if package not in ("aistore", "fastapi", "starlette") or name not in stand_ins():
             return None
-        ours = sdk_modules()
-        is_always_ours = name.startswith("aistore.sdk.etl.webserver")
-        if name in ours and (is_always_ours or not self._is_installed()):
+        if name.startswith("aistore.sdk.etl.webserver") or not is_here(package):
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         return None
 
@@ -2524,18 +2599,18 @@ class SDKNames:
         """Let the import system make a plain module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with our names; another one is an AttributeError that tells the remedy."""
-        vars(module).update(sdk_modules()[module.__name__])
+        """Fill a module with our names; any other is LacksName."""
+        vars(module).update(stand_ins()[module.__name__])
 
         def missing(name: str) -> NoReturn:
-            raise AttributeError(f"this image has no {module.__name__}.{name}: the default image "
-                                 f"has it; add aistore to PACKAGES")
+            raise LacksName(module.__name__, name)
 
         vars(module)["__getattr__"] = missing
 
-    def _is_installed(self) -> bool:
-        spec = importlib.machinery.PathFinder.find_spec("aistore")
-        return spec is not None and spec.origin is not None
+
+def stands_in(module: str) -> bool:
+    """Tell whether a module that is imported is one that this file stands in for."""
+    return isinstance(getattr(sys.modules.get(module), "__loader__", None), SDKNames)
 
 
 def install_sdk_names() -> None:
@@ -2611,11 +2686,6 @@ def checked_code(*args: Any) -> types.CodeType:
     return code
 
 
-def is_here(module: str) -> bool:
-    """Tell whether a module of another package can be imported."""
-    return importlib.machinery.PathFinder.find_spec(module) is not None
-
-
 class PayloadUnpickler(pickle.Unpickler):
     """Unpickle a class, refusing another Python's bytecode before any of it runs.
 
@@ -2628,19 +2698,23 @@ class PayloadUnpickler(pickle.Unpickler):
         """Look up a global, with our own maker in the place of code objects' type."""
         try:
             found = super().find_class(module, name)
-        except AttributeError:
+        except AttributeError as error:
             if module == "__main__":
                 raise PayloadError(
-                    f"{FAILED}: it refers to {name!r} of the script by name, not by value: a "
-                    f"function that functools.lru_cache wraps, for one, must be made by the class "
+                    f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
+                    f"that functools.lru_cache wraps, for one, must be made by the class "
                     f"itself") from None
-            if not isinstance(getattr(sys.modules.get(module), "__loader__", None), SDKNames):
-                raise
-            raise ModuleNotFoundError(
-                f"this image has no {module}.{name}: the default image has it; add aistore to "
-                f"PACKAGES", name="aistore") from None
+            if module.partition(".")[0] == "cloudpickle":
+                here = installed_version("cloudpickle")
+                raise PackageError(
+                    f"{FAILED} was made by cloudpickle 3 or newer, and this image has {here}, "
+                    f"which has no {name}: add cloudpickle>=3 to PACKAGES, and nothing that wants "
+                    f"an older one") from None
+            raise LacksName(module, name) if stands_in(module) else error from None
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
+        if (module, name) == ("cloudpickle.cloudpickle", "subimport"):
+            return lambda whole: require_whole(found(whole))
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
@@ -2649,42 +2723,52 @@ class PayloadUnpickler(pickle.Unpickler):
 
         code = checked_code(*args)
         if opcode.opmap["IMPORT_NAME"] in code.co_code[::2]:
-            for name in (name.partition(".")[0] for name in code.co_names):
-                framework = DEFAULT_IMAGE.get(name, "")
-                if framework in FRAMEWORKS and not is_here(name):
+            for module in code.co_names:
+                package = module.partition(".")[0]
+                framework = DEFAULT_IMAGE.get(package, "")
+                known = tuple(STAND_INS.get(module, ()))
+                is_enough = known and known in code.co_consts  # `from fastapi import HTTPException`
+                if framework in FRAMEWORKS and not is_enough and not is_here(package):
                     raise FrameworkNeeded(framework, serves=False)
         return code
 
 
+def require_whole(module: types.ModuleType) -> types.ModuleType:
+    """Return a module; FrameworkNeeded where this file stands in for it: the class may want all."""
+    framework = DEFAULT_IMAGE.get(module.__name__.partition(".")[0], "")
+    if framework in FRAMEWORKS and stands_in(module.__name__):
+        raise FrameworkNeeded(framework, serves=False)
+    return module
+
+
 def raise_framework_needed(error: Optional[BaseException]) -> None:
     """Raise FrameworkNeeded where an import failed because a framework is not here."""
-    if isinstance(error, ModuleNotFoundError) and DEFAULT_IMAGE.get(error.name or "") in FRAMEWORKS:
-        raise FrameworkNeeded(DEFAULT_IMAGE[str(error.name)], serves=False) from None
+    framework = DEFAULT_IMAGE.get(package_of(error), "") if error is not None else ""
+    if framework in FRAMEWORKS:
+        raise FrameworkNeeded(framework, serves=False) from None
 
 
 def package_of(error: BaseException) -> str:
     """Return the package that an import has failed for, "" where none is missing."""
-    name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    is_missing = isinstance(error, ModuleNotFoundError)
-    return name if is_missing or name == "aistore" else ""  # of which not all names are here
+    if isinstance(error, LacksName):
+        return error.package
+    name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return name if name and not is_here(name) else ""
 
 
-def describe_of_user(error: BaseException) -> str:
-    """Describe an exception of user code; of a package that the image lacks tell how to get it."""
-    name = package_of(error)
-    return describe(error) + (f": add {PYPI_NAMES[name]} to PACKAGES" if name in PYPI_NAMES else "")
+def describe_of_user(error: BaseException, has_type: bool = False) -> str:
+    """Describe an exception of user code; of a package that is missing tell how to get it.
+
+    The type of the exception is told where its text alone says nothing, or if it is to be there.
+    """
+    kind, name, text = type(error).__name__, package_of(error), describe(error)
+    tells = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
+    if text != kind and (has_type or not tells):
+        text = f"{kind}: {text}"
+    return f"{text}: {how_to_get(PYPI_NAMES.get(name, name))}" if name else text
 
 
-def missing_package(error: ImportError) -> str:
-    """Explain a module that is not here, or lacks a name."""
-    if not isinstance(error, ModuleNotFoundError):
-        return describe_of_user(error)
-    name = package_of(error)
-    return (f"it needs the module {error.name!r}, which is not installed: add "
-            f"{PYPI_NAMES.get(name, name)} to PACKAGES")
-
-
-def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
+def missing_module(error: BaseException, pickled: bytes) -> StartupError:
     """Explain a module that the pickle refers to and that is not here: a package, or the user's."""
     import pickletools
 
@@ -2693,15 +2777,16 @@ def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
     if package_of(error) == "cloudpickle":
         return PackageError(
             "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
+    if isinstance(error, LacksName):
+        return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
+    name = getattr(error, "name", "")
     if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
         return PayloadError(
-            f"{FAILED}: it was pickled by reference to the module {error.name!r}, which is not "
-            f"here: call cloudpickle.register_pickle_by_value(module) before, or define it in "
-            f"__main__")
-    if "PACKAGES" in str(error):
-        return PackageError(f"{FAILED}: {error}")
-    return PackageError(f"{FAILED}: {missing_package(error)}; if it is a module of your own, call "
-                        f"cloudpickle.register_pickle_by_value(module) before pickling")
+            f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
+            f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
+    return PackageError(
+        f"{FAILED} needs the module {name!r}: {describe_of_user(error)}; if it is a module of your "
+        f"own, call cloudpickle.register_pickle_by_value(module) before pickling")
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
@@ -2712,28 +2797,49 @@ def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[st
 
 def server_for(cls: Type[ETLServer]) -> str:
     """Tell which framework is to serve a class; "" where its construction will tell."""
-    return getattr(cls, "etl_framework", "") if overridden(cls, HOOKS) else ""
+    return framework_of(cls) if overridden(cls, HOOKS) else ""
 
 
-def checked_class(cls: Any) -> Type[ETLServer]:
+CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR = 0x20, 0x80, 0x200  # flags of code, as in inspect
+
+
+def refusal(cls: Type[ETLServer]) -> str:
+    """Tell why a class cannot be served as it is, "" where it can."""
+    ignored = overridden(cls, INTERNALS)
+    if ignored:
+        return (f"overrides {', '.join(ignored)}, which the SDK's own server calls and this "
+                f"runtime does not: override transform or transform_stream only")
+    plain = CO_COROUTINE | CO_ASYNC_GENERATOR
+    for name, flags in (("transform", plain | CO_GENERATOR), ("transform_stream", plain),
+                        ("get_mime_type", plain | CO_GENERATOR)):
+        function = getattr(cls, name)
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        found = getattr(getattr(function, "__code__", None), "co_flags", 0) & flags
+        if found:
+            what = "yields, as only transform_stream() may" if found & CO_GENERATOR else "is async"
+            return f"has a {name}() that {what}: it must be a plain function"
+    return ""
+
+
+def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
     """Refuse what cannot be served, or has an override that would do nothing.
 
     Called in the supervisor, before any worker is forked, so that the mistake is told once.
-    PayloadError or ClassError.
+    PayloadError, which begins with `failed`, or ClassError.
     """
-    if not isinstance(cls, type):
-        raise PayloadError(f"{FAILED}: it is no class but {type(cls).__name__!r}")
-    if not issubclass(cls, ETLServer):
-        raise PayloadError(f"{FAILED}: {cls.__name__} is not a subclass of ETLServer")
+    if not isinstance(cls, type) or not issubclass(cls, ETLServer):
+        what = cls.__name__ if isinstance(cls, type) else f"no class but {type(cls).__name__!r}"
+        raise PayloadError(f"{failed} is {what}, and not a subclass of ETLServer: derive it from "
+                           f"HTTPMultiThreadedServer, FastAPIServer or FlaskServer of "
+                           f"aistore.sdk.etl.webserver")
     try:
-        cls._streams()
+        streams(cls)
     except TypeError as error:
-        raise PayloadError(f"{FAILED}: {error}") from None
-    ignored = overridden(cls, INTERNALS)
-    if ignored:
-        raise ClassError(
-            f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and "
-            f"this runtime does not: override transform or transform_stream only")
+        raise PayloadError(f"{failed} cannot be served: {error}") from None
+    reason = refusal(cls)
+    if reason:
+        raise ClassError(f"{cls.__name__} {reason}")
     return cls
 
 
@@ -2764,7 +2870,7 @@ def log_user_error(what: str, error: BaseException) -> None:
 
 def with_story(failure: StartupError, what: str, error: BaseException) -> StartupError:
     """Give a failure the traceback of the user's exception that is its reason."""
-    told = (what, describe_of_user(error))
+    told = (what, " ".join(describe_of_user(error).split()))
     record = logging.LogRecord(
         logger.name, logging.ERROR, "", 0, "%s: %s", told, users_info(error))
     failure.story = logging.Formatter().format(record)
@@ -2785,16 +2891,21 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     if isinstance(error, ForeignBytecode):
         version = ".".join(map(str, sys.version_info[:2]))
         raise PayloadError(
-            f"{FAILED}: it was pickled by another Python than this {version}, whose bytecode "
-            f"differs: use the image of the Python that pickled it")
+            f"{FAILED} was pickled by another Python than this {version}, whose bytecode differs: "
+            f"use the image of the Python that pickled it")
     if isinstance(error, StartupError):
         raise error
     raise_framework_needed(error)
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, (ModuleNotFoundError, LacksName)):
         raise missing_module(error, pickled)
     if error is not None:
-        failure = PayloadError(f"{FAILED}: {type(error).__name__}: {describe_of_user(error)}")
-        raise with_story(failure, "unpickling", error)
+        import pickletools
+
+        text = describe_of_user(error, has_type=True)
+        is_broken = attempt(collections.deque, pickletools.genops(pickled), 0).error is not None
+        if is_broken or isinstance(error, (pickle.UnpicklingError, EOFError)):
+            raise PayloadError(f"{FAILED} is no whole pickle: {text}; {MAKE_ANEW}")
+        raise with_story(PayloadError(f"{FAILED} cannot be loaded: {text}"), "unpickling", error)
     return checked_class(cls)
 
 
@@ -3161,6 +3272,15 @@ def target_refusal(status: int, text: str) -> RequestError:
     return RequestError(f"the target answered {status}: {text}".rstrip(": "), status if status >= 400 else HTTPStatus.BAD_GATEWAY)
 
 
+def require_identity(body: NodeBody, what: str) -> NodeBody:
+    """Return another node's answer; BadGateway where it is encoded, which was not asked for."""
+    coding = body.headers.get("Content-Encoding", "identity")
+    if coding.strip().lower() not in ("", "identity"):
+        body.close()
+        raise BadGateway(f"{what} came with the Content-Encoding {coding!r}, not as it is")
+    return body
+
+
 class Sources:
     """Open the object of a request: a file, the request's body, the target's copy, or a download.
 
@@ -3238,25 +3358,29 @@ class Sources:
         except OSError as error:
             raise BadGateway(f"the target cannot be reached: {error or type(error).__name__}") from None
         if stream.status == HTTPStatus.OK and stream.can_be_checked:
-            return stream
+            return require_identity(stream, "the target's object")
         with stream:
             raise target_refusal(stream.status, read_text(stream).decode("utf-8", "replace").strip())
 
     def _download(self, url: str) -> NodeBody:
         """Fetch a URL of the outside world, by connections that know nothing of the cluster's secrets."""
+        no_url = attempt(Hop.of, url).error
+        if no_url is not None:
+            raise BadRequest(f"the download is impossible: {describe(no_url)}")
+        location = ""
         for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
             try:
+                url = urljoin(url, location)
                 stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url), AGENT))
             except (OSError, ValueError) as error:
                 raise BadGateway(f"the download failed: {describe(error)}") from None
             if stream.status == HTTPStatus.OK:
-                return stream
-            location = stream.headers.get("Location")
+                return require_identity(stream, "the download")
+            location = stream.headers.get("Location", "")
             stream.close()
             if not 300 <= stream.status < 400 or not location:
                 raise RequestError(f"the download was answered {stream.status}",
                                    stream.status if stream.status >= 400 else HTTPStatus.BAD_GATEWAY)
-            url = urljoin(url, location)
         raise BadGateway("the download was redirected too often")
 
 
@@ -3499,7 +3623,9 @@ def as_bytes(output: Any, what: str) -> bytes:
     try:
         return bytes(memoryview(output))
     except TypeError:
-        raise TypeError(f"{what} {type(output).__name__!r}, not bytes") from None
+        hint = ": it must not be async" if hasattr(output, "__await__") else ""
+        attempt(getattr(output, "close", lambda: None))  # else Python complains of a coroutine
+        raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
 
 
 class Transforms:
@@ -3582,6 +3708,7 @@ class Answer(NamedTuple):
     body: Union[bytes, Iterator[bytes]] = b""
     headers: Tuple[Tuple[str, str], ...] = ()
     size: Optional[int] = None  # what an application says of the body, in bytes
+    origin: str = ""  # the node whose refusal this is, if it is another's
 
     @property
     def is_open(self) -> bool:
@@ -3767,7 +3894,8 @@ class Deliveries:
             raise HopLost(f"the next stage wants the object again: {text}")
         if status < 400 or status == HTTPStatus.NOT_FOUND:
             raise BadGateway(f"the next hop answered {status}: {text}".rstrip(": "))
-        return Answer(status, text.encode(), content_type(answer.headers))
+        origin = urlsplit(answer.url).netloc
+        return Answer(status, text.encode(), content_type(answer.headers), origin=origin)
 
 
 def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -3952,8 +4080,11 @@ class Service:
         if isinstance(error, RequestError):
             logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.name, error)
             return error_answer(error.status, self.settings.redact(str(error)), error.headers)
-        log_user_error(request.name, error)
         status, headers = user_status(error), {}
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # the author has meant it
+            logger.warning("%s: %d: %s", request.name, status, describe_of_user(error))
+        else:
+            log_user_error(request.name, error)
         if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
         reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or describe_of_user(error))
@@ -4174,6 +4305,12 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     return "".join([status_line(status), "Date: ", date, "\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
+def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
+    """Log what a request came to, and when it began by time.monotonic(); at DEBUG alone."""
+    milliseconds = 1000 * (time.monotonic() - began)
+    logger.debug("%s %s: %d, %d bytes in %.1f ms", method, path, status, size, milliseconds)
+
+
 def log_cut(name: str, error: BaseException) -> None:
     """Log why an answer ended half-way."""
     error = getattr(error, "error", error)
@@ -4236,6 +4373,7 @@ class HTTPConnection(Connection):
         self._wish = Next.READ  # what is to become of the connection once all is sent
         self._is_cut = False  # whether an answer has begun whose end only the connection's can tell
         self._serving = "connection"  # the object of the request that is being answered
+        self._size = 0  # of the answer's body, as far as it was sent
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         set_timeout(connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
@@ -4373,6 +4511,7 @@ class HTTPConnection(Connection):
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
         """Answer one request, for an object that was `loaded` already or with its body."""
         head, body, answer = framed
+        self._size, began = 0, time.monotonic()
         if isinstance(answer, ETLRequest):
             self._serving = answer.name
             answer = self.server.service.answer(*(loaded or (answer, body)))
@@ -4385,6 +4524,9 @@ class HTTPConnection(Connection):
             keeps = self._keeps(answer, head, body)
             self._write(answer, head, keeps)
             keeps = keeps and body.is_at_end  # an application may have left some of it
+        if logger.isEnabledFor(logging.DEBUG):
+            path = head.target.partition("?")[0]
+            log_request(head.method, path, answer.status, self._size, began)
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._wish = Next.UPGRADE
         elif not keeps:
@@ -4430,6 +4572,7 @@ class HTTPConnection(Connection):
         if head.method == "HEAD":
             self._send(text)
         elif isinstance(answer.body, bytes):
+            self._size = len(answer.body)
             self._send(text, last or answer.body)
         else:
             # which cannot come within the answer
@@ -4441,6 +4584,7 @@ class HTTPConnection(Connection):
     def _send_pieces(self, text: bytes, pieces: Iterable[bytes], last: bytes) -> None:
         """Send a head, and pieces of a body as they come; in chunks, if there is to be a last."""
         for piece in pieces:
+            self._size += len(piece)
             size = b"%x\r\n" % len(piece) if last else b""
             self._send(text + size, piece, b"\r\n" if last else b"")
             text = b""
@@ -4950,16 +5094,21 @@ class ObjectExchange:
         return reply if error is None else Reply(OP_CLOSE, type(error).__name__.encode())
 
     def _answer(self, exchanged: Exchanged) -> Reply:
-        request = exchanged.request
+        request, began = exchanged.request, time.monotonic()
         with exchanged.body as body:
             if self._is_broken:
                 return Reply(OP_CLOSE, b"")
             answer, content = self._service.answer_message(request, body)
+        if logger.isEnabledFor(logging.DEBUG):
+            log_request("/ws", request.name, answer.status, len(content), began)
         if answer.status == HTTPStatus.NO_CONTENT:
             return Reply(OP_TEXT, dict(answer.headers).get(HEADER_DIRECT_PUT_LENGTH, "0").encode())
         if answer.status < 300:
             return Reply(OP_BINARY, content)
-        return self._failure(request, self._service.settings.redact(reason_of(content)))
+        reason = self._service.settings.redact(reason_of(content))
+        if answer.origin:
+            reason = f"the next hop, {answer.origin}, answered {answer.status}: {reason}"
+        return self._failure(request, reason)
 
     def _failure(self, request: ETLRequest, reason: str) -> Reply:
         """Tell a failure in the one way that reaches the user."""
@@ -5739,6 +5888,8 @@ def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageB
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     """Install what is missing of a framework, and import it here: forked workers share it."""
+    for module in filter(stands_in, STAND_INS):
+        del sys.modules[module]
     framework = FRAMEWORKS[name]
     wanted = list(framework.modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
@@ -5767,7 +5918,8 @@ def call_user(what: str, function: Callable[[], T]) -> T:
     if isinstance(error, StartupError):
         raise error
     if error is not None:
-        failure = ClassError(f"{what} failed: {type(error).__name__}: {describe_of_user(error)}")
+        kind = PackageError if package_of(error) else ClassError
+        failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
         raise with_story(failure, what, error)
     return cast(T, value)
 
@@ -6055,7 +6207,7 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
         return Route(path, function, methods=list(methods), include_in_schema=False)
 
     messages = ASGIMessages(service)
-    server.etl_answer = StarletteAnswers(service)
+    state_of(server).answer = StarletteAnswers(service)
     objects = route("/{path:path}", answer, "GET", "PUT")
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")  # its own knows no line feed
     server.app.router.routes.extend([
@@ -6072,6 +6224,7 @@ class ASGIRequest:
     def __init__(self, scope: Any, receive: Any, send: Any) -> None:
         scope["etl.request"] = self
         self.count = 0  # bytes of the body that have come
+        self.status = self.size = 0  # of the answer, as far as it was sent
         self.has_failed = False  # whether its answer has begun and cannot become whole
         self._receive = receive
         self._send = send
@@ -6085,6 +6238,8 @@ class ASGIRequest:
 
     async def send(self, message: Any) -> None:
         """Send a message; AnswerCut where the client has left, or the answer has failed."""
+        self.status = message.get("status", self.status)
+        self.size += len(message.get("body", b""))
         if not self.has_failed:
             await self._send(message)
         if self.has_failed or self._cycle.disconnected:
@@ -6115,19 +6270,19 @@ class FailureMark:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass all on."""
-        has_begun = False
+        is_half = False
 
         async def send_on(message: Any) -> None:
-            nonlocal has_begun
-            has_begun = True
+            nonlocal is_half
+            is_half = True
             await send(message)
 
         try:
             await self._app(scope, receive, send_on)
-        except BaseException:
-            if has_begun and "etl.request" in scope:
+            is_half = False
+        finally:
+            if is_half and "etl.request" in scope:
                 scope["etl.request"].has_failed = True
-            raise
 
 
 def has_body(fields: Mapping[bytes, bytes]) -> bool:
@@ -6188,6 +6343,7 @@ class ASGIFront:
         import asyncio
 
         status, text = self._own_answer(scope)
+        began = time.monotonic()
         try:
             if status:
                 await self._answer(request, status, text)
@@ -6201,6 +6357,8 @@ class ASGIFront:
         except (OSError, RuntimeError):  # the second of uvloop, where a connection is closed
             if not request.is_gone:
                 raise
+        finally:
+            log_request(scope["method"], scope["path"], request.status, request.size, began)
 
     @staticmethod
     async def _answer(request: ASGIRequest, status: int, body: bytes) -> None:
@@ -6265,6 +6423,7 @@ class UvicornServer:
         # ends a process that has not begun to serve, or whose main thread is still held up
         self.leave: Callable[[], object] = lambda: None
         logging.getLogger("uvicorn").setLevel(quiet_level())
+        logging.getLogger("uvicorn.error").disabled = False  # as a class's dictConfig() has it
 
     def serve_forever(self) -> None:
         """Serve until `drain`, and then what has begun.
@@ -6507,7 +6666,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
     app, handle = server.app, server._handle_request
-    server.etl_answer = FlaskAnswers(service)
+    state_of(server).answer = FlaskAnswers(service)
     # of a body that is cut, which is no failure of the application's
     app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
@@ -6528,9 +6687,9 @@ def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service
 def make_front(listener: socket.socket, server: ETLServer,
                settings: Settings) -> Union[UvicornServer, Server]:
     """Make what serves an instance on a listening socket."""
-    has_app = isinstance(server, FrameworkServer) and server.etl_app is not None
+    has_app = state_of(server).app is not None
     by_uvicorn = CallingThread() if has_app and isinstance(server, FastAPIServer) else None
-    is_one = server.one_at_a_time and settings.threads in (None, 1)
+    is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = by_uvicorn or (MainThread() if is_one else None)
     slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
     service = make_service(server, settings, main_thread if main_thread and is_one else slots)
@@ -6545,8 +6704,8 @@ def make_front(listener: socket.socket, server: ETLServer,
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
     """Let the application of a class that starts its own server answer requests for objects."""
-    has_app = isinstance(server, FrameworkServer) and server.etl_app is not None
-    if has_app and cast(FrameworkServer, server).etl_answer is None:
+    has_app = state_of(server).app is not None
+    if has_app and state_of(server).answer is None:
         add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
         add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
 
@@ -6576,14 +6735,29 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def url_of(listener: socket.socket) -> str:
+    """Make the URL that a listening socket is reached by."""
+    host, port = listener.getsockname()[:2]
+    host = "0.0.0.0" if host == "::" else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def let_in(listener: socket.socket) -> None:
-    """Let connections in, and tell; before, they are refused, so that a probe fails at once."""
+    """Let connections in, and say so before any is served: the supervisor does, where there is one.
+
+    Until now they were refused, so that a probe fails at once.
+    """
     try:
         listener.listen(BACKLOG)
     except OSError as error:
-        port = listener.getsockname()[1]
-        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
+        raise PortError(f"{url_of(listener)} cannot be listened on: {error.strerror}") from None
+    if Current.listener is None:
+        logger.info("serving on %s", url_of(listener))
     report(REPORT_READY)
+    gate, Current.gate = Current.gate, None
+    if gate is not None:
+        os.read(gate, 1)
+        os.close(gate)
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -6648,9 +6822,7 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
         name, port = type(server).__name__, getattr(server, "port", settings.port)
         if Current.listener is None:
             add_routes(server, settings)
-        if Current.listener is None and port == 8000:
-            server.port = settings.port
-        elif port not in (8000, settings.port):
+        elif port != settings.port:
             logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
         call_user(f"{name}.start()", server.start)
         return Exit.OK
@@ -6944,6 +7116,7 @@ class Supervisor:
         self._is_announced = False
         self._selector = selectors.DefaultSelector()
         self._life = os.pipe()
+        self._gate = os.pipe()  # its end is that of waiting, for workers that are ready
         self._shares = Share.allot(self._count)
         self._groups: List[int] = []  # of processes that have outlived their workers
         self._wakeup = (-1, -1)
@@ -6951,7 +7124,7 @@ class Supervisor:
     def run(self, announce: Callable[[str], None]) -> int:
         """Serve; return the exit code, or raise the StartupError that ended it.
 
-        `announce` gets the base URL once all workers serve.
+        `announce` gets the base URL once all workers are ready, before any request is answered.
         """
         self._bind()
         self._take_signals()
@@ -6984,7 +7157,7 @@ class Supervisor:
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         self._selector.close()
-        for end in (*self._wakeup, *self._life, self._shares):
+        for end in (*self._wakeup, *self._life, *self._gate, self._shares):
             if end >= 0:
                 os.close(end)
 
@@ -7064,11 +7237,13 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
             self._selector.close()
             others = [worker.reports for worker in self._workers.values()]
-            for end in (*self._wakeup, self._life[1], reports, *others):
-                os.close(end)
+            for end in (*self._wakeup, self._life[1], self._gate[1], reports, *others):
+                if end >= 0:
+                    os.close(end)
             attempt(os.close, Current.output)
             forget_what_is_shared()
             Current.reports, Current.listener = reporter, self._listener
+            Current.gate = self._gate[0]
             if self._shares >= 0:
                 Current.share = Share(self._count, slot, self._shares)
             code, error = attempt(self._serve)
@@ -7089,12 +7264,20 @@ class Supervisor:
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _announce(self, announce: Callable[[str], None]) -> None:
-        """Say once that all workers serve."""
-        if not self._is_announced and len(self._workers) == self._count and (
-                all(REPORT_READY in worker.told for worker in self._workers.values())):
+        """Let the workers serve once all are ready, which is said before."""
+        ready = [REPORT_READY in worker.told for worker in self._workers.values()]
+        if not self._is_announced and len(ready) == self._count and all(ready):
             self._is_announced = True
-            host = self._settings.host or "0.0.0.0"
-            announce(f"http://{f'[{host}]' if ':' in host else host}:{self._settings.port}")
+            listener = self._listener
+            announce(url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
+            self._open_gate()
+
+    def _open_gate(self) -> None:
+        """Let workers that are ready wait no more."""
+        reader, writer = self._gate
+        self._gate = (reader, -1)
+        if writer >= 0:
+            os.close(writer)
 
     def _reap(self) -> None:
         """Take note of every child that has ended, adopted ones too."""
@@ -7127,7 +7310,7 @@ class Supervisor:
         A target never dials again: what it sends there waits forever, and it hears of the failure
         only by the pod's end.
         """
-        if not (self._settings.payload or self._settings.payload_file):  # a laptop
+        if not self._settings.is_pod:
             return
         has_opened = self._take_news_of_websockets()
         is_any_open = any(worker.websockets for worker in self._workers.values())
@@ -7154,7 +7337,7 @@ class Supervisor:
         if worker.failure is not None and not (self._is_announced or self._deadline):
             return self._fail(worker.failure)
         if worker.failure is not None and self._failure is None:
-            logger.error(worker.failure.story or str(worker.failure))
+            logger.error(worker.failure.story or str(worker.failure), extra=WITH_LINES)
         if self._deadline:
             return
         if REPORT_ANSWERED in worker.told:
@@ -7198,6 +7381,7 @@ class Supervisor:
         """Let no connection in, and tell the workers to finish what they have begun."""
         self._deadline = time.monotonic() + GRACE_SECONDS
         self._due.clear()
+        self._open_gate()
         if self._listener is not None:
             self._listener.close()
         for pid in self._workers:
@@ -7339,8 +7523,9 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     settings = Settings.from_env(environ, required)
 
     def announce(served: Served, by: str, url: str) -> None:
-        logger.info("serving %s (%s%s) on %s with %d workers", served.name, served.base,
-                    by and f", by {by}", url, settings.workers)
+        count = "1 worker" if settings.workers == 1 else f"{settings.workers} workers"
+        logger.info("serving %s (%s%s) on %s with %s", served.name, served.base,
+                    by and f", by {by}", url, count)
 
     return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
@@ -7356,7 +7541,7 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
     if wanted:
         if wanted not in names:
             raise UsageError(f"{module.__file__} has no {wanted}")
-        return checked_class(names[wanted])
+        return checked_class(names[wanted], f"{module.__file__}: {wanted}")
     found = {value for value in names.values()
              if is_etl_class(value) and value.__module__ == module.__name__}
     leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
@@ -7364,7 +7549,7 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
         choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
         raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it "
                          f"has {choice}")
-    return checked_class(leaves[0])
+    return checked_class(leaves[0], f"{module.__file__}: {leaves[0].__name__}")
 
 
 def class_from_file(text: str) -> Type[ETLServer]:
@@ -7389,21 +7574,23 @@ def class_from_file(text: str) -> Type[ETLServer]:
     _, error = attempt(spec.loader.exec_module, module)
     Current.is_loading = False
     raise_framework_needed(error)
+    for value in vars(module).values():
+        if isinstance(value, types.ModuleType):
+            require_whole(value)
     if error is not None:
-        reason = f"{type(error).__name__}: {describe(error)}"
-        failure: StartupError = ClassError(f"{path} cannot be imported: {reason}")
-        if isinstance(error, ImportError) and package_of(error):
-            failure = PackageError(f"{path} cannot be imported: {missing_package(error)}")
-        raise with_story(failure, path, error)
+        reason = f"{path} cannot be imported: {describe_of_user(error, has_type=True)}"
+        raise with_story((PackageError if package_of(error) else ClassError)(reason), path, error)
     return pick_class(module, wanted)
 
 
 def first_file(folder: str) -> str:
-    """Find a file below a folder, the first by name; "" where there is none."""
-    for where, subfolders, names in os.walk(folder):
+    """Find a file below a folder that may be read, the first by name; "" where there is none."""
+    root = os.path.realpath(folder)
+    for where, subfolders, names in os.walk(root):
         subfolders.sort()
-        if names:
-            return os.path.relpath(os.path.join(where, min(names)), folder)
+        for path in (os.path.join(where, name) for name in sorted(names)):
+            if is_object_path(os.path.realpath(path), (root,)) and attempt(existing_file, path).value:
+                return os.path.relpath(path, root)
     return ""
 
 
@@ -7414,10 +7601,13 @@ def curl_lines(url: str, folder: str) -> List[str]:
             f"  curl -sS '{url}/{quote(file)}'" if file else f"  curl -sS {url}/health"]
 
 
-def serve_job(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Job:
+def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
     """Serve a class from a file: `serve FILE[:CLASS]`."""
-    target = {"AIS_TARGET_URL": arguments.target} if arguments.target else {}
-    settings = Settings.from_env({**environ, **target})
+    if arguments.target:
+        environ["AIS_TARGET_URL"] = arguments.target  # a class may read it
+    unread = re.compile("NUM_WORKERS|PORT|ETL_FQN_ROOTS|ETL_CLASS_PAYLOAD.*")
+    settings = Settings.from_env(
+        {name: text for name, text in environ.items() if not unread.fullmatch(name)})
     is_folder = settings.target.startswith("file:")
     folder = unquote(urlsplit(settings.target).path) if is_folder else ""
     settings = settings._replace(
@@ -7444,7 +7634,7 @@ def raise_file_limit() -> None:
 def give_up(error: StartupError) -> int:
     """Have the last line of the log tell why the pod ends: AIStore shows it to the user."""
     if error.story:
-        logger.error(error.story)
+        logger.error(error.story, extra=WITH_LINES)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
     Current.last_line = f"ais_runtime_min: {reason}"
     if os.path.exists(TERMINATION_LOG):
@@ -7510,15 +7700,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.command == "install":
         raise UsageError("install stands alone; --help has the options")
-    if arguments.target and "://" not in arguments.target:
-        if not os.path.isdir(arguments.target):
-            raise UsageError(
-                f"--target wants a folder that is there, or a URL, and not {arguments.target!r}")
-        arguments.target = "file://" + quote(os.path.abspath(arguments.target))
+    if arguments.target is not None:
+        if os.path.isdir(arguments.target):
+            arguments.target = "file://" + quote(os.path.abspath(arguments.target))
+        target, error = attempt(target_url, arguments.target)
+        if error is not None:
+            raise UsageError(f"--target must be a folder that is there, or {error}")
+        arguments.target = target
     return arguments
 
 
-def read_job(arguments: Sequence[str], environ: Mapping[str, str]) -> Job:
+def read_job(arguments: Sequence[str], environ: MutableMapping[str, str]) -> Job:
     """Tell from the command line and the environment what is to be done."""
     job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
     Current.settings = job.settings
@@ -7554,8 +7746,8 @@ def main(argv: Optional[Sequence[str]] = None,
     known = environ.pop(FRESH_START, "")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a log line must not fail for a character
-            stream.reconfigure(errors="backslashreplace")
+            # a line must not fail for a character, nor wait for others
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments == ["install"]:

@@ -317,7 +317,7 @@ def test_an_exception_of_a_transform_is_json_and_the_connection_serves_on(
     details = {
         "value_error": "validation failed", "surrogate": "an odd \ud800 reason",
         "secret": "cannot read http://", "lines": "two\r\nX-Forged: lines €",
-        "no_such_method": "", "nothing_to_say": "KeyboardInterrupt", "exit": "3",
+        "no_such_method": "", "nothing_to_say": "KeyboardInterrupt", "exit": "SystemExit: 3",
         "transient": "direct put to 'http://hop' failed",
         "none": "transform() returned 'NoneType', not bytes",
         "number": "transform() returned 'int', not bytes", "bool": "transform() returned 'bool'",

@@ -178,9 +178,11 @@ def test_a_file_without_a_class_to_serve_is_told(
     ("serve UPPER --port=65536", ["--port", "65536"]), ("serve UPPER --workers=0", ["--workers", "0"]),
     ("serve UPPER --workers=many", ["--workers", "many"]), ("serve UPPER --threads=0", ["--threads", "0"]),
     ("serve UPPER --threads=1.5", ["--threads", "1.5"]), ("serve UPPER --nonesuch", ["--nonesuch"]),
-    ("serve UPPER --target no/such/folder", ["a folder"]),
-    ("serve UPPER --target ftp://host/", ["file:///folder"]),
-    ("serve UPPER --target file:///no/such/folder", ["file:///folder"]),
+    ("serve UPPER --target no/such/folder", ["--target", "a folder"]),
+    ("serve UPPER --target ftp://host/", ["--target", "file:///folder"]),
+    ("serve UPPER --target file:///no/such/folder", ["--target", "file:///folder"]),
+    ("serve UPPER --target http://user:s3cret@host/", ["--target", "without user and password"]),
+    ("serve UPPER --target ", ["--target"]),
     ("nonesuch", []), ("serve", []), ("--nonesuch", []), ("install numpy", []),
     ("install --", []), ("-- install", []), ("health", []),
 ])
@@ -188,7 +190,7 @@ def test_a_command_line_that_cannot_be_used_is_told(
     bare_python: str, etls: Path, line: str, words: Sequence[str]
 ) -> None:
     done = end(bare_python, *line.replace("UPPER", str(etls / "upper.py")).split(" "))
-    assert_told(done, Exit.CONFIG if "://" in line else Exit.USAGE, *words)
+    assert_told(done, Exit.USAGE, *words)
 
 
 def test_the_variable_of_a_process_that_starts_over_is_not_for_users(bare_python: str, etls: Path) -> None:

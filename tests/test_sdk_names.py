@@ -269,7 +269,9 @@ MISSING = {  # the package that the error tells to add
     ), "aistore"),
     "import requests": "requests", "from httpx import anything": "httpx", "import yaml": "PyYAML",
     "import pydantic": "pydantic", "import xxhash.part.other": "xxhash", "import flask": "flask",
-    "import importlib\nimportlib.import_module('fastapi')": "fastapi",
+    "import importlib\nimportlib.import_module('fastapi.responses')": "fastapi",
+    "from fastapi import Request": "fastapi", "import fastapi.exceptions as e\ne.WebSocketException":
+    "fastapi",
 }
 
 
@@ -277,7 +279,7 @@ TELL = """
 import ais_runtime_min
 try:
     exec(%r, {})
-except ImportError as error:
+except (ImportError, AttributeError) as error:
     result = ais_runtime_min.describe_of_user(error)
 """
 

@@ -15,7 +15,7 @@ from run import VERSIONS, python_of
 
 RUNNING = "%d.%d" % sys.version_info[:2]
 REFUSAL = (
-    "Failed to deserialize ETL class: it was pickled by another Python than this %s, whose "
+    "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD was pickled by another Python than this %s, whose "
     "bytecode differs: use the image of the Python that pickled it")
 
 # A class for each kind of code, all of it in the class itself: each must be refused by itself.

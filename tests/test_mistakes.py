@@ -1,0 +1,451 @@
+"""What users trip over: names, logs, packages and mistakes, and what the runtime says to them."""
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Callable, List
+
+import cloudpickle
+import pytest
+
+import ais_runtime_min
+from ais_runtime_min import Exit
+from harness import (RUNTIME, Runtime, Server, exact_environment, interpreter,
+                     make_payload, run_to_end)
+from peer import Peer, object_frames
+from standin import Behaviour, StandInTarget
+from test_cli import ALONE, IMPORT, UPPER, assert_told, bare_python, end  # noqa: F401
+from test_packages import SECRET
+
+StartRuntime = Callable[..., Runtime]
+BASES = ("HTTPMultiThreadedServer", "FastAPIServer", "FlaskServer")
+BASE = '''
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
+from aistore.sdk.etl.webserver.flask_server import FlaskServer
+
+class Simple(%s):
+'''
+TRANSFORM = '''
+    def transform(self, data, path, etl_args):
+        %s
+        return data.upper()
+'''
+
+
+def simple(code: str = "", more: str = "", base: str = BASES[0], before: str = "") -> str:
+    """Make the payload of a class: code of its transform, and what else its body has."""
+    return make_payload(before + BASE % base + more + TRANSFORM % code, "Simple")
+
+
+def told(runtime: Server, etl_args: str = "") -> str:
+    """Return the failure of an object."""
+    answer = runtime.request("PUT", "/b/o?etl_args=" + etl_args, b"hello")
+    assert answer.status >= 400
+    return str(json.loads(answer.body)["detail"])
+
+
+# == Payloads ==
+
+
+@pytest.fixture(scope="module")
+def old_cloudpickle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cloudpickle that has not what came with version 3."""
+    folder = tmp_path_factory.mktemp("old")
+    shutil.copytree(Path(cloudpickle.__file__).parent, folder / "cloudpickle")
+    file = folder / "cloudpickle" / "cloudpickle.py"
+    file.write_text(file.read_text().replace("_class_setstate", "_set_state_of_class"))
+    info = folder / "cloudpickle-2.2.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cloudpickle\nVersion: 2.2.1\n")
+    return folder
+
+
+def test_a_payload_of_a_newer_cloudpickle_names_both_versions_and_the_remedy(
+    old_cloudpickle: Path
+) -> None:
+    env = {"ETL_CLASS_PAYLOAD": simple(), "PYTHONPATH": str(old_cloudpickle)}
+    assert_told(run_to_end(env=env), Exit.UNAVAILABLE, "ETL_CLASS_PAYLOAD", "cloudpickle 3 or newer",
+                "2.2.1", "add cloudpickle>=3 to PACKAGES")
+
+
+def test_the_least_cloudpickle_that_is_asked_for_is_one_that_works() -> None:
+    assert "    cloudpickle>=3,<4\n" in (RUNTIME.parent / "setup.cfg").read_text()
+    assert '"cloudpickle>=3,<4"' in (RUNTIME.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("payload, words", [
+    ("not base64!", ["is not base64", "make it anew"]), ("gAWV", ["is no whole pickle"]),
+    ("gASVEAAAAAAAAABoZS4=", ["is no whole pickle", "make it anew"]),  # a memo that is not there
+    ("gASMA2ludJQu", ["is no class but 'str'", "derive it from HTTPMultiThreadedServer"]),
+])
+def test_a_payload_that_is_none_is_told_with_its_variable_and_what_to_do(
+    payload: str, words: List[str]
+) -> None:
+    assert_told(run_to_end(env={"ETL_CLASS_PAYLOAD": payload}), Exit.DATA, "ETL_CLASS_PAYLOAD", *words)
+
+
+# == Names ==
+
+
+def names_of_ours() -> List[str]:
+    """List the attributes of this runtime's bases."""
+    bases = [getattr(ais_runtime_min, name) for name in BASES]
+    return sorted({name for base in bases for name in dir(base) if not name.startswith("__")})
+
+
+NAMES_OF_SDK = """
+import json
+from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
+from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
+from aistore.sdk.etl.webserver.flask_server import FlaskServer
+print(json.dumps(sorted({
+    name for base in (HTTPMultiThreadedServer, FastAPIServer, FlaskServer) for name in dir(base)})))
+"""
+
+
+def test_a_class_may_use_all_names_that_the_sdk_does_not() -> None:
+    python = interpreter("sdk")
+    output = subprocess.check_output(
+        [python, "-c", NAMES_OF_SDK], env=exact_environment(python, {}), timeout=60)
+    # the SDK makes these two in its constructors
+    assert set(names_of_ours()) - set(json.loads(output)) == {"app", "session"}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_attributes_of_a_class_do_not_meet_the_runtimes(
+    start_runtime: StartRuntime, base: str
+) -> None:
+    names = ("_streams", "etl_app", "etl_answer", "etl_framework", "made_app", "one_at_a_time",
+             "_session", "_make_app", "_require_framework", "state", "_state")
+    attributes = "".join("    %s = property(lambda self: 1 / 0)\n" % name for name in names)
+    runtime = start_runtime(simple(more=attributes, base=base))
+    assert runtime.request("PUT", "/b/o", b"hello").body == b"HELLO"
+
+
+@pytest.mark.parametrize("code, base, words", [
+    ("    async def transform(self, data, path, etl_args):\n        return data\n", BASES[0],
+     "has a transform() that is async"),
+    ("    async def transform_stream(self, reader, path, etl_args):\n        yield b'x'\n", BASES[1],
+     "has a transform_stream() that is async"),
+    ("    def transform(self, data, path, etl_args):\n        yield data\n", BASES[2],
+     "has a transform() that yields"),
+    ("    async def wrapped(self, *args):\n        return b''\n"
+     "    transform = functools.wraps(wrapped)(lambda *args: b'')\n", BASES[0],
+     "has a transform() that is async"),
+])
+def test_a_class_with_methods_that_nobody_awaits_is_refused(code: str, base: str, words: str) -> None:
+    payload = make_payload("import functools\n" + BASE % base + code, "Simple")
+    assert_told(run_to_end(env={"ETL_CLASS_PAYLOAD": payload}), Exit.SOFTWARE, words)
+
+
+def test_a_coroutine_that_only_a_call_shows_is_told(start_runtime: StartRuntime) -> None:
+    more = "    async def later(self):\n        pass\n"
+    runtime = start_runtime(simple("return self.later()", more), expect_traceback=True)
+    assert told(runtime) == (
+        "Processing error: transform() returned 'coroutine', not bytes: it must not be async")
+    assert "never awaited" not in runtime.log()
+
+
+# == The log ==
+
+
+def test_lines_that_a_class_prints_come_at_once(start_runtime: StartRuntime) -> None:
+    code = "print('printed'); os.kill(os.getpid(), 9)"
+    runtime = start_runtime(simple(code, before="import os\n"), {"PYTHONUNBUFFERED": None})
+    with pytest.raises(OSError):
+        runtime.request("PUT", "/b/o", b"")
+    runtime.wait_for_line("^printed$", 5)
+
+
+@pytest.mark.parametrize("what", [
+    "logging.config.dictConfig({'version': 1})", "logging.disable(logging.CRITICAL)",
+    "logging.getLogger().handlers.clear()", "logging.getLogger().setLevel(60)",
+    "logging.basicConfig(force=True, level=60, handlers=[logging.NullHandler()])",
+    "[each.setLevel(60) for each in (*logging.root.manager.loggerDict.values(),)"
+    " if isinstance(each, logging.Logger)]",
+    "logging.shutdown()",
+])
+def test_failures_are_logged_whatever_a_class_does_to_logging(
+    start_runtime: StartRuntime, what: str
+) -> None:
+    more = "    def __init__(self):\n        super().__init__()\n        %s\n" % what
+    payload = simple("raise ValueError('no more of it')", more, before="import logging.config\n")
+    runtime = start_runtime(payload, expect_traceback=True)
+    told(runtime)
+    runtime.wait_for_line("ais_runtime_min - ERROR - /b/o: no more of it", 5)
+
+
+@pytest.mark.parametrize("base", BASES[1:])
+def test_failures_of_an_application_are_logged_whatever_a_class_does_to_logging(
+    start_runtime: StartRuntime, base: str
+) -> None:
+    route = "add_api_route" if base == BASES[1] else "add_url_rule"
+    more = ("    def __init__(self):\n        super().__init__()\n        def bad():\n"
+            "            raise ValueError('no more of it')\n        self.app.%s('/bad', None or bad)\n"
+            "        logging.config.dictConfig({'version': 1})\n") % route
+    if base == BASES[2]:
+        more = more.replace("None or bad", "view_func=bad")
+    payload = simple(more=more, base=base, before="import logging.config\n")
+    runtime = start_runtime(payload, python=interpreter("sdk"), expect_traceback=True)
+    assert runtime.request("GET", "/bad").status == 500
+    runtime.wait_for_line("^ValueError: no more of it", 5)
+
+
+@pytest.mark.parametrize("level, shown", [("DEBUG", "DIWE"), ("INFO", "IWE")])
+def test_log_level_is_that_of_the_classs_own_logger(
+    start_runtime: StartRuntime, level: str, shown: str
+) -> None:
+    code = "; ".join("self.logger.%s('told')" % name for name in ("debug", "info", "warning", "error"))
+    runtime = start_runtime(simple(code), {"LOG_LEVEL": level, "NUM_WORKERS": "1", "PORT": "0"})
+    assert runtime.request("PUT", "/b/o", b"").status == 200
+    runtime.wait_for_line("Simple - ERROR - told", 5)
+    found = [line.split(" - ")[2][0] for line in runtime.lines if line.endswith("Simple - told") or (
+        " - Simple - " in line)]
+    assert "".join(found) == shown
+
+
+def test_a_text_of_several_lines_is_one_line_of_the_log(start_runtime: StartRuntime) -> None:
+    code = r"raise ValueError('one\n2026-11-27 - forged - ERROR - two\r\n\u2028three')"
+    runtime = start_runtime(simple(code), expect_traceback=True)
+    told(runtime)
+    runtime.wait_for_line("ERROR - /b/o: one 2026-11-27 - forged - ERROR - two three$", 5)
+
+
+def test_at_debug_each_request_has_a_line(
+    start_runtime: StartRuntime
+) -> None:
+    env = {"LOG_LEVEL": "DEBUG", "NUM_WORKERS": "1"}
+    for base in BASES:
+        app = "" if base == BASES[0] else "    def __init__(self):\n        super().__init__()\n        self.app\n"
+        runtime = start_runtime(simple(more=app, base=base), env, python=interpreter("sdk"))
+        runtime.request("PUT", "/b/o?etl_args=x", b"hello")
+        runtime.request("GET", "/health")
+        runtime.request("POST", "/nonsense")
+        with Peer(runtime) as peer:
+            peer.send(object_frames(b"hello", path="b/of websocket"))
+            assert peer.result() == b"HELLO"
+        for line in ("PUT /b/o: 200, 5 bytes", "GET /health: 200, 7 bytes", "POST /nonsense: 4",
+                     "/ws b/of websocket: 200, 5 bytes"):
+            runtime.wait_for_line(r" - DEBUG - %s.* in \d+\.\d ms$" % re.escape(line), 5)
+
+
+@pytest.mark.parametrize("error, text", [
+    ("KeyError('b')", "KeyError: 'b'"), ("ValueError(5)", "ValueError: 5"), ("ValueError()", "ValueError"),
+    ("ValueError('no more of it')", "no more of it"), ("IndexError('?')", "IndexError: ?"),
+])
+def test_the_type_of_a_failure_is_told_where_its_text_alone_says_nothing(
+    start_runtime: StartRuntime, error: str, text: str
+) -> None:
+    runtime = start_runtime(simple("raise " + error), expect_traceback=True)
+    assert told(runtime) == "Processing error: " + text
+    runtime.wait_for_line("ERROR - /b/o: %s$" % re.escape(text), 5)
+
+
+def test_a_failed_next_stage_is_told_with_who_answered_what(
+    start_runtime: StartRuntime, target: StandInTarget
+) -> None:
+    target.default = Behaviour(status=500, body=b"no")
+    runtime, stage = start_runtime(simple()), target.root
+    with Peer(runtime) as peer:
+        peer.send(object_frames(b"hello", path="b/o", pipeline=stage))
+        hop = re.sub("^http://", "", stage)
+        assert peer.break_reason() == (1011, "the next hop, %s, answered 500: no" % hop)
+
+
+def test_health_is_answered_no_sooner_than_the_line_is_written() -> None:
+    payload = simple(more="    def __init__(self):\n        super().__init__()\n        time.sleep(os.getpid() % 3 / 20)\n",
+                     before="import os, time\n")
+    for workers, text in ((1, "1 worker"), (3, "3 workers")):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        python = interpreter("slim")
+        env = {"ETL_CLASS_PAYLOAD": payload, "NUM_WORKERS": str(workers), "PORT": str(port)}
+        reader, writer = os.pipe()
+        process = subprocess.Popen([python, str(RUNTIME)], env=exact_environment(python, env),
+                                   stdout=writer, stderr=writer, stdin=subprocess.DEVNULL)
+        os.close(writer)
+        try:
+            answer, deadline = b"", time.monotonic() + 20
+            while not answer:
+                assert time.monotonic() < deadline
+                try:
+                    with socket.create_connection(("127.0.0.1", port), 5) as client:
+                        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                        answer = client.recv(1000)
+                except OSError:
+                    pass
+            os.set_blocking(reader, False)
+            line = os.read(reader, 10000)  # it is there already
+            assert line.endswith(b" with %s\n" % text.encode())
+        finally:
+            process.terminate()
+            process.wait()
+            os.close(reader)
+
+
+# == Packages and frameworks ==
+
+
+def test_a_package_that_is_missing_is_told_wherever_an_import_fails(
+    start_runtime: StartRuntime
+) -> None:
+    construct = "    def __init__(self):\n        super().__init__()\n        import %s\n"
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(more=construct % "yaml")})
+    assert_told(done, Exit.UNAVAILABLE, "No module named 'yaml': add PyYAML to PACKAGES")
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(more=construct % "msgspec")})
+    assert_told(done, Exit.UNAVAILABLE, "No module named 'msgspec': add msgspec to PACKAGES")
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(more=construct % "json.nonesuch")})
+    assert_told(done, Exit.SOFTWARE, "No module named 'json.nonesuch'")
+    assert "PACKAGES" not in done.last_line
+    runtime = start_runtime(simple("import msgspec"), expect_traceback=True)
+    assert told(runtime).endswith("No module named 'msgspec': add msgspec to PACKAGES")
+
+
+HTTP_EXCEPTION = {
+    "module": ("from fastapi import HTTPException\n", "raise HTTPException(404, 'of no use')"),
+    "starlette": ("from starlette.exceptions import HTTPException\n",
+                  "raise HTTPException(404, 'of no use')"),
+    "function": ("", "from fastapi import HTTPException; raise HTTPException(404, detail='of no use')"),
+}
+
+
+@pytest.mark.parametrize("how", HTTP_EXCEPTION)
+@pytest.mark.parametrize("base", BASES)
+def test_http_exceptions_need_no_fastapi_and_are_one_line_of_the_log(
+    start_runtime: StartRuntime, base: str, how: str
+) -> None:
+    before, code = HTTP_EXCEPTION[how]
+    runtime = start_runtime(simple(code, before=before, base=base))  # expects no traceback
+    answer = runtime.request("PUT", "/b/o", b"")
+    assert (answer.status, json.loads(answer.body)) == (404, {"detail": "Processing error: of no use"})
+    runtime.wait_for_line("WARNING - /b/o: 404: 404: of no use", 5)
+    assert "installing" not in runtime.log()
+
+
+@pytest.mark.parametrize("before, code", [
+    ("from fastapi import HTTPException, Request\n", "raise HTTPException(404, str(Request))"),
+    ("import fastapi\n", "raise fastapi.HTTPException(404)"),
+    ("", "import fastapi; raise fastapi.HTTPException(404)"),
+    ("from fastapi.responses import Response\n", "Response()"),
+    ("from fastapi import HTTPException\n", "from fastapi import HTTPException, Request"),
+])
+def test_whatever_else_a_class_takes_of_fastapi_is_installed(before: str, code: str) -> None:
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(code, before=before)})
+    assert_told(done, Exit.UNAVAILABLE, "fastapi", "pip")  # there is no index
+
+
+def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime) -> None:
+    before, code = HTTP_EXCEPTION["module"]
+    runtime = start_runtime(simple(code.replace("404", "503"), before=before), expect_traceback=True)
+    assert runtime.request("PUT", "/b/o", b"").status == 503
+    runtime.wait_for_line("^Traceback", 5)
+
+
+# == Settings ==
+
+
+@pytest.mark.parametrize("url", ["http://user:%s@host:8000/x", "https://%s@host/", "http://user:%s@[::1]/"])
+def test_a_target_with_a_password_is_refused_and_it_is_not_shown(url: str) -> None:
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(), "AIS_TARGET_URL": url % SECRET})
+    assert_told(done, Exit.CONFIG, "AIS_TARGET_URL", "without user and password")
+    assert SECRET not in "\n".join(done.lines)
+
+
+def test_what_came_encoded_is_not_given_to_the_class(
+    start_runtime: StartRuntime, target: StandInTarget
+) -> None:
+    target.default = Behaviour(200, (("Content-Encoding", "gzip"),), b"hello")
+    runtime = start_runtime(simple())
+    answers = [runtime.request("GET", "/b/o", timeout=10), runtime.request(
+        "POST", "/download?original_url=%s/x&object_to=b%%2Fo" % target.root, timeout=10)]
+    for answer in answers:
+        assert answer.status == 502 and "Content-Encoding 'gzip'" in json.loads(answer.body)["detail"]
+    target.default = Behaviour(200, (("Content-Encoding", "Identity"),), b"hello")
+    assert runtime.request("GET", "/b/o").body == b"HELLO"
+
+
+# == A laptop ==
+
+
+def serve_file(folder: Path, source: str, name: str = "mine.py") -> Path:
+    """Write a class into a file."""
+    folder.joinpath(name).write_text(source)
+    return folder / name
+
+
+def test_serve_does_not_read_what_it_has_options_for(
+    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
+) -> None:
+    bad = {"NUM_WORKERS": "many", "PORT": "http", "ETL_CLASS_PAYLOAD_FILE": "/no/such",
+           "ETL_CLASS_PAYLOAD_7": "x", "ETL_FQN_ROOTS": "relative"}
+    file = serve_file(tmp_path, IMPORT + UPPER)
+    runtime = start_runtime(None, {**ALONE, **bad}, ["serve", str(file), "--port", "0"], bare_python)
+    assert runtime.request("PUT", "/b/o", b"hello").body == b"HELLO"
+
+
+@pytest.mark.parametrize("source, words, unwanted", [
+    (IMPORT + "import msgspec\n" + UPPER, "No module named 'msgspec': pip install msgspec", "PACKAGES"),
+    (IMPORT + "from aistore import Client\n" + UPPER, "'Client' from 'aistore'.*pip install aistore", "image"),
+    (IMPORT + "from aistore.sdk import Client\n" + UPPER, "pip install aistore", "PACKAGES"),
+    (IMPORT + "from fastapi import Request\n" + UPPER, "pip install .?fastapi", "docker"),
+    (IMPORT + "import fastapi\n" + UPPER, "pip install .?fastapi", "docker"),
+    (IMPORT + "class Upper(HTTPMultiThreadedServer):\n    pass\n", "mine.py: Upper cannot be served",
+     "deserialize"),
+    (IMPORT + UPPER + "    def __init__(self):\n        super().__init__()\n        import msgspec\n",
+     "pip install msgspec", "PACKAGES"),
+    (IMPORT + UPPER + "    def __init__(self):\n        super().__init__()\n        self.session\n",
+     "pip install requests", "PACKAGES"),
+])
+def test_serve_speaks_of_pip_and_not_of_images(
+    bare_python: str, tmp_path: Path, source: str, words: str, unwanted: str  # noqa: F811
+) -> None:
+    done = run_to_end(["serve", str(serve_file(tmp_path, source)), "--port", "0"], ALONE, python=bare_python)
+    assert done.code != 0 and re.search(words, done.last_line), done
+    assert unwanted not in done.last_line
+
+
+def test_the_target_of_serve_is_there_for_the_class(
+    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
+) -> None:
+    source = "import os\n" + IMPORT + UPPER.replace("data.upper()", "os.environ['AIS_TARGET_URL'].encode()")
+    words = ["serve", str(serve_file(tmp_path, source)), "--port", "0", "--target", str(tmp_path)]
+    runtime = start_runtime(None, ALONE, words, bare_python)
+    assert runtime.request("PUT", "/b/o", b"").body == b"file://%s" % str(tmp_path).encode()
+
+
+def test_the_line_to_try_names_a_file_that_can_be_had(
+    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
+) -> None:
+    file, folder = serve_file(tmp_path, IMPORT + UPPER), tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").symlink_to("/etc/hostname")
+    (folder / "b").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "c")
+    (folder / "d").write_text("hello")
+    words = ["serve", str(file), "--port", "0", "--target", str(folder)]
+    runtime = start_runtime(None, ALONE, words, bare_python)
+    runtime.wait_for_line(r"curl -sS '%s/d'" % re.escape(runtime.url))
+    assert runtime.request("GET", "/d").body == b"HELLO"
+
+
+OWN_PROCESS = IMPORT.replace("\n", " as Base\n") + '''
+class Mine(Base):
+    def transform(self, data, path, etl_args):
+        return data.upper()
+'''
+
+
+def test_a_class_that_starts_itself_reads_port_and_says_where_it_serves(tmp_path: Path) -> None:
+    file = serve_file(tmp_path, "import ais_runtime_min\nais_runtime_min.install_sdk_names()\n"
+                      + OWN_PROCESS + "Mine().start()\n")
+    python = interpreter("slim")
+    env = exact_environment(python, {"PORT": "0", "PYTHONPATH": str(RUNTIME.parent)})
+    with Server([python, str(file)], env) as server:
+        server.port = int(server.wait_for_line(r"INFO - serving on http://\S+:(\d+)$")[1])
+        assert server.port != 8000
+        assert server.request("PUT", "/b/o", b"hello").body == b"HELLO"
