@@ -2312,7 +2312,7 @@ class FrameworkServer(ListeningServer):
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
         super().__init__(host, port)
         if Current.settings and Current.settings.server == framework_of(type(self)):
-            make_app(self)
+            app_of(self)
 
     @property
     def app(self) -> Any:
@@ -2328,14 +2328,6 @@ class FrameworkServer(ListeningServer):
         state_of(self).app = app
 
 
-def app_of(server: FrameworkServer) -> Any:
-    """Return the application of an instance, and make it if there is none."""
-    if state_of(server).app is None:
-        require_framework(server)
-        make_app(server)
-    return state_of(server).app
-
-
 def require_framework(server: FrameworkServer) -> None:
     """See to it that the framework serves a class; outside the runtime, the class does."""
     is_served = Current.reports is not None and not Current.is_loading
@@ -2343,18 +2335,19 @@ def require_framework(server: FrameworkServer) -> None:
         raise FrameworkNeeded(framework_of(type(server)), serves=True)
 
 
-def make_app(server: FrameworkServer) -> None:
-    """Make the application of an instance, and call the hook that prepares it."""
-    if isinstance(server, FastAPIServer):
-        import fastapi
-
-        state_of(server).app = fastapi.FastAPI()
-        server._setup_app()
-    else:
-        import flask
-
-        state_of(server).app = flask.Flask(__name__)
-        cast(FlaskServer, server)._register_routes()
+def app_of(server: FrameworkServer) -> Any:
+    """Return the application of an instance; where there is none, make it and have it prepared."""
+    state = state_of(server)
+    if state.app is None:
+        require_framework(server)
+        framework = importlib.import_module(framework_of(type(server)))
+        if isinstance(server, FastAPIServer):
+            state.app = framework.FastAPI()
+            server._setup_app()
+        else:
+            state.app = framework.Flask(__name__)
+            cast(FlaskServer, server)._register_routes()
+    return state.app
 
 
 class FastAPIServer(FrameworkServer):
@@ -4081,13 +4074,14 @@ class Service:
             logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.name, error)
             return error_answer(error.status, self.settings.redact(str(error)), error.headers)
         status, headers = user_status(error), {}
+        reason = str(getattr(error, "detail", "") or getattr(error, "description", "")
+                     or describe_of_user(error))
         if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # the author has meant it
-            logger.warning("%s: %d: %s", request.name, status, describe_of_user(error))
+            logger.warning("%s: %d: %s", request.name, status, reason)
         else:
             log_user_error(request.name, error)
         if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
-        reason = str(getattr(error, "detail", "") or getattr(error, "description", "") or describe_of_user(error))
         return error_answer(status, self.settings.redact(f"Processing error: {reason}"), headers)
 
 
@@ -7274,10 +7268,9 @@ class Supervisor:
 
     def _open_gate(self) -> None:
         """Let workers that are ready wait no more."""
-        reader, writer = self._gate
-        self._gate = (reader, -1)
-        if writer >= 0:
-            os.close(writer)
+        if self._gate[1] >= 0:
+            os.close(self._gate[1])
+            self._gate = (self._gate[0], -1)
 
     def _reap(self) -> None:
         """Take note of every child that has ended, adopted ones too."""

@@ -288,6 +288,22 @@ def test_health_is_answered_no_sooner_than_the_line_is_written() -> None:
             os.close(reader)
 
 
+def test_a_pod_that_is_stopped_before_all_of_it_is_ready_ends_at_once(tmp_path: Path) -> None:
+    more = ("    def __init__(self):\n        super().__init__()\n"
+            "        try:\n            os.mkdir(%r)\n"
+            "        except FileExistsError:\n            time.sleep(60)\n") % str(tmp_path / "first")
+    env = {"ETL_CLASS_PAYLOAD": simple(more=more, before="import os, time\n"), "NUM_WORKERS": "2"}
+    python = interpreter("slim")
+    with Server([python, str(RUNTIME)], exact_environment(python, env)) as server:
+        while not (tmp_path / "first").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert server.terminate() == Exit.OK
+        assert time.monotonic() - began < 3 and "is killed" not in server.log()
+        assert "serving" not in server.log()
+
+
 # == Packages and frameworks ==
 
 
@@ -323,7 +339,7 @@ def test_http_exceptions_need_no_fastapi_and_are_one_line_of_the_log(
     runtime = start_runtime(simple(code, before=before, base=base))  # expects no traceback
     answer = runtime.request("PUT", "/b/o", b"")
     assert (answer.status, json.loads(answer.body)) == (404, {"detail": "Processing error: of no use"})
-    runtime.wait_for_line("WARNING - /b/o: 404: 404: of no use", 5)
+    runtime.wait_for_line("WARNING - /b/o: 404: of no use$", 5)
     assert "installing" not in runtime.log()
 
 
