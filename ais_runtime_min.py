@@ -6744,7 +6744,8 @@ def let_in(listener: socket.socket) -> None:
     try:
         listener.listen(BACKLOG)
     except OSError as error:
-        raise PortError(f"{url_of(listener)} cannot be listened on: {error.strerror}") from None
+        port = listener.getsockname()[1]
+        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
     if Current.listener is None:
         logger.info("serving on %s", url_of(listener))
     report(REPORT_READY)
