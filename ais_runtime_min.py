@@ -1333,11 +1333,6 @@ class BodyStream(io.RawIOBase):
     failure: Optional[RequestError] = None
     count = 0  # bytes that were read
 
-    @property
-    def is_small(self) -> bool:
-        """Whether all of it comes at once, most likely."""
-        return self.size is not None and self.size <= READ_BYTES
-
     def receive(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end; RequestError where the body is cut short."""
         raise NotImplementedError
@@ -3007,11 +3002,6 @@ class ETLRequest(NamedTuple):
     def is_message(self) -> bool:
         """Whether the object comes over WebSocket, and is answered whole."""
         return self.raw_path == "/ws"
-
-    @property
-    def is_download(self) -> bool:
-        """Whether the object is to be fetched from a URL of the outside world."""
-        return self.raw_path == "/download"
 
     @property
     def path(self) -> str:
@@ -4965,7 +4955,7 @@ class ObjectExchange:
         self._bytes = 0  # of those
         self._is_sending = False
         self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
-        self._change = threading.Condition()  # of pending, _current, _bytes and _is_sending
+        self._lock = threading.Lock()  # of pending, _current, _bytes and _is_sending
 
     @property
     def is_between_objects(self) -> bool:
@@ -5005,7 +4995,7 @@ class ObjectExchange:
             if loaded is not None and loaded[1].size <= WRITE_BYTES:
                 return self._answer_here(Exchanged(*loaded))
         exchanged = Exchanged(request, message)
-        with self._change:
+        with self._lock:
             self.pending.append(exchanged)
             self._bytes += exchanged.size
         # there is no other thread
@@ -5022,7 +5012,7 @@ class ObjectExchange:
 
     def let_go(self) -> bool:
         """Make the object pending that `take` answers; return False if there is none."""
-        with self._change:
+        with self._lock:
             current, self._current = self._current, None
             if current is None:
                 return False
@@ -5030,16 +5020,11 @@ class ObjectExchange:
             self._bytes += current.size
             return True
 
-    def wait(self, is_over: Callable[[], bool]) -> None:
-        """Wait until something is over, which is looked at whenever a reply has left."""
-        with self._change:
-            self._change.wait_for(is_over)
-
     def _answer_here(self, exchanged: Exchanged) -> bool:
         """Answer an object on this thread; False if it was let go meanwhile."""
         self._current = exchanged
         reply = self._reply_to(exchanged)
-        with self._change:
+        with self._lock:
             is_ours = self._current is exchanged
             self._current = None
         if is_ours:
@@ -5055,21 +5040,20 @@ class ObjectExchange:
 
     def _keep(self, exchanged: Exchanged, reply: Reply) -> None:
         """Keep the reply of a pending object, and send what is ready."""
-        with self._change:
+        with self._lock:
             self._bytes += len(reply.data) - exchanged.size
             exchanged.size, exchanged.reply = len(reply.data), reply
         while True:
-            with self._change:
+            with self._lock:
                 ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
                 if self._is_sending or not ready:
                     break
                 self._is_sending = True
             self._send_in_turn([cast(Reply, each.reply) for each in ready], waits=True)
-            with self._change:
+            with self._lock:
                 self._is_sending = False
                 for each in ready:
                     self._bytes -= self.pending.popleft().size
-                self._change.notify_all()
         self._told()
 
     def _send_in_turn(self, replies: Sequence[Reply], waits: bool) -> None:

@@ -98,7 +98,7 @@ def test_the_path_is_kept_raw_and_decoded_once() -> None:
     for method in ("PUT", "GET"):
         requests = {raw: ETLRequest.parse(method, raw) for raw in DECODED}
         assert {raw: request.path for raw, request in requests.items()} == DECODED
-        assert {(request.method, request.is_download) for request in requests.values()} == {(method, False)}
+        assert {(request.method, request.raw_path == "/download") for request in requests.values()} == {(method, False)}
 
 
 def test_a_target_that_names_no_object_is_404() -> None:
@@ -155,7 +155,7 @@ def test_a_download_has_the_url_and_the_name_that_its_parameters_tell_or_is_400(
     query = encode_values({"original_url": url, "object_to": "bck/a+b c", "etl_args": " x "})
     request = ETLRequest.parse("POST", "/download?" + query)
     assert (request.original_url, request.object_to, request.etl_args) == (url, "bck/a+b c", "x")
-    assert (request.is_download, request.path) == (True, "bck/a+b c")
+    assert (request.raw_path == "/download", request.path) == (True, "bck/a+b c")
     for query in ("", "?original_url=http://h/x", "?object_to=bck/obj",
                   "?original_url=&object_to=x", "?original_url=http://h/x&object_to="):
         assert refusal("POST", "/download" + query) == (400, {}), query
