@@ -2036,16 +2036,23 @@ class Framework(NamedTuple):
     setup.cfg's extras.
     """
 
+    base: str  # the class of the SDK whose subclasses have its application
     server: str  # "": this runtime's own
     modules: Mapping[str, str]
 
 
 FRAMEWORKS: Mapping[str, Framework] = {
-    "fastapi": Framework("uvicorn", {
+    "fastapi": Framework("FastAPIServer", "uvicorn", {
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
-    "flask": Framework("", {"flask": "flask>=3.0"}),
+    "flask": Framework("FlaskServer", "", {"flask": "flask>=3.0"}),
 }
+
+
+def framework_of(cls: type) -> str:
+    """Name the framework of an ETL class, a key of FRAMEWORKS, or ""."""
+    bases = {base.__name__ for base in cls.__mro__ if base.__module__ == __name__}
+    return next((name for name, each in FRAMEWORKS.items() if each.base in bases), "")
 
 
 class Share:
@@ -2110,6 +2117,12 @@ def report(message: bytes) -> None:
             os.write(Current.reports, message[:2000] + b"\n")
 
 
+def how_to_get(package: str) -> str:
+    """Tell how to get a package: in a pod, or on a laptop."""
+    is_laptop = Current.settings is not None and not Current.settings.is_pod
+    return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
+
+
 class State:
     """What the runtime keeps with an instance, apart from the names that a class may use."""
 
@@ -2117,16 +2130,32 @@ class State:
     app: Any = None  # the framework's application, once there is one
     answer: Any = None  # what answers the app's requests for objects, while it is served
 
+    @staticmethod
+    def of(server: Any) -> State:
+        """Return that of an instance."""
+        return cast(State, vars(server).setdefault("ais_runtime_min.state", State()))
 
-def state_of(server: ETLServer) -> State:
-    """Return an instance's state."""
-    return cast(State, vars(server).setdefault("ais_runtime_min.state", State()))
+
+def require_framework(server: Any) -> None:
+    """See to it that the framework serves a class; outside the runtime, the class does."""
+    is_served = Current.reports is not None and not Current.is_loading
+    if is_served and not (Current.settings or Settings()).server:
+        raise FrameworkNeeded(framework_of(type(server)), serves=True)
 
 
-def how_to_get(package: str) -> str:
-    """Tell how to get a package: in a pod, or on a laptop."""
-    is_laptop = Current.settings is not None and not Current.settings.is_pod
-    return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
+def app_of(server: Any) -> Any:
+    """Return the application of an instance; where there is none, make it and have it prepared."""
+    state, name = State.of(server), framework_of(type(server))
+    if state.app is None:
+        require_framework(server)
+        framework = importlib.import_module(name)
+        if name == "fastapi":
+            state.app = framework.FastAPI()
+            server._setup_app()
+        else:
+            state.app = framework.Flask(__name__)
+            server._register_routes()
+    return state.app
 
 
 class ETLServer(ABC):
@@ -2158,7 +2187,7 @@ class ETLServer(ABC):
     @property
     def session(self) -> Any:
         """A `requests.Session` for the class's own use, made when it is first touched."""
-        state = state_of(self)
+        state = State.of(self)
         if state.session is None:
             state.session = self._build_session()
         return state.session
@@ -2166,7 +2195,7 @@ class ETLServer(ABC):
     @session.setter
     def session(self, session: Any) -> None:
         """Take a session of the class's own making."""
-        state_of(self).session = session
+        State.of(self).session = session
 
     def _build_session(self) -> Any:
         """Make the session, with certificates and token; ImportError without `requests`."""
@@ -2283,7 +2312,7 @@ class LateApp:
     server.app`.
     """
 
-    def __init__(self, server: FrameworkServer) -> None:
+    def __init__(self, server: Any) -> None:
         vars(self)["_made"] = functools.partial(app_of, server)
 
     def __getattr__(self, name: str) -> Any:
@@ -2312,7 +2341,7 @@ class FrameworkServer(ListeningServer):
     @property
     def app(self) -> Any:
         """The framework's application; FrameworkNeeded where the class is served without one."""
-        if state_of(self).app is None and Current.is_loading:
+        if State.of(self).app is None and Current.is_loading:
             return LateApp(self)
         return app_of(self)
 
@@ -2320,29 +2349,7 @@ class FrameworkServer(ListeningServer):
     def app(self, app: Any) -> None:
         """Take an application of the class's own making."""
         require_framework(self)
-        state_of(self).app = app
-
-
-def require_framework(server: FrameworkServer) -> None:
-    """See to it that the framework serves a class; outside the runtime, the class does."""
-    is_served = Current.reports is not None and not Current.is_loading
-    if is_served and not (Current.settings or Settings()).server:
-        raise FrameworkNeeded(framework_of(type(server)), serves=True)
-
-
-def app_of(server: FrameworkServer) -> Any:
-    """Return the application of an instance; where there is none, make it and have it prepared."""
-    state = state_of(server)
-    if state.app is None:
-        require_framework(server)
-        framework = importlib.import_module(framework_of(type(server)))
-        if isinstance(server, FastAPIServer):
-            state.app = framework.FastAPI()
-            server._setup_app()
-        else:
-            state.app = framework.Flask(__name__)
-            cast(FlaskServer, server)._register_routes()
-    return state.app
+        State.of(self).app = app
 
 
 class FastAPIServer(FrameworkServer):
@@ -2367,7 +2374,7 @@ class FastAPIServer(FrameworkServer):
 
     async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
         """Answer a request for an object by a response of Starlette's."""
-        return await state_of(self).answer(path, request)
+        return await State.of(self).answer(path, request)
 
 
 class FlaskServer(FrameworkServer):
@@ -2388,13 +2395,7 @@ class FlaskServer(FrameworkServer):
 
     def _handle_request(self, path: str) -> Any:
         """Answer the current request, for an object, by a response of Flask's."""
-        return state_of(self).answer(path)
-
-
-def framework_of(cls: Type[ETLServer]) -> str:
-    """Name the framework of a class's base, a key of FRAMEWORKS, or ""."""
-    bases = {FastAPIServer: "fastapi", FlaskServer: "flask"}
-    return next((name for base, name in bases.items() if issubclass(cls, base)), "")
+        return State.of(self).answer(path)
 
 
 class CountingIterator:
@@ -2674,6 +2675,22 @@ def checked_code(*args: Any) -> types.CodeType:
     return code
 
 
+def require_whole(module: types.ModuleType) -> types.ModuleType:
+    """Return a module; FrameworkNeeded where this file stands in for it: the class may want all."""
+    framework = DEFAULT_IMAGE.get(module.__name__.partition(".")[0], "")
+    if framework in FRAMEWORKS and stands_in(module.__name__):
+        raise FrameworkNeeded(framework, serves=False)
+    return module
+
+
+def package_of(error: BaseException) -> str:
+    """Return the package that an import has failed for, "" where none is missing."""
+    if isinstance(error, LacksName):
+        return error.package
+    name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return name if name and not is_here(name) else ""
+
+
 class PayloadUnpickler(pickle.Unpickler):
     """Unpickle a class, refusing another Python's bytecode before any of it runs.
 
@@ -2721,27 +2738,11 @@ class PayloadUnpickler(pickle.Unpickler):
         return code
 
 
-def require_whole(module: types.ModuleType) -> types.ModuleType:
-    """Return a module; FrameworkNeeded where this file stands in for it: the class may want all."""
-    framework = DEFAULT_IMAGE.get(module.__name__.partition(".")[0], "")
-    if framework in FRAMEWORKS and stands_in(module.__name__):
-        raise FrameworkNeeded(framework, serves=False)
-    return module
-
-
 def raise_framework_needed(error: Optional[BaseException]) -> None:
     """Raise FrameworkNeeded where an import failed because a framework is not here."""
     framework = DEFAULT_IMAGE.get(package_of(error), "") if error is not None else ""
     if framework in FRAMEWORKS:
         raise FrameworkNeeded(framework, serves=False) from None
-
-
-def package_of(error: BaseException) -> str:
-    """Return the package that an import has failed for, "" where none is missing."""
-    if isinstance(error, LacksName):
-        return error.package
-    name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    return name if name and not is_here(name) else ""
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
@@ -6168,6 +6169,33 @@ class ASGIMessages:
             await session.fail("the pod is stopping")
 
 
+class FailureMark:
+    """Middleware that marks an answer which fails after its beginning.
+
+    It stands below each middleware of the class: Starlette's BaseHTTPMiddleware ends an answer
+    although what is below it has failed.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass all on."""
+        is_half = False
+
+        async def send_on(message: Any) -> None:
+            nonlocal is_half
+            is_half = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+            is_half = False
+        finally:
+            if is_half and "etl.request" in scope:
+                scope["etl.request"].has_failed = True
+
+
 def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
     """Let a class's application answer requests for objects, where none of its own routes does."""
     from starlette.middleware import Middleware
@@ -6185,7 +6213,7 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
         return Route(path, function, methods=list(methods), include_in_schema=False)
 
     messages = ASGIMessages(service)
-    state_of(server).answer = StarletteAnswers(service)
+    State.of(server).answer = StarletteAnswers(service)
     objects = route("/{path:path}", answer, "GET", "PUT")
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")  # its own knows no line feed
     server.app.router.routes.extend([
@@ -6234,33 +6262,6 @@ class ASGIRequest:
     def is_gone(self) -> bool:
         """Whether the client has left."""
         return bool(self._cycle.disconnected or self._cycle.transport.is_closing())
-
-
-class FailureMark:
-    """Middleware that marks an answer which fails after its beginning.
-
-    It stands below each middleware of the class: Starlette's BaseHTTPMiddleware ends an answer
-    although what is below it has failed.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass all on."""
-        is_half = False
-
-        async def send_on(message: Any) -> None:
-            nonlocal is_half
-            is_half = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_on)
-            is_half = False
-        finally:
-            if is_half and "etl.request" in scope:
-                scope["etl.request"].has_failed = True
 
 
 def has_body(fields: Mapping[bytes, bytes]) -> bool:
@@ -6644,7 +6645,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
     app, handle = server.app, server._handle_request
-    state_of(server).answer = FlaskAnswers(service)
+    State.of(server).answer = FlaskAnswers(service)
     # of a body that is cut, which is no failure of the application's
     app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
@@ -6665,7 +6666,7 @@ def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service
 def make_front(listener: socket.socket, server: ETLServer,
                settings: Settings) -> Union[UvicornServer, Server]:
     """Make what serves an instance on a listening socket."""
-    has_app = state_of(server).app is not None
+    has_app = State.of(server).app is not None
     by_uvicorn = CallingThread() if has_app and isinstance(server, FastAPIServer) else None
     is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = by_uvicorn or (MainThread() if is_one else None)
@@ -6682,8 +6683,8 @@ def make_front(listener: socket.socket, server: ETLServer,
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
     """Let the application of a class that starts its own server answer requests for objects."""
-    has_app = state_of(server).app is not None
-    if has_app and state_of(server).answer is None:
+    has_app = State.of(server).app is not None
+    if has_app and State.of(server).answer is None:
         add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
         add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
 

@@ -509,8 +509,8 @@ def test_an_exception_of_the_class_is_answered_and_the_worker_lives_on(
         assert (code, put(pod, "pass").body) == (code, worker)
     assert wrong == []
     pod.wait_for_line("^FileNotFoundError: ", 5)
+    pod.wait_for_line("No module named 'requests': add requests to PACKAGES", 5)
     assert "user_script.py" in pod.log() and "ais_runtime_min.py" not in pod.log()
-    assert "No module named 'requests': add requests to PACKAGES" in pod.log()
 
 
 FRAMEWORK_FAULTS = """
