@@ -1674,84 +1674,134 @@ def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.
     return bool(poller.poll(1000 * timeout_seconds))
 
 
+class NodeInput(ConnectionInput):
+    """What a node sends; while it is waited for, what is left of the request's body goes out.
+
+    A node may answer before it has taken all: a stage that streams, or one that refuses and reads
+    no further. If all was sent before anything is read, both sides would block once the buffers
+    between them are full. `silence_seconds` is how long the node may take and send nothing.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__(connection)
+        self.silence_seconds = 0.0
+        self.is_sending = False  # whether something of the request's body is left
+        self._pieces: Iterator[Any] = iter(())
+        self._rest = memoryview(b"")  # of the piece that is on its way
+        self._is_wanted = True  # whether the node still takes it
+        self._is_tls = isinstance(connection, ssl.SSLSocket)
+        # what a socket says that does not block
+        self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)
+        if self._is_tls:
+            self._not_now += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+    def begin(self, head: bytes, pieces: Iterator[Any]) -> None:
+        """Send the head of a request, and take over the pieces of its body."""
+        self._connection.settimeout(self.silence_seconds)
+        self._pieces, self.is_sending, self._is_wanted = pieces, True, True
+        self._send(lambda: self._connection.sendall(head))
+        self._next_piece()
+
+    def fill(self, flags: int = 0) -> bool:
+        """Receive once more, and send until that comes; False at the end of the connection."""
+        if not self.is_sending:
+            return super().fill(flags)
+        self._connection.settimeout(0)
+        try:
+            while self.is_sending:
+                if self._is_tls or is_ready(self._connection, select.POLLIN):
+                    with contextlib.suppress(*self._not_now):  # what is readable may be TLS's own
+                        return super().fill()
+                self._send_some()
+        finally:
+            self._connection.settimeout(self.silence_seconds)
+        return super().fill(flags)
+
+    def readinto(self, buffer: Any, flags: int = 0) -> int:
+        """Read some bytes, 0 at the end of the connection."""
+        if self.is_sending and not self.ahead and not self.fill():
+            return 0
+        return super().readinto(buffer, flags)
+
+    def _send_some(self) -> None:
+        """Send what the node takes, or wait until it takes or sends something."""
+        try:
+            sent = self._send(lambda: self._connection.send(self._rest[:WRITE_BYTES]))
+            self._rest = self._rest[sent:]
+            self._next_piece()
+        except self._not_now:
+            events = select.POLLIN | select.POLLOUT
+            if not is_ready(self._connection, events, self.silence_seconds):
+                raise TimeoutError(f"took nothing for {self.silence_seconds:.0f} s") from None
+
+    def _send(self, send: Callable[[], Optional[int]]) -> int:
+        """Send something; a node that has hung up may have answered before, and takes no more."""
+        try:
+            return (self._is_wanted and send()) or 0
+        except ConnectionError:
+            self._is_wanted = False
+            return 0
+
+    def _next_piece(self) -> None:
+        """Take the next piece of the body once one is gone, or is not wanted."""
+        while self.is_sending and not (self._rest and self._is_wanted):
+            piece = next(self._pieces, None)
+            self.is_sending = piece is not None
+            self._rest = memoryview(piece or b"")
+
+    def run_out(self) -> None:
+        """Take all that is left of the body, to see that it would have come right."""
+        self._is_wanted = False
+        self._next_piece()
+
+    def stop(self) -> None:
+        """Take nothing more of the body, and let go of it."""
+        self.is_sending = False
+        cast(Any, self._pieces).close()
+
+
 class NodeConnection:
     """One connection to a node: connected when made, owned by one request at a time.
 
-    The socket does not block while a body is sent, since a node may answer before it has taken all:
-    a stage that streams, or one that refuses and reads no further. OSError where the node cannot be
-    reached.
+    OSError where the node cannot be reached.
     """
 
     def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
         hop = self.hop = request.hop
         self.idle_since = 0.0
-        self._silence_seconds = request.silence_seconds
-        self.socket: socket.socket = socket.create_connection((hop.host, hop.port), request.connect_seconds)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        # what a socket says that does not block
-        self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)
-        self._is_tls = tls is not None
-        if tls is not None:
-            self._not_now += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-            with contextlib.ExitStack() as on_failure:
-                on_failure.callback(self.socket.close)
-                self.socket = tls.wrap_socket(self.socket, server_hostname=hop.host, suppress_ragged_eofs=False)
-                on_failure.pop_all()
-        self.input = ConnectionInput(self.socket)
+        self.socket: socket.socket = socket.create_connection(
+            (hop.host, hop.port), request.connect_seconds)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self.socket.close)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            if tls is not None:
+                self.socket = tls.wrap_socket(
+                    self.socket, server_hostname=hop.host, suppress_ragged_eofs=False)
+            on_failure.pop_all()
+        self.input = NodeInput(self.socket)
 
     def is_usable(self) -> bool:
-        """Tell whether a kept connection may be used again: neither idle for long, nor ended by the node."""
-        return time.monotonic() - self.idle_since < HOP_IDLE_SECONDS and not is_ready(self.socket, select.POLLIN)
+        """Tell whether it may be used again: neither idle for long, nor ended by the node."""
+        is_fresh = time.monotonic() - self.idle_since < HOP_IDLE_SECONDS
+        return is_fresh and not is_ready(self.socket, select.POLLIN)
 
     def begin(self, request: NodeRequest, token: str) -> None:
         """Send a request's head, and a small body with it."""
-        self._silence_seconds = request.silence_seconds
-        self.socket.settimeout(self._silence_seconds)
-        self.socket.sendall(request.head(token))
-
-    def send(self, data: memoryview) -> int:
-        """Send data until all is gone or the node answers; return how much is gone."""
-        sent = 0
-        self.socket.settimeout(0)
-        try:
-            while sent < len(data) and not self._is_answering():
-                sent += self._send_some(data[sent:sent + WRITE_BYTES])
-        finally:
-            self.socket.settimeout(self._silence_seconds)
-        return sent
-
-    def _send_some(self, data: memoryview) -> int:
-        """Send what the node takes, or wait until it takes or answers something."""
-        try:
-            return self.socket.send(data)
-        except self._not_now:
-            if not is_ready(self.socket, select.POLLIN | select.POLLOUT, self._silence_seconds):
-                raise TimeoutError(f"took nothing for {self._silence_seconds:.0f} s") from None
-        return 0
-
-    def _is_answering(self) -> bool:
-        """Tell whether the node has begun its answer, or ended the connection. Needs a socket that does not block."""
-        if self.input.ahead:
-            return True
-        if not is_ready(self.socket, select.POLLIN):
-            return False
-        if not self._is_tls:
-            return True
-        try:
-            self.input.fill()
-        except self._not_now:  # what is readable is TLS's own
-            return False
-        return True
+        self.input.silence_seconds = request.silence_seconds
+        self.input.begin(request.head(token), request.pieces())
 
     def read_head(self) -> AnswerHead:
-        """Read the answer's head; NothingAnswered where the connection ends before any byte of it."""
+        """Read the answer's head; NothingAnswered where the connection ends before any of it."""
         while True:
             end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
-            if end >= 0:
-                return AnswerHead.parse(self.input.take(end + 4)[:-2])
-            if self.input.ahead >= HEAD_LIMIT_BYTES:
-                raise ConnectionError("its answer has too long a head")
-            self._read_more()
+            if end < 0:
+                if self.input.ahead >= HEAD_LIMIT_BYTES:
+                    raise ConnectionError("its answer has too long a head")
+                self._read_more()
+                continue
+            head = AnswerHead.parse(self.input.take(end + 4)[:-2])
+            if head.status >= 200:  # others come before the answer, as "100 Continue"
+                return head
 
     def _read_more(self) -> None:
         has_begun = self.input.ahead > 0
@@ -1760,7 +1810,8 @@ class NodeConnection:
         except ConnectionError as error:
             raise error if has_begun else NothingAnswered(str(error)) from None
         if not goes_on:
-            raise ConnectionError("its answer was cut short") if has_begun else NothingAnswered("it ended the connection")
+            cut = ConnectionError("its answer was cut short")
+            raise cut if has_begun else NothingAnswered("it ended the connection")
 
     def body(self, head: AnswerHead) -> MessageBody:
         """Tell how an answer's body ends (RFC 9112, 6.3)."""
@@ -1776,121 +1827,52 @@ class NodeConnection:
         return BoundedReader(self.input, int(length), OF_NODE)
 
     def close(self) -> None:
-        """Close it, in the middle of a body too: without the last chunk the node cannot take it for whole."""
-        attempt(self.socket.shutdown, socket.SHUT_RDWR)  # wakes a thread that is still sending
+        """Close it, and let go of a body that is being sent: without its last chunk the node cannot
+        take that for whole.
+        """
+        self.input.stop()
         self.socket.close()
 
 
-class BodySender:
-    """Send a request's body over a connection, and go on with it in a thread if the answer comes meanwhile.
+class NodeBody(BodyStream):
+    """Another node's answer, its body unread.
 
-    A stage that streams answers while it reads. If we sent all before reading anything, both sides
-    would block once the buffers between them are full; so the rest of the body gets a thread of its
-    own, which ends with the body, with the connection, or when `stop` is called. It owns the
-    iterator and closes it.
+    `close` gives the connection back, or closes it where bytes are left.
     """
 
-    def __init__(self, connection: NodeConnection, pieces: Iterator[Union[bytes, memoryview]]) -> None:
-        self._connection = connection
-        self._pieces = pieces
-        self._rest = memoryview(b"")
-        self._thread: Optional[threading.Thread] = None
-        self._outcome = Outcome()
-        self._is_unwanted = False  # the node's answer has ended: it wants no more
-        self._is_stopped = False  # nobody wants the answer any more
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the body was still on its way when the answer came."""
-        return self._thread is not None
-
-    def run(self) -> bool:
-        """Send until the body's end, True, or until the node answers, False."""
-        while True:
-            self._rest = self._rest[self._connection.send(self._rest):]
-            if self._rest:
-                return False
-            piece = next(self._pieces, None)
-            if piece is None:
-                return True
-            self._rest = memoryview(piece)
-
-    def go_on(self) -> None:
-        """Send what is left in a thread, while the caller reads the answer; `join` tells what came of it."""
-        self._thread = threading.Thread(target=self._run_to_end, name="sender", daemon=True)
-        self._thread.start()
-
-    def _run_to_end(self) -> None:
-        self._outcome = attempt(self._send_rest)
-        self.close()
-        if self._outcome.error is not None:
-            # wakes whoever reads the answer
-            attempt(self._connection.socket.shutdown, socket.SHUT_RDWR)
-
-    def _send_rest(self) -> None:
-        """Send what is left. What the node wants no more is read all the same, to see that it would have come right."""
-        for piece in itertools.chain([self._rest], self._pieces):
-            if self._is_stopped:
-                return
-            try:
-                if not self._is_unwanted:
-                    self._connection.socket.sendall(piece)
-            except OSError:
-                self._is_unwanted = True
-
-    def join(self) -> None:
-        """Wait for the thread, once the answer has ended; raise what the body's own source raised."""
-        if self._thread is not None:
-            self._is_unwanted = True
-            self._thread.join()
-            if self._outcome.error is not None:
-                raise self._outcome.error
-
-    def stop(self) -> None:
-        """Send no more than the piece that is on its way."""
-        self._is_stopped = True
-
-    def close(self) -> None:
-        """Close the body's source; not while the thread runs."""
-        cast(Any, self._pieces).close()
-
-
-class NodeBody(BodyStream):
-    """Another node's answer, its body unread. `close` gives the connection back, or closes it where bytes are left."""
-
-    def __init__(self, head: AnswerHead, body: MessageBody, sender: BodySender, release: Callable[[], None]) -> None:
+    def __init__(self, head: AnswerHead, body: MessageBody, source: NodeInput,
+                 release: Callable[[], None]) -> None:
         super().__init__()
         self.status = head.status
         self.headers = head.fields
         self.size = body.size
-        self.is_early = sender.is_running
+        self.is_early = source.is_sending
         self.can_be_checked = not isinstance(body, ClosingReader)
         self._body = body
-        self._sender = sender
+        self._source = source
         self._release = release
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes; NodeBodyLost where the answer ends before its time."""
-        try:
-            count = self._body.receive(buffer)
-        except NodeBodyLost:
-            self._join(complete=False)
-            raise
+        """Read some bytes; NodeBodyLost where the answer ends before its time.
+
+        At its end, what is left of the request's own body is run to its end, whose failure is that
+        of the exchange.
+        """
+        count = self._body.receive(buffer)
         if not count:
-            self._join(complete=True)
+            self._source.run_out()
         return count
 
-    def _join(self, complete: bool) -> None:
-        """See the request's own body end; where that has failed, it is the reason that the answer was cut."""
-        if not complete:
-            self._sender.stop()
-        self._sender.join()
+    def readall(self) -> bytes:
+        """Read to the end, also of a body of a known size, of which the end is not read."""
+        data = super().readall()
+        self._source.run_out()
+        return data
 
     def close(self) -> None:
         """Let go of the connection, and of a body that is still being sent."""
         if not self.closed:
             super().close()
-            self._sender.stop()
             self._release()
 
 
@@ -1955,38 +1937,20 @@ class ConnectionPool:
         return self._tls if hop.scheme == "https" else None
 
     def _exchange(self, connection: NodeConnection, request: NodeRequest) -> NodeBody:
-        """Send on one connection and read the answer's head; close the connection if that fails."""
+        """Send on one connection and read the answer's head; close it if that fails."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
-            sender = BodySender(connection, request.pieces())
-            on_failure.callback(sender.close)
-            is_sent, head = self._converse(connection, request, sender)
+            connection.begin(request, self._token)
+            head = connection.read_head()
             body = connection.body(head)
             on_failure.pop_all()
-        if is_sent or head.status >= 300:
-            sender.close()
-        else:
-            sender.go_on()
+        answer = NodeBody(
+            head, body, connection.input, lambda: self._release(connection, is_good and body.is_at_end))
         # others go out on new connections, and would pile up
-        is_good = is_sent and head.keeps_alive and request.is_repeatable
-        return NodeBody(head, body, sender, lambda: self._release(connection, is_good and body.is_at_end))
-
-    def _converse(self, connection: NodeConnection, request: NodeRequest,
-                  sender: BodySender) -> Tuple[bool, AnswerHead]:
-        """Send until all is sent or the answer comes; return whether all was sent, and the answer's head."""
-        has_begun = is_sent = False
-        while True:
-            try:
-                if not has_begun:
-                    has_begun = True
-                    connection.begin(request, self._token)
-                is_sent = is_sent or sender.run()
-            except ConnectionError:  # it may have answered before it hung up
-                is_sent = False
-            head = connection.read_head()
-            # "100 Continue" and its like come before the answer, and want the rest of the body
-            if head.status >= 200:
-                return is_sent, head
+        is_good = not answer.is_early and head.keeps_alive and request.is_repeatable
+        if head.status >= 300:  # it wants no more
+            connection.input.stop()
+        return answer
 
     def _release(self, connection: NodeConnection, is_good: bool) -> None:
         """Keep a connection whose answer was read to its end, close any other."""

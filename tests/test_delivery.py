@@ -756,9 +756,10 @@ def test_a_stage_may_answer_all_before_it_reads(pod: Pod, hop: StandInTarget) ->
     assert (response.status, response.body == answer) == (200, True)
 
 
+@pytest.mark.parametrize("body, framing", [(b"early", "chunked"), (b"early", "length"), (b"", "length")])
 def test_a_stream_that_fails_behind_the_first_piece_of_the_answer_cuts_the_answer(
-        pods: Pods, hop: StandInTarget) -> None:
-    hop.default = Behaviour(status=200, body=b"early", framing="chunked", early=True)
+        pods: Pods, hop: StandInTarget, body: bytes, framing: str) -> None:
+    hop.default = Behaviour(status=200, body=body, framing=framing, early=True)
     pod = pods("failing")
     with contextlib.suppress(http.client.IncompleteRead, http.client.RemoteDisconnected):
         assert pod.send("fqn", bytes(MORE_THAN_BUFFERS), hop.root, "fail at the end").status >= 500
