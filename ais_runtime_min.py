@@ -1707,15 +1707,23 @@ class NodeInput(ConnectionInput):
         if not self.is_sending:
             return super().fill(flags)
         self._connection.settimeout(0)
+        came = self._receive_now()
         try:
-            while self.is_sending:
-                if self._is_tls or is_ready(self._connection, select.POLLIN):
-                    with contextlib.suppress(*self._not_now):  # what is readable may be TLS's own
-                        return super().fill()
+            while came is None and self.is_sending:
                 self._send_some()
+                came = self._receive_now()
         finally:
             self._connection.settimeout(self.silence_seconds)
-        return super().fill(flags)
+        return super().fill(flags) if came is None else came
+
+    def _receive_now(self) -> Optional[bool]:
+        """Receive what is here, False at the end of the connection; None where nothing is."""
+        if not (self._is_tls or is_ready(self._connection, select.POLLIN)):
+            return None
+        try:
+            return super().fill()
+        except self._not_now:  # what was readable may be TLS's own
+            return None
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, 0 at the end of the connection."""
@@ -1827,9 +1835,7 @@ class NodeConnection:
         return BoundedReader(self.input, int(length), OF_NODE)
 
     def close(self) -> None:
-        """Close it, and let go of a body that is being sent: without its last chunk the node cannot
-        take that for whole.
-        """
+        """Close it, and let go of the body: without its last chunk no node takes it for whole."""
         self.input.stop()
         self.socket.close()
 
