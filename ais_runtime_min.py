@@ -611,7 +611,8 @@ class Settings(NamedTuple):
                 if text:
                     values[variable.field] = variable.parse(text)
             except ValueError as error:
-                shown = "" if variable.secret else f"={text!r}"
+                # a key may be in the place of its file
+                shown = "" if variable.secret or "\n" in text else f"={text!r}"
                 complaints.append(f"{variable.name}{shown} must be {error}")
         complaints += _payload_complaints(environ, values)
         complaints += [f"{name} is not set" for name in required if not environ.get(name)]
@@ -669,10 +670,16 @@ class RedactingFormatter(logging.Formatter):
         return text if isinstance(text, str) else f"{type(ei[1]).__name__}: {describe(ei[1])}"
 
 
-def configure_logging(settings: Settings) -> None:
-    """Send all log records of this process to stdout, the users' too: the pod's log is one stream."""
+def stdout_handler(settings: Settings) -> logging.Handler:
+    """Make what writes log records to stdout."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(RedactingFormatter(settings))
+    return handler
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send all log records of this process to stdout, the users' too: the pod's log is one stream."""
+    handler = stdout_handler(settings)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logger.setLevel(settings.log_level)
     logger.handlers, logger.propagate = [handler], False
@@ -1556,7 +1563,7 @@ class Hop(NamedTuple):
         parts = urlsplit(url)
         is_web = parts.scheme in ("http", "https") and HOST.fullmatch(parts.netloc)
         if not is_web or not HOST_NAME.fullmatch(parts.hostname or ""):
-            raise ValueError(f"{url!r} is no http(s) URL")
+            raise ValueError(f"{hide_credentials(url)!r} is no http(s) URL without a password")
         return cls(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
 
 
@@ -2093,17 +2100,9 @@ def how_to_get(package: str) -> str:
     return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
 
 
-class State:
-    """What the runtime keeps with an instance, apart from the names that a class may use."""
-
-    session: Any = None
-    app: Any = None  # the framework's application, once there is one
-    answer: Any = None  # what answers the app's requests for objects, while it is served
-
-    @staticmethod
-    def of(server: Any) -> State:
-        """Return that of an instance."""
-        return cast(State, vars(server).setdefault("ais_runtime_min.state", State()))
+# What the runtime keeps with an instance, in its `vars`, apart from the names that a class may use:
+# its session, the framework's application, and what answers that one's requests for objects
+SESSION, APP, ANSWER = "ais_runtime_min.session", "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
 def require_framework(server: Any) -> None:
@@ -2115,17 +2114,17 @@ def require_framework(server: Any) -> None:
 
 def app_of(server: Any) -> Any:
     """Return the application of an instance; where there is none, make it and have it prepared."""
-    state, name = State.of(server), framework_of(type(server))
-    if state.app is None:
+    kept, name = vars(server), framework_of(type(server))
+    if kept.get(APP) is None:
         require_framework(server)
         framework = importlib.import_module(name)
         if name == "fastapi":
-            state.app = framework.FastAPI()
+            kept[APP] = framework.FastAPI()
             server._setup_app()
         else:
-            state.app = framework.Flask(__name__)
+            kept[APP] = framework.Flask(__name__)
             server._register_routes()
-    return state.app
+    return kept[APP]
 
 
 class ETLServer(ABC):
@@ -2148,8 +2147,7 @@ class ETLServer(ABC):
         self.direct_fqn = settings.direct_fqn
         self.direct_put_retries = settings.direct_put_retries
         self.token: Optional[str] = settings.token or None
-        logging.basicConfig(level=settings.log_level, stream=sys.stdout,
-                            format="%(asctime)s - %(name)s - %(levelname)s - %(message)s")
+        logging.basicConfig(level=settings.log_level, handlers=[stdout_handler(settings)])
         self.logger = logging.getLogger(type(self).__name__)
         self.logger.setLevel(settings.log_level)
         self.use_streaming = streams(type(self))
@@ -2157,15 +2155,14 @@ class ETLServer(ABC):
     @property
     def session(self) -> Any:
         """A `requests.Session` for the class's own use, made when it is first touched."""
-        state = State.of(self)
-        if state.session is None:
-            state.session = self._build_session()
-        return state.session
+        if vars(self).get(SESSION) is None:
+            vars(self)[SESSION] = self._build_session()
+        return vars(self)[SESSION]
 
     @session.setter
     def session(self, session: Any) -> None:
         """Take a session of the class's own making."""
-        State.of(self).session = session
+        vars(self)[SESSION] = session
 
     def _build_session(self) -> Any:
         """Make the session, with certificates and token; ImportError without `requests`."""
@@ -2311,7 +2308,7 @@ class FrameworkServer(ListeningServer):
     @property
     def app(self) -> Any:
         """The framework's application; FrameworkNeeded where the class is served without one."""
-        if State.of(self).app is None and Current.is_loading:
+        if vars(self).get(APP) is None and Current.is_loading:
             return LateApp(self)
         return app_of(self)
 
@@ -2319,7 +2316,7 @@ class FrameworkServer(ListeningServer):
     def app(self, app: Any) -> None:
         """Take an application of the class's own making."""
         require_framework(self)
-        State.of(self).app = app
+        vars(self)[APP] = app
 
 
 class FastAPIServer(FrameworkServer):
@@ -2344,7 +2341,7 @@ class FastAPIServer(FrameworkServer):
 
     async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
         """Answer a request for an object by a response of Starlette's."""
-        return await State.of(self).answer(path, request)
+        return await vars(self)[ANSWER](path, request)
 
 
 class FlaskServer(FrameworkServer):
@@ -2365,7 +2362,7 @@ class FlaskServer(FrameworkServer):
 
     def _handle_request(self, path: str) -> Any:
         """Answer the current request, for an object, by a response of Flask's."""
-        return State.of(self).answer(path)
+        return vars(self)[ANSWER](path)
 
 
 class CountingIterator:
@@ -2427,7 +2424,8 @@ DEFAULT_IMAGE = {
 PYPI_NAMES = {
     **DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
-    "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore"}
+    "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
+    "distutils": "setuptools", "pkg_resources": "setuptools"}
 # Base: names of the SDK's own servers that this runtime does not call, so that overriding one would
 # do nothing.
 DELIVERY_INTERNALS = (
@@ -2478,7 +2476,7 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 
 
 class HTTPException(Exception):
-    """Starlette's, which is all that many classes take of FastAPI: see STAND_INS."""
+    """Starlette's, which is all that many classes take of FastAPI, where that is not installed."""
 
     __module__ = "starlette.exceptions"  # by which its status is found
 
@@ -2492,32 +2490,30 @@ class HTTPException(Exception):
         return f"{self.status_code}: {self.detail}"
 
 
-# What classes take of a framework that this file has as well: the framework is not installed for it
-STAND_INS: Mapping[str, Mapping[str, Any]] = {"starlette": {}, **dict.fromkeys(
-    ("fastapi", "fastapi.exceptions", "starlette.exceptions"), {"HTTPException": HTTPException})}
+# where payloads find it
+OF_HTTP_EXCEPTION = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
 
 
 def is_here(package: str) -> bool:
-    """Tell whether a package can be imported, by which this file does not stand in for it."""
+    """Tell whether a package is installed; a folder that is called as the SDK is does not count."""
     spec = importlib.machinery.PathFinder.find_spec(package)
-    return spec is not None and spec.origin is not None
+    return spec is not None and (package != "aistore" or spec.origin is not None)
 
 
 class LacksName(AttributeError):
-    """A module that this file stands in for has no such name here."""
+    """A module of the SDK that this file stands in for has no such name here."""
 
     def __init__(self, module: str, name: str) -> None:
         super().__init__(f"{module}.{name} is not here")
-        self.package = module.partition(".")[0]
 
 
-def stand_ins() -> Dict[str, Mapping[str, Any]]:
-    """List the modules that this file stands in for, and what they hold here."""
+def sdk_modules() -> Dict[str, Mapping[str, Any]]:
+    """List the SDK's modules that a payload may refer to, and what they hold here."""
     transient = {"RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
                  "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)}
     webserver = "aistore.sdk.etl.webserver"
     return {
-        **STAND_INS, "aistore": {}, "aistore.sdk": {},
+        "aistore": {}, "aistore.sdk": {},
         "aistore.sdk.const": CONSTANTS,
         "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
                                "ETLDirectPutTransientError": ETLDirectPutTransientError},
@@ -2541,16 +2537,15 @@ class SDKNames:
     """An import finder and loader that answers for the SDK's modules with the names of this file.
 
     The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
-    The others are ours only while the real package is not installed.
+    The others are ours only while the real SDK is not installed.
     """
 
     def find_spec(self, name: str, path: Any = None,
                   target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        """Answer for the modules that this file stands in for."""
-        package = name.partition(".")[0]
-        if package not in ("aistore", "fastapi", "starlette") or name not in stand_ins():
+        """Answer for `aistore` and what is below it."""
+        if name.partition(".")[0] != "aistore" or name not in sdk_modules():
             return None
-        if name.startswith("aistore.sdk.etl.webserver") or not is_here(package):
+        if name.startswith("aistore.sdk.etl.webserver") or not is_here("aistore"):
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         return None
 
@@ -2559,7 +2554,7 @@ class SDKNames:
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Fill a module with our names; any other is LacksName."""
-        vars(module).update(stand_ins()[module.__name__])
+        vars(module).update(sdk_modules()[module.__name__])
 
         def missing(name: str) -> NoReturn:
             raise LacksName(module.__name__, name)
@@ -2645,20 +2640,13 @@ def checked_code(*args: Any) -> types.CodeType:
     return code
 
 
-def require_whole(module: types.ModuleType) -> types.ModuleType:
-    """Return a module; FrameworkNeeded where this file stands in for it: the class may want all."""
-    framework = DEFAULT_IMAGE.get(module.__name__.partition(".")[0], "")
-    if framework in FRAMEWORKS and stands_in(module.__name__):
-        raise FrameworkNeeded(framework, serves=False)
-    return module
-
-
 def package_of(error: BaseException) -> str:
     """Return the package that an import has failed for, "" where none is missing."""
     if isinstance(error, LacksName):
-        return error.package
+        return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    return name if name and not is_here(name) else ""
+    of_python = {*sys.builtin_module_names, *getattr(sys, "stdlib_module_names", ())}
+    return name if name and name not in of_python and not is_here(name) else ""
 
 
 class PayloadUnpickler(pickle.Unpickler):
@@ -2671,6 +2659,10 @@ class PayloadUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Look up a global, with our own maker in the place of code objects' type."""
+        if module in OF_HTTP_EXCEPTION and name == "HTTPException":
+            package = module.partition(".")[0]
+            if not is_here(package):
+                return HTTPException
         try:
             found = super().find_class(module, name)
         except AttributeError as error:
@@ -2680,16 +2672,16 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"that functools.lru_cache wraps, for one, must be made by the class "
                     f"itself") from None
             if module.partition(".")[0] == "cloudpickle":
-                here = installed_version("cloudpickle")
+                here = installed_version("cloudpickle") or ""
+                is_old = re.match("[012][.]", here)
                 raise PackageError(
                     f"{FAILED} was made by cloudpickle 3 or newer, and this image has {here}, "
                     f"which has no {name}: add cloudpickle>=3 to PACKAGES, and nothing that wants "
-                    f"an older one") from None
+                    f"an older one" if is_old else f"{FAILED} was made by another cloudpickle than "
+                    f"this image's, {here}, which has no {name}; {MAKE_ANEW}") from None
             raise LacksName(module, name) if stands_in(module) else error from None
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
-        if (module, name) == ("cloudpickle.cloudpickle", "subimport"):
-            return lambda whole: require_whole(found(whole))
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
@@ -2697,14 +2689,16 @@ class PayloadUnpickler(pickle.Unpickler):
         import opcode
 
         code = checked_code(*args)
-        if opcode.opmap["IMPORT_NAME"] in code.co_code[::2]:
-            for module in code.co_names:
-                package = module.partition(".")[0]
-                framework = DEFAULT_IMAGE.get(package, "")
-                known = tuple(STAND_INS.get(module, ()))
-                is_enough = known and known in code.co_consts  # `from fastapi import HTTPException`
-                if framework in FRAMEWORKS and not is_enough and not is_here(package):
+        imports = code.co_code[::2].count(opcode.opmap["IMPORT_NAME"])
+        for module in code.co_names if imports else ():
+            package = module.partition(".")[0]
+            framework = DEFAULT_IMAGE.get(package, "")
+            if framework in FRAMEWORKS and not is_here(package):
+                takes_one = imports == 1 and ("HTTPException",) in code.co_consts
+                if module not in OF_HTTP_EXCEPTION or not takes_one:
                     raise FrameworkNeeded(framework, serves=False)
+                names = [__name__ if name == module else name for name in code.co_names]
+                code = code.replace(co_names=tuple(names))
         return code
 
 
@@ -2724,7 +2718,10 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
     tells = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
     if text != kind and (has_type or not tells):
         text = f"{kind}: {text}"
-    return f"{text}: {how_to_get(PYPI_NAMES.get(name, name))}" if name else text
+    if not name:
+        return text
+    doubt = "" if name in PYPI_NAMES else ", if it has that name on PyPI and is not your own"
+    return f"{text}: {how_to_get(PYPI_NAMES.get(name, name))}{doubt}"
 
 
 def missing_module(error: BaseException, pickled: bytes) -> StartupError:
@@ -2768,16 +2765,13 @@ def refusal(cls: Type[ETLServer]) -> str:
     if ignored:
         return (f"overrides {', '.join(ignored)}, which the SDK's own server calls and this "
                 f"runtime does not: override transform or transform_stream only")
-    plain = CO_COROUTINE | CO_ASYNC_GENERATOR
-    for name, flags in (("transform", plain | CO_GENERATOR), ("transform_stream", plain),
-                        ("get_mime_type", plain | CO_GENERATOR)):
-        function = getattr(cls, name)
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        found = getattr(getattr(function, "__code__", None), "co_flags", 0) & flags
-        if found:
-            what = "yields, as only transform_stream() may" if found & CO_GENERATOR else "is async"
-            return f"has a {name}() that {what}: it must be a plain function"
+    for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
+                 "client_put", "handle_direct_put_response"):
+        flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
+        if flags & (CO_COROUTINE | CO_ASYNC_GENERATOR):
+            return f"has a {name}() that is async: it must be a plain function"
+        if flags & CO_GENERATOR and name != "transform_stream":
+            return f"has a {name}() that yields, as only transform_stream() may"
     return ""
 
 
@@ -4018,7 +4012,11 @@ class Service:
         while True:
             try:
                 pieces = guarded(self._pieces(request, body)) if output is None else output
-                return self._deliveries.deliver(destination, pieces, retries.connect_seconds)
+                answer = self._deliveries.deliver(destination, pieces, retries.connect_seconds)
+                if answer.origin and not request.is_message:
+                    logger.error("%s: the next hop, %s, answered %d: %s", request.name,
+                                 answer.origin, answer.status, cast(bytes, answer.body)[:1000])
+                return answer
             except HopLost as error:
                 if output is None and not request.is_replayable and not error.hopeless:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
@@ -4263,7 +4261,8 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
     """Log what a request came to, and when it began by time.monotonic(); at DEBUG alone."""
     milliseconds = 1000 * (time.monotonic() - began)
-    logger.debug("%s %s: %d, %d bytes in %.1f ms", method, path, status, size, milliseconds)
+    what = f"{method} {path}" if method else "no request"
+    logger.debug("%s: %d, %d bytes in %.1f ms", what, status, size, milliseconds)
 
 
 def log_cut(name: str, error: BaseException) -> None:
@@ -4473,15 +4472,17 @@ class HTTPConnection(Connection):
         elif not isinstance(answer, Answer):
             self._serving = head.target.partition("?")[0]
             answer = answer(body)
-        with answer:
-            if isinstance(answer.body, bytes) and not body.is_at_end:
-                self._drain(body)
-            keeps = self._keeps(answer, head, body)
-            self._write(answer, head, keeps)
-            keeps = keeps and body.is_at_end  # an application may have left some of it
-        if logger.isEnabledFor(logging.DEBUG):
-            path = head.target.partition("?")[0]
-            log_request(head.method, path, answer.status, self._size, began)
+        try:
+            with answer:
+                if isinstance(answer.body, bytes) and not body.is_at_end:
+                    self._drain(body)
+                keeps = self._keeps(answer, head, body)
+                self._write(answer, head, keeps)
+                keeps = keeps and body.is_at_end  # an application may have left some of it
+        finally:
+            if logger.isEnabledFor(logging.DEBUG):
+                path = head.target.partition("?")[0]
+                log_request(head.method, path, answer.status, self._size, began)
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._wish = Next.UPGRADE
         elif not keeps:
@@ -5837,8 +5838,6 @@ def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageB
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     """Install what is missing of a framework, and import it here: forked workers share it."""
-    for module in filter(stands_in, STAND_INS):
-        del sys.modules[module]
     framework = FRAMEWORKS[name]
     wanted = list(framework.modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
@@ -6183,7 +6182,7 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
         return Route(path, function, methods=list(methods), include_in_schema=False)
 
     messages = ASGIMessages(service)
-    State.of(server).answer = StarletteAnswers(service)
+    vars(server)[ANSWER] = StarletteAnswers(service)
     objects = route("/{path:path}", answer, "GET", "PUT")
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")  # its own knows no line feed
     server.app.router.routes.extend([
@@ -6239,6 +6238,14 @@ def has_body(fields: Mapping[bytes, bytes]) -> bool:
     return b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
 
 
+async def outcome_of(call: Any) -> Outcome:
+    """Await what may raise anything, as `attempt` calls it."""
+    try:
+        return Outcome(await call)
+    except BaseException as error:
+        return Outcome(error=error)
+
+
 class ASGIFront:
     """The outermost application: it serves `/health` and `/ws`, and the class's own the rest."""
 
@@ -6267,11 +6274,10 @@ class ASGIFront:
                 message = {"type": message["type"]}
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_on)
-        except BaseException as error:
+        error = (await outcome_of(self._app(scope, receive, send_on))).error
+        if error is not None:
             self.failure = error
-            raise
+            raise error
 
     @staticmethod
     def _own_answer(scope: Any) -> Tuple[int, bytes]:
@@ -6293,21 +6299,19 @@ class ASGIFront:
 
         status, text = self._own_answer(scope)
         began = time.monotonic()
-        try:
-            if status:
-                await self._answer(request, status, text)
-            else:
-                await self._app(scope, request.receive, request.send)
-        except AnswerCut:
-            await request.abort()
-        except asyncio.CancelledError:
+        if status:
+            error = (await outcome_of(self._answer(request, status, text))).error
+        else:
+            error = (await outcome_of(self._app(scope, request.receive, request.send))).error
+        log_request(scope["method"], scope["path"], request.status, request.size, began)
+        # uvloop's for a connection that is closed is a RuntimeError
+        is_of_client = isinstance(error, (OSError, RuntimeError)) and request.is_gone
+        if isinstance(error, asyncio.CancelledError):
             logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
+        elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
+            log_user_error(scope["path"], error)
+        if isinstance(error, (AnswerCut, asyncio.CancelledError)):
             await request.abort()
-        except (OSError, RuntimeError):  # the second of uvloop, where a connection is closed
-            if not request.is_gone:
-                raise
-        finally:
-            log_request(scope["method"], scope["path"], request.status, request.size, began)
 
     @staticmethod
     async def _answer(request: ASGIRequest, status: int, body: bytes) -> None:
@@ -6372,7 +6376,6 @@ class UvicornServer:
         # ends a process that has not begun to serve, or whose main thread is still held up
         self.leave: Callable[[], object] = lambda: None
         logging.getLogger("uvicorn").setLevel(quiet_level())
-        logging.getLogger("uvicorn.error").disabled = False  # as a class's dictConfig() has it
 
     def serve_forever(self) -> None:
         """Serve until `drain`, and then what has begun.
@@ -6607,6 +6610,7 @@ class FlaskAnswers:
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
     """Let a class's application answer requests for objects, where none of its own routes does."""
+    import flask
     from werkzeug.routing import BaseConverter
 
     class AnyName(BaseConverter):  # type: ignore[misc]
@@ -6615,7 +6619,9 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
     app, handle = server.app, server._handle_request
-    State.of(server).answer = FlaskAnswers(service)
+    if type(app).log_exception is flask.Flask.log_exception:
+        app.log_exception = lambda *args: log_user_error(flask.request.path, args[-1][1])
+    vars(server)[ANSWER] = FlaskAnswers(service)
     # of a body that is cut, which is no failure of the application's
     app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
@@ -6636,7 +6642,7 @@ def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service
 def make_front(listener: socket.socket, server: ETLServer,
                settings: Settings) -> Union[UvicornServer, Server]:
     """Make what serves an instance on a listening socket."""
-    has_app = State.of(server).app is not None
+    has_app = vars(server).get(APP) is not None
     by_uvicorn = CallingThread() if has_app and isinstance(server, FastAPIServer) else None
     is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = by_uvicorn or (MainThread() if is_one else None)
@@ -6653,8 +6659,8 @@ def make_front(listener: socket.socket, server: ETLServer,
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
     """Let the application of a class that starts its own server answer requests for objects."""
-    has_app = State.of(server).app is not None
-    if has_app and State.of(server).answer is None:
+    has_app = vars(server).get(APP) is not None
+    if has_app and vars(server).get(ANSWER) is None:
         add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
         add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
 
@@ -6701,7 +6707,7 @@ def let_in(listener: socket.socket) -> None:
     except OSError as error:
         port = listener.getsockname()[1]
         raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
-    if Current.listener is None:
+    if Current.reports is None:
         logger.info("serving on %s", url_of(listener))
     report(REPORT_READY)
     gate, Current.gate = Current.gate, None
@@ -6772,6 +6778,7 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
         name, port = type(server).__name__, getattr(server, "port", settings.port)
         if Current.listener is None:
             add_routes(server, settings)
+            server.port = settings.port if port == 8000 else port
         elif port != settings.port:
             logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
         call_user(f"{name}.start()", server.start)
@@ -7063,7 +7070,7 @@ class Supervisor:
         self._forsaken_at = 0.0  # when to end for that reason, where no connection is left
         self._stops = 0  # signals to stop, so far
         self._last_stop = 0.0  # when the last of them came
-        self._is_announced = False
+        self._has_begun = False  # whether all workers were ready at once
         self._selector = selectors.DefaultSelector()
         self._life = os.pipe()
         self._gate = os.pipe()  # its end is that of waiting, for workers that are ready
@@ -7074,7 +7081,7 @@ class Supervisor:
     def run(self, announce: Callable[[str], None]) -> int:
         """Serve; return the exit code, or raise the StartupError that ended it.
 
-        `announce` gets the base URL once all workers are ready, before any request is answered.
+        `announce` gets the base URL once a worker is ready, before any request is answered.
         """
         self._bind()
         self._take_signals()
@@ -7214,10 +7221,12 @@ class Supervisor:
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _announce(self, announce: Callable[[str], None]) -> None:
-        """Let the workers serve once all are ready, which is said before."""
+        """Let the workers serve once the first is ready, which is said before."""
         ready = [REPORT_READY in worker.told for worker in self._workers.values()]
-        if not self._is_announced and len(ready) == self._count and all(ready):
-            self._is_announced = True
+        if not self._has_begun and all(ready) and len(ready) == self._count:
+            self._has_begun = True
+            logger.debug("all workers are ready")
+        if any(ready) and self._gate[1] >= 0:
             listener = self._listener
             announce(url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
             self._open_gate()
@@ -7283,7 +7292,7 @@ class Supervisor:
 
     def _bury(self, worker: Worker, status: int) -> None:
         """Decide what a worker's end means: the end of all, or a replacement."""
-        if worker.failure is not None and not (self._is_announced or self._deadline):
+        if worker.failure is not None and not (self._has_begun or self._deadline):
             return self._fail(worker.failure)
         if worker.failure is not None and self._failure is None:
             logger.error(worker.failure.story or str(worker.failure), extra=WITH_LINES)
@@ -7472,7 +7481,8 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     settings = Settings.from_env(environ, required)
 
     def announce(served: Served, by: str, url: str) -> None:
-        count = "1 worker" if settings.workers == 1 else f"{settings.workers} workers"
+        is_one = settings.workers == 1 or served.has_own_start
+        count = "1 worker" if is_one else f"{settings.workers} workers"
         logger.info("serving %s (%s%s) on %s with %s", served.name, served.base,
                     by and f", by {by}", url, count)
 
@@ -7523,9 +7533,6 @@ def class_from_file(text: str) -> Type[ETLServer]:
     _, error = attempt(spec.loader.exec_module, module)
     Current.is_loading = False
     raise_framework_needed(error)
-    for value in vars(module).values():
-        if isinstance(value, types.ModuleType):
-            require_whole(value)
     if error is not None:
         reason = f"{path} cannot be imported: {describe_of_user(error, has_type=True)}"
         raise with_story((PackageError if package_of(error) else ClassError)(reason), path, error)
@@ -7538,8 +7545,10 @@ def first_file(folder: str) -> str:
     for where, subfolders, names in os.walk(root):
         subfolders.sort()
         for path in (os.path.join(where, name) for name in sorted(names)):
-            if is_object_path(os.path.realpath(path), (root,)) and attempt(existing_file, path).value:
-                return os.path.relpath(path, root)
+            name = os.path.relpath(path, root)
+            is_there = is_object_path(os.path.realpath(path), (root,)) and os.access(path, os.R_OK)
+            if is_there and os.path.isfile(path) and f"/{name}" not in PATH_METHODS:
+                return name
     return ""
 
 
@@ -7547,7 +7556,7 @@ def curl_lines(url: str, folder: str) -> List[str]:
     """Make two commands that try the class: with bytes, and with a file of the folder."""
     file = first_file(folder) if folder else ""
     return [f"  echo hello | curl -sS -T - {url}/bucket/object",
-            f"  curl -sS '{url}/{quote(file)}'" if file else f"  curl -sS {url}/health"]
+            f"  curl -sS '{url}/{quote(os.fsencode(file))}'" if file else f"  curl -sS {url}/health"]
 
 
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
@@ -7651,7 +7660,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("install stands alone; --help has the options")
     if arguments.target is not None:
         if os.path.isdir(arguments.target):
-            arguments.target = "file://" + quote(os.path.abspath(arguments.target))
+            arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
         target, error = attempt(target_url, arguments.target)
         if error is not None:
             raise UsageError(f"--target must be a folder that is there, or {error}")

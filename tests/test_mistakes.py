@@ -116,6 +116,13 @@ def test_a_class_may_use_all_names_that_the_sdk_does_not() -> None:
     assert set(names_of_ours()) - set(json.loads(output)) == {"app", "session"}
 
 
+def test_a_copy_of_an_instance_has_a_session_of_its_own(start_runtime: StartRuntime) -> None:
+    code = ("self.session = 'one'; other = copy.copy(self); other.session = 'two'; "
+            "return self.session + other.session")
+    runtime = start_runtime(simple(code, before="import copy\n"))
+    assert runtime.request("PUT", "/b/o", b"").body == b"onetwo"
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_attributes_of_a_class_do_not_meet_the_runtimes(
     start_runtime: StartRuntime, base: str
@@ -134,13 +141,31 @@ def test_attributes_of_a_class_do_not_meet_the_runtimes(
      "has a transform_stream() that is async"),
     ("    def transform(self, data, path, etl_args):\n        yield data\n", BASES[2],
      "has a transform() that yields"),
-    ("    async def wrapped(self, *args):\n        return b''\n"
-     "    transform = functools.wraps(wrapped)(lambda *args: b'')\n", BASES[0],
-     "has a transform() that is async"),
+    ("    async def client_put(self, url, data, headers, timeout=None):\n        pass\n"
+     "    def transform(self, data, path, etl_args):\n        return data\n", BASES[0],
+     "has a client_put() that is async"),
 ])
 def test_a_class_with_methods_that_nobody_awaits_is_refused(code: str, base: str, words: str) -> None:
-    payload = make_payload("import functools\n" + BASE % base + code, "Simple")
+    payload = make_payload(BASE % base + code, "Simple")
     assert_told(run_to_end(env={"ETL_CLASS_PAYLOAD": payload}), Exit.SOFTWARE, words)
+
+
+def test_a_method_that_is_wrapped_into_a_plain_one_is_served(start_runtime: StartRuntime) -> None:
+    source = """
+import asyncio, functools
+
+def plain(method):
+    @functools.wraps(method)
+    def wrapper(*args):
+        return asyncio.run(method(*args))
+    return wrapper
+""" + BASE % BASES[0] + """
+    @plain
+    async def transform(self, data, path, etl_args):
+        return data.upper()
+"""
+    runtime = start_runtime(make_payload(source, "Simple"))
+    assert runtime.request("PUT", "/b/o", b"hello").body == b"HELLO"
 
 
 def test_a_coroutine_that_only_a_call_shows_is_told(start_runtime: StartRuntime) -> None:
@@ -180,20 +205,23 @@ def test_failures_are_logged_whatever_a_class_does_to_logging(
     runtime.wait_for_line("ais_runtime_min - ERROR - /b/o: no more of it", 5)
 
 
+@pytest.mark.parametrize("what", ["logging.config.dictConfig({'version': 1})", "logging.disable(50)"])
 @pytest.mark.parametrize("base", BASES[1:])
 def test_failures_of_an_application_are_logged_whatever_a_class_does_to_logging(
-    start_runtime: StartRuntime, base: str
+    start_runtime: StartRuntime, base: str, what: str
 ) -> None:
     route = "add_api_route" if base == BASES[1] else "add_url_rule"
     more = ("    def __init__(self):\n        super().__init__()\n        def bad():\n"
             "            raise ValueError('no more of it')\n        self.app.%s('/bad', None or bad)\n"
-            "        logging.config.dictConfig({'version': 1})\n") % route
+            "        %s\n") % (route, what)
     if base == BASES[2]:
         more = more.replace("None or bad", "view_func=bad")
     payload = simple(more=more, base=base, before="import logging.config\n")
     runtime = start_runtime(payload, python=interpreter("sdk"), expect_traceback=True)
     assert runtime.request("GET", "/bad").status == 500
+    runtime.wait_for_line("ERROR - /bad: no more of it", 5)
     runtime.wait_for_line("^ValueError: no more of it", 5)
+    assert runtime.log().count("Traceback") == 1
 
 
 @pytest.mark.parametrize("level, shown", [("DEBUG", "DIWE"), ("INFO", "IWE")])
@@ -257,6 +285,15 @@ def test_a_failed_next_stage_is_told_with_who_answered_what(
         assert peer.break_reason() == (1011, "the next hop, %s, answered 500: no" % hop)
 
 
+def test_a_pod_that_is_stopped_as_its_last_worker_becomes_ready_ends_well() -> None:
+    more = ("    def __init__(self):\n        super().__init__()\n"
+            "        signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            "        os.kill(os.getppid(), signal.SIGTERM)\n        time.sleep(0.3)\n")
+    payload = simple(more=more, before="import os, signal, time\n")
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": payload, "NUM_WORKERS": "1"})
+    assert done.code == Exit.OK and "Traceback" not in "\n".join(done.lines)
+
+
 def test_health_is_answered_no_sooner_than_the_line_is_written() -> None:
     payload = simple(more="    def __init__(self):\n        super().__init__()\n        time.sleep(os.getpid() % 3 / 20)\n",
                      before="import os, time\n")
@@ -288,6 +325,15 @@ def test_health_is_answered_no_sooner_than_the_line_is_written() -> None:
             os.close(reader)
 
 
+def test_a_worker_that_cannot_come_up_keeps_no_other_from_serving(tmp_path: Path) -> None:
+    more = ("    def __init__(self):\n        super().__init__()\n"
+            "        try:\n            os.mkdir(%r)\n"
+            "        except FileExistsError:\n            time.sleep(60)\n") % str(tmp_path / "first")
+    env = {"ETL_CLASS_PAYLOAD": simple(more=more, before="import os, time\n"), "NUM_WORKERS": "2"}
+    with Runtime(env=env) as runtime:
+        assert runtime.request("PUT", "/b/o", b"hello", timeout=5).body == b"HELLO"
+
+
 def test_a_pod_that_is_stopped_before_all_of_it_is_ready_ends_at_once(tmp_path: Path) -> None:
     more = ("    def __init__(self):\n        super().__init__()\n"
             "        try:\n            os.mkdir(%r)\n"
@@ -301,7 +347,6 @@ def test_a_pod_that_is_stopped_before_all_of_it_is_ready_ends_at_once(tmp_path: 
         began = time.monotonic()
         assert server.terminate() == Exit.OK
         assert time.monotonic() - began < 3 and "is killed" not in server.log()
-        assert "serving" not in server.log()
 
 
 # == Packages and frameworks ==
@@ -315,11 +360,12 @@ def test_a_package_that_is_missing_is_told_wherever_an_import_fails(
     assert_told(done, Exit.UNAVAILABLE, "No module named 'yaml': add PyYAML to PACKAGES")
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(more=construct % "msgspec")})
     assert_told(done, Exit.UNAVAILABLE, "No module named 'msgspec': add msgspec to PACKAGES")
-    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(more=construct % "json.nonesuch")})
-    assert_told(done, Exit.SOFTWARE, "No module named 'json.nonesuch'")
-    assert "PACKAGES" not in done.last_line
+    for of_python in ("json.nonesuch", "json as j; from itertools import izip"):
+        done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(more=construct % of_python)})
+        assert done.code == Exit.SOFTWARE and "Simple() failed" in done.last_line
+        assert "PACKAGES" not in done.last_line
     runtime = start_runtime(simple("import msgspec"), expect_traceback=True)
-    assert told(runtime).endswith("No module named 'msgspec': add msgspec to PACKAGES")
+    assert "No module named 'msgspec': add msgspec to PACKAGES, if it has that name" in told(runtime)
 
 
 HTTP_EXCEPTION = {
@@ -349,6 +395,7 @@ def test_http_exceptions_need_no_fastapi_and_are_one_line_of_the_log(
     ("", "import fastapi; raise fastapi.HTTPException(404)"),
     ("from fastapi.responses import Response\n", "Response()"),
     ("from fastapi import HTTPException\n", "from fastapi import HTTPException, Request"),
+    ("", "from fastapi import HTTPException; import fastapi"),
 ])
 def test_whatever_else_a_class_takes_of_fastapi_is_installed(before: str, code: str) -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(code, before=before)})
@@ -369,6 +416,13 @@ def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime)
 def test_a_target_with_a_password_is_refused_and_it_is_not_shown(url: str) -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(), "AIS_TARGET_URL": url % SECRET})
     assert_told(done, Exit.CONFIG, "AIS_TARGET_URL", "without user and password")
+    assert SECRET not in "\n".join(done.lines)
+
+
+def test_a_key_in_the_place_of_its_file_is_not_shown() -> None:
+    key = "-----BEGIN PRIVATE KEY-----\n%s\n-----END PRIVATE KEY-----\n" % SECRET
+    done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(), "AIS_CRT_KEY": key, "AIS_CRT": key})
+    assert_told(done, Exit.CONFIG, "AIS_CRT_KEY must be a file")
     assert SECRET not in "\n".join(done.lines)
 
 
@@ -409,7 +463,7 @@ def test_serve_does_not_read_what_it_has_options_for(
     (IMPORT + "from aistore import Client\n" + UPPER, "'Client' from 'aistore'.*pip install aistore", "image"),
     (IMPORT + "from aistore.sdk import Client\n" + UPPER, "pip install aistore", "PACKAGES"),
     (IMPORT + "from fastapi import Request\n" + UPPER, "pip install .?fastapi", "docker"),
-    (IMPORT + "import fastapi\n" + UPPER, "pip install .?fastapi", "docker"),
+    (IMPORT + "from fastapi import HTTPException\n" + UPPER, "pip install .?fastapi", "docker"),
     (IMPORT + "class Upper(HTTPMultiThreadedServer):\n    pass\n", "mine.py: Upper cannot be served",
      "deserialize"),
     (IMPORT + UPPER + "    def __init__(self):\n        super().__init__()\n        import msgspec\n",
@@ -442,11 +496,17 @@ def test_the_line_to_try_names_a_file_that_can_be_had(
     (folder / "a").symlink_to("/etc/hostname")
     (folder / "b").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "c")
+    (folder / "ch").mkdir()
+    (folder / "ch" / os.fsdecode(b"\xff")).write_text("odd")
     (folder / "d").write_text("hello")
     words = ["serve", str(file), "--port", "0", "--target", str(folder)]
     runtime = start_runtime(None, ALONE, words, bare_python)
     runtime.wait_for_line(r"curl -sS '%s/d'" % re.escape(runtime.url))
     assert runtime.request("GET", "/d").body == b"HELLO"
+    (folder / "d").rename(folder / "health")
+    runtime = start_runtime(None, ALONE, words, bare_python)
+    runtime.wait_for_line(r"curl -sS '%s/ch/%%FF'" % re.escape(runtime.url))
+    assert runtime.request("GET", "/ch/%FF").body == b"ODD"
 
 
 OWN_PROCESS = IMPORT.replace("\n", " as Base\n") + '''

@@ -470,7 +470,8 @@ def test_the_delay_of_a_replacement_doubles_up_to_a_limit(
 
 @ON_LINUX
 def test_idle_workers_that_are_killed_do_not_end_a_pod_that_never_got_a_request(start: StartPod) -> None:
-    server = start(DEATHS + 2)
+    server = start(DEATHS + 2, LOG_LEVEL="DEBUG")
+    server.wait_for_line("all workers are ready")
     workers = children_of(server.pid)
     assert len(workers) == DEATHS + 2
     for worker in workers:

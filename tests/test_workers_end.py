@@ -199,8 +199,10 @@ StartRuntime = Callable[..., Runtime]
 def start(start_runtime: StartRuntime, kind: str, name: str = "Threaded", workers: int = 2) -> Runtime:
     """Start a class that starts what is asked for in each worker."""
     python = interpreter("sdk" if name.endswith("App") else "slim")
-    env = {"KIND": kind, "NUM_WORKERS": str(workers), "STOPPING": "/nonexistent"}
-    return start_runtime(make_payload(SOURCE, name), env, python=python)
+    env = {"KIND": kind, "NUM_WORKERS": str(workers), "STOPPING": "/nonexistent", "LOG_LEVEL": "DEBUG"}
+    runtime = start_runtime(make_payload(SOURCE, name), env, python=python)
+    runtime.wait_for_line("all workers are ready")
+    return runtime
 
 
 def started_by(runtime: Runtime) -> List[int]:
@@ -263,8 +265,9 @@ def test_what_an_executor_of_threads_has_begun_is_finished(
     start_runtime: StartRuntime, tmp_path: Path
 ) -> None:
     python = interpreter("slim")
-    env = {"KIND": "task", "NUM_WORKERS": "2", "STOPPING": str(tmp_path / "stopping")}
+    env = {"KIND": "task", "NUM_WORKERS": "2", "STOPPING": str(tmp_path / "stopping"), "LOG_LEVEL": "DEBUG"}
     runtime = start_runtime(make_payload(SOURCE, "Threaded"), env, python=python)
+    runtime.wait_for_line("all workers are ready")
     runtime.process.terminate()
     runtime.wait_for_line("stopping")
     (tmp_path / "stopping").touch()
