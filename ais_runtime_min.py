@@ -2043,19 +2043,16 @@ class Share:
     ABSENT = 0xFFFFFFFF
     COUNT_BYTES = 4
 
-    def __init__(self, workers: int = 1, slot: int = 0, descriptor: int = -1) -> None:
-        self._counts = memoryview(mmap.mmap(descriptor, self.COUNT_BYTES * workers)).cast("I")
+    def __init__(self, counts: memoryview, slot: int) -> None:
+        self._counts = counts
         self._slot = slot
+        self.leave()
 
     @classmethod
-    def allot(cls, workers: int) -> int:
-        """Make the memory, for workers that are not there yet; return its descriptor, or -1."""
-        try:
-            descriptor = os.memfd_create("shares")
-        except (AttributeError, OSError):
-            return -1
-        os.write(descriptor, b"\xff" * cls.COUNT_BYTES * workers)
-        return descriptor
+    def allot(cls, workers: int) -> List[Share]:
+        """Make the shares of workers that are not there yet; forked ones have the same memory."""
+        counts = memoryview(mmap.mmap(-1, cls.COUNT_BYTES * workers)).cast("I")
+        return [cls(counts, slot) for slot in range(workers)]
 
     def publish(self, connections: int) -> None:
         """Tell the other workers how many connections this one has."""
@@ -5443,7 +5440,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
         self.submit = self._pool.submit
-        self._share = Current.share or Share()
+        self._share = Current.share or Share.allot(1)[0]
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._patience = SWEEP_SECONDS  # for something to do, before the leader looks at the time
@@ -7114,7 +7111,7 @@ class Supervisor:
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         self._selector.close()
-        for end in (*self._wakeup, *self._life, *self._gate, self._shares):
+        for end in (*self._wakeup, *self._life, *self._gate):
             if end >= 0:
                 os.close(end)
 
@@ -7200,9 +7197,7 @@ class Supervisor:
             attempt(os.close, Current.output)
             forget_what_is_shared()
             Current.reports, Current.listener = reporter, self._listener
-            Current.gate = self._gate[0]
-            if self._shares >= 0:
-                Current.share = Share(self._count, slot, self._shares)
+            Current.gate, Current.share = self._gate[0], self._shares[slot]
             code, error = attempt(self._serve)
             if error is not None:
                 failure = StartupError(describe(error))
@@ -7256,8 +7251,7 @@ class Supervisor:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(worker.reports)
                 os.close(worker.reports)
-                if self._shares >= 0:
-                    Share(self._count, worker.slot, self._shares).leave()
+                self._shares[worker.slot].leave()
                 if signal_group(pid, signal.SIGTERM):
                     self._groups.append(pid)
                 self._bury(worker, status)
