@@ -5370,7 +5370,7 @@ class Waker:
         self.readable, self._writable = socket.socketpair()
         self.readable.setblocking(False)
         self._writable.setblocking(False)
-        self._signals: FrozenSet[int] = frozenset()
+        self.signals: FrozenSet[int] = frozenset()
         self._forking = threading.local()  # the signals that a thread had masked before it forked
 
     def wake(self) -> None:
@@ -5380,7 +5380,7 @@ class Waker:
 
     def wake_on(self, signals: Iterable[int], handle: Callable[[], None]) -> None:
         """Have signals wake the thread, and be handled. Call it on the main thread."""
-        self._signals = frozenset(signals)
+        self.signals = frozenset(signals)
         signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
         for number in signals:
             signal.signal(number, lambda *_: handle())
@@ -5393,14 +5393,14 @@ class Waker:
     def _before_fork(self) -> None:
         # before a handler of the class can raise
         self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
     def _after_fork(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
 
     def _leave(self) -> None:
         signal.set_wakeup_fd(-1)
-        for number in self._signals:
+        for number in self.signals:
             signal.signal(number, signal.SIG_DFL)
         self._after_fork()
 
@@ -5410,7 +5410,7 @@ class Waker:
             came = self.readable.recv(READ_BYTES)
         except BlockingIOError:  # a thread that led before was faster
             return False
-        return bool(self._signals.intersection(came))  # users have alarms, which come here too
+        return bool(self.signals.intersection(came))  # users have alarms, which come here too
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -7050,8 +7050,6 @@ class Supervisor:
     where the supervisor has not. They notice its own death by a pipe whose other end closes.
     """
 
-    SIGNALS = (*STOP_SIGNALS, signal.SIGCHLD)
-
     def __init__(self, settings: Settings, served: Served,
                  load: Callable[[], Type[ETLServer]]) -> None:
         self._settings = settings
@@ -7073,7 +7071,7 @@ class Supervisor:
         self._gate = os.pipe()  # its end is that of waiting, for workers that are ready
         self._shares = Share.allot(self._count)
         self._groups: List[int] = []  # of processes that have outlived their workers
-        self._wakeup = (-1, -1)
+        self._waker = Waker()
 
     def run(self, announce: Callable[[str], None]) -> int:
         """Serve; return the exit code, or raise the StartupError that ended it.
@@ -7087,7 +7085,7 @@ class Supervisor:
             self._start_due()
             for key, _ in self._selector.select(self._seconds_to_wait()):
                 if key.data is None:
-                    os.read(key.fd, READ_BYTES)
+                    self._waker.take()
                 elif not key.data.read_reports():
                     self._selector.unregister(key.fd)  # user code has closed it: we would spin
             self._announce(announce)
@@ -7110,8 +7108,9 @@ class Supervisor:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
+        self._waker.signals = frozenset()  # later forks are no business of this one's
         self._selector.close()
-        for end in (*self._wakeup, *self._life, *self._gate):
+        for end in (*self._life, *self._gate):
             if end >= 0:
                 os.close(end)
 
@@ -7127,18 +7126,15 @@ class Supervisor:
 
     def _take_signals(self) -> None:
         """Have signals wake the selector; the handlers only count."""
-        def count(*_: Any) -> None:
+        def count() -> None:
             now = time.monotonic()
             if now - self._last_stop > REPEAT_SECONDS:  # else it came to the group as well
                 self._stops += 1
                 self._last_stop = now
 
-        self._wakeup = wakeup, waker = os.pipe()
-        for end in self._wakeup:
-            os.set_blocking(end, False)
-        self._selector.register(wakeup, selectors.EVENT_READ, None)
-        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, count) for number in STOP_SIGNALS}
+        self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self._waker.wake_on(STOP_SIGNALS, count)
+        self._selector.register(self._waker.readable, selectors.EVENT_READ, None)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def _start_due(self) -> None:
@@ -7153,7 +7149,10 @@ class Supervisor:
         ends: List[int] = []
         try:
             ends += os.pipe()
-            pid = self._fork(slot, *ends)
+            flush_output()
+            pid = os.fork()  # its child has no handlers of ours from its first moment on
+            if not pid:
+                self._become_worker(slot, *ends)
         except OSError as error:  # no memory or too many processes or files, perhaps for a moment
             for end in ends:
                 os.close(end)
@@ -7164,34 +7163,19 @@ class Supervisor:
         self._workers[pid] = Worker(pid, reports, slot)
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
-    def _fork(self, slot: int, reports: int, reporter: int) -> int:
-        """Fork. Signals wait meanwhile: the child would lose one before it has its own handlers."""
-        flush_output()
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        try:
-            pid = os.fork()
-            if not pid:
-                self._become_worker(slot, reports, reporter, masked)
-            return pid
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-
-    def _become_worker(self, slot: int, reports: int, reporter: int,
-                       masked: Iterable[int]) -> NoReturn:
+    def _become_worker(self, slot: int, reports: int, reporter: int) -> NoReturn:
         """The child's side of the fork: let go of what is the supervisor's, serve, and end."""
         code, error = Exit.SOFTWARE, None
         try:
             if not os.isatty(0):  # else a debugger could not read from it
                 os.setpgid(0, 0)  # all that the class starts ends with this process
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # a terminal's Ctrl-C is for the supervisor to pass on
             signal.signal(signal.SIGINT, lambda *_: None)
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+            self._waker.signals = frozenset()  # what the class forks may have other ones
             self._selector.close()
             others = [worker.reports for worker in self._workers.values()]
-            for end in (*self._wakeup, self._life[1], self._gate[1], reports, *others):
+            for end in (self._life[1], self._gate[1], reports, *others):
                 if end >= 0:
                     os.close(end)
             attempt(os.close, Current.output)
