@@ -844,60 +844,39 @@ class Tool:
         logger.error("%s %s:\n%s", self._name, what, said, extra=WITH_LINES)
 
 
-def ask_tool(command: Sequence[str], environ: Mapping[str, str]) -> Optional[str]:
-    """Return what a quick command prints; None where it fails or is not there."""
+APT_INSTALL = (
+    "apt-get", "install", "-q", "-y", "--no-install-recommends",
+    # else an unknown name with a dot is a regular expression, which finds hundreds
+    "-o", "APT::Cmd::Pattern-Only=true",
+    # else it asks, and ends
+    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
+    "-o", "Dpkg::Use-Pty=0")
+
+
+def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
+    """Tell whether a package is installed, in the version that is asked for."""
     import subprocess
 
-    try:
-        done = subprocess.run(
-            command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, timeout=TOOL_QUERY_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if done.returncode else done.stdout.decode("utf-8", "replace")
+    package, _, version = name.partition("=")
+    ask = {"apk": ["apk", "info", "--installed", name],
+           "apt-get": ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]}
+    said = attempt(lambda: subprocess.check_output(
+        ask[tool], env=dict(environ), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        timeout=TOOL_QUERY_SECONDS)).value  # None where it failed
+    wanted = ".*" if tool == "apk" else "(?m)^installed " + (re.escape(version) or ".*") + "$"
+    return said is not None and bool(re.search(wanted, said.decode("utf-8", "replace")))
 
 
-class Alpine:
-    """Packages by apk."""
-
-    tool = "apk"
-
-    def has(self, name: str, environ: Mapping[str, str]) -> bool:
-        """Tell whether a package is installed, in the version that is asked for."""
-        return ask_tool(["apk", "info", "--installed", name], environ) is not None
-
-    def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
-        """Install packages; PackageError if that fails."""
-        Tool("OS_PACKAGES", names, ["apk", "add", "--no-cache", *names], environ).run()
-
-
-class Debian:
-    """Packages by apt-get."""
-
-    tool = "apt-get"
-    OPTIONS = (
-        "-q", "-y", "--no-install-recommends",
-        # else an unknown name with a dot is a regular expression, which finds hundreds
-        "-o", "APT::Cmd::Pattern-Only=true",
-        # else it asks, and ends
-        "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
-        "-o", "Dpkg::Use-Pty=0")
-
-    def has(self, name: str, environ: Mapping[str, str]) -> bool:
-        """Tell whether a package is installed, in the version that is asked for."""
-        package, _, version = name.partition("=")
-        command = ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]
-        wanted = re.compile("installed " + (re.escape(version) or ".*"))
-        return any(map(wanted.fullmatch, (ask_tool(command, environ) or "").splitlines()))
-
-    def install(self, names: Sequence[str], environ: Mapping[str, str]) -> None:
-        """Refresh the lists, which images come without, and install; PackageError if that fails."""
-        variables = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for line in Tool("OS_PACKAGES", names, ["apt-get", "update", "-q"], variables).run():
+def run_os_tool(tool: str, names: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Install packages by apk, or by apt-get, whose lists an image comes without."""
+    commands: List[Sequence[str]] = [["apk", "add", "--no-cache", *names]]
+    if tool == "apt-get":
+        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *names]]
+        environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in commands:
+        for line in Tool("OS_PACKAGES", names, command, environ).run():
             if re.match("[EW]: ", line):  # a list is missing: apt-get takes that for a success
-                logger.warning("apt-get update: %s", line)
-        command = ["apt-get", "install", *self.OPTIONS, *names]
-        Tool("OS_PACKAGES", names, command, variables).run()
+                logger.warning("%s %s: %s", *command[:2], line)
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -913,18 +892,17 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
     if not names:
         return
-    found = [system for system in (Alpine(), Debian())
-             if shutil.which(system.tool, path=environ.get("PATH"))]
-    if not found:
+    path = environ.get("PATH")
+    tool = next((each for each in ("apk", "apt-get") if shutil.which(each, path=path)), "")
+    if not tool:
         raise PackageError(f"OS_PACKAGES: cannot install {' '.join(names)}: "
                            f"this image has neither apk nor apt-get")
-    missing = [name for name in names if not found[0].has(name, environ)]
+    missing = [name for name in names if not has_os_package(tool, name, environ)]
     if not missing:
         return
-    tool = found[0].tool
     logger.info("installing OS packages with %s: %s", tool, " ".join(missing))
     try:
-        found[0].install(missing, environ)
+        run_os_tool(tool, missing, environ)
     except PackageError as error:
         if not os.geteuid():
             raise
