@@ -209,8 +209,6 @@ TRIAL_FORK_SECONDS = 5.0
 TOOL_SECONDS = 1800.0
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer still runs
-# between two looks whether an installer has ended, where its output stays open
-TOOL_LOOK_SECONDS = 0.1
 TOOL_QUERY_SECONDS = 60.0  # for an installer to say whether a package is there: it reads a file
 TOOL_LINES_LIMIT = 40  # of an installer's output that are kept; its errors are among the last
 TOOL_OUTPUT_BYTES = 128 << 10  # of an installer's output that are looked at for these
@@ -762,9 +760,6 @@ class Tool:
     goes into a temporary file, which it can neither fill nor keep open to hold us up.
     """
 
-    limit_seconds = TOOL_SECONDS
-    progress_seconds = TOOL_PROGRESS_SECONDS
-
     def __init__(self, why: str, packages: Sequence[str], command: Sequence[str],
                  environ: Mapping[str, str]) -> None:
         self._name = command[2] if "-m" in command[1:2] else command[0]
@@ -806,25 +801,16 @@ class Tool:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for its end, and tell meanwhile that it runs."""
-        import subprocess
-
-        began = told = time.monotonic()
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TOOL_LOOK_SECONDS)
-            now = time.monotonic()
-            if now - began >= self.limit_seconds:
+        began = time.monotonic()
+        while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
+            seconds, last = time.monotonic() - began, "".join(self.lines()[-1:]).strip()
+            if seconds >= TOOL_SECONDS:
                 self._log_lines("did not end in time")
                 raise PackageError(
-                    f"{self._why} did not end within {self.limit_seconds:.0f} s for "
-                    f"{self._packages}; it last said: {self._last_line() or 'nothing'}")
-            if now - told >= self.progress_seconds:
-                told, last = now, self._last_line()
-                logger.info("%s has been running for %.0f s%s", self._name, now - began,
-                            last and f": {last}")
-
-    def _last_line(self) -> str:
-        return "".join(self.lines()[-1:]).strip()
+                    f"{self._why} did not end within {TOOL_SECONDS:.0f} s for {self._packages}; "
+                    f"it last said: {last or 'nothing'}")
+            logger.info("%s has been running for %.0f s%s", self._name, seconds,
+                        last and f": {last}")
 
     def _shown(self, line: bytes) -> str:
         text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
@@ -839,8 +825,7 @@ class Tool:
         return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines())}")
 
     def _log_lines(self, what: str) -> None:
-        said = "\n".join(self.lines())
-        said = said or "(it printed nothing)"
+        said = "\n".join(self.lines()) or "(it printed nothing)"
         logger.error("%s %s:\n%s", self._name, what, said, extra=WITH_LINES)
 
 
