@@ -978,7 +978,7 @@ def lacking(requirements: Iterable[str]) -> List[str]:
 class TargetFolder:
     """Where pip installs what site-packages cannot take, for this process and its children.
 
-    There is none before `make`; it is removed when the process that made it ends.
+    There is none before `take_over`; it is removed when the process that owns it ends.
     """
 
     def __init__(self) -> None:
@@ -986,24 +986,12 @@ class TargetFolder:
         self.may_be_made = True  # not by the command `install`, with whose process it would go
         self.requirements: List[str] = []  # of all pip runs, since each resolves them anew
 
-    def make(self) -> None:
-        """Make the folder; OSError where nothing can be written."""
-        import tempfile
-
-        if not self.path:
-            self.take_over(tempfile.mkdtemp(prefix="ais-packages-"), ())
-
-    def take_over(self, path: str, requirements: Iterable[str]) -> None:
+    def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
         """Be the owner of a folder, which has these already."""
-        import atexit
         import shutil
 
-        def remove(owner: int = os.getpid()) -> None:
-            if os.getpid() == owner:  # forked workers call what is registered too
-                shutil.rmtree(path, ignore_errors=True)
-
         self.path, self.requirements = path, list(requirements)
-        atexit.register(remove)
+        weakref.finalize(self, shutil.rmtree, path, True)  # forked workers forget it
 
     def use(self, environ: MutableMapping[str, str]) -> None:
         """Have it searched before site-packages, but after the standard library."""
@@ -1022,29 +1010,27 @@ class TargetFolder:
 target_folder = TargetFolder()
 
 
-def takes_packages(folders: Iterable[str]) -> bool:
-    """Tell whether pip may install into folders, which the system's own tools may have."""
-    import sysconfig
-
-    mark = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    is_of_system = sys.prefix == sys.base_prefix and os.path.exists(mark)
-    return not is_of_system and all(os.access(folder, os.W_OK) for folder in folders)
-
-
 def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
     """Return the folder that pip is to fill, and the arguments that make it do so."""
     import sysconfig
+    import tempfile
 
     paths = sysconfig.get_paths()
-    if takes_packages(paths[name] for name in ("purelib", "platlib", "scripts")):
+    mark = os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")
+    is_of_system = sys.prefix == sys.base_prefix and os.path.exists(mark)
+    if not is_of_system and all(
+            os.access(paths[name], os.W_OK) for name in ("purelib", "platlib", "scripts")):
         return paths["purelib"], list(requirements)
     if not target_folder.may_be_made:
         raise PackageError(f"{paths['purelib']} cannot be written, or belongs to the system; run "
                            f"install as root, in a Python or environment of its own")
-    if attempt(target_folder.make).error is not None:
-        raise PackageError(
-            f"neither {paths['purelib']} nor any folder for temporary files can be written; "
-            f"install it into the image, or give the pod a writable /tmp")
+    if not target_folder.path:
+        path, error = attempt(tempfile.mkdtemp, "", "ais-packages-")
+        if error is not None:
+            raise PackageError(
+                f"neither {paths['purelib']} nor any folder for temporary files can be written; "
+                f"install it into the image, or give the pod a writable /tmp")
+        target_folder.take_over(path)
     known = target_folder.requirements
     known += [requirement for requirement in requirements if requirement not in known]
     return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
