@@ -6702,26 +6702,18 @@ def reseed() -> None:
             attempt(found.value, seed)
 
 
-def construct(load: Callable[[], Type[ETLServer]]) -> ETLServer:
-    """Load the class, if the supervisor has not, and make the instance that this worker serves.
-
-    ClassError where its constructor fails.
-    """
-    etl_class = load()
-    settle()
-    reseed()
-    server = call_user(f"{etl_class.__name__}()", etl_class)
-    if not hasattr(server, "use_streaming"):
-        raise ClassError(f"{etl_class.__name__}.__init__() does not call super().__init__()")
-    return server
-
-
 def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
-    """Construct the class and serve it: the life of a worker, to its exit code."""
+    """Load the class, if the supervisor has not, construct and serve it; return the exit code."""
     settings = Current.settings or Settings()
     try:
-        server: Any = construct(load)
-        name, port = type(server).__name__, getattr(server, "port", settings.port)
+        etl_class = load()
+        settle()
+        reseed()
+        name = etl_class.__name__
+        server: Any = call_user(f"{name}()", etl_class)
+        if not hasattr(server, "use_streaming"):
+            raise ClassError(f"{name}.__init__() does not call super().__init__()")
+        port = getattr(server, "port", settings.port)
         if Current.listener is None:
             add_routes(server, settings)
             server.port = settings.port if port == 8000 else port
