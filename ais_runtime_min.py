@@ -7270,20 +7270,17 @@ class Supervisor:
 # images.
 
 
-def prepare(settings: Settings) -> None:
-    """Do what comes before any code of the user's: the log, and a look at the certificates."""
+def prepare(settings: Settings, may_install: bool) -> None:
+    """Do what comes before any code of the user's: log, a look at the certificates, packages."""
     configure_logging(settings)
     if settings.client_ca or settings.client_cert:
         tls_context(settings)
     if settings.target.startswith("https:"):
         # loaded here, it is shared by all workers
         logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)
-
-
-def install_packages(settings: Settings) -> None:
-    """Install what the environment asks for."""
-    install_os_packages(settings.os_packages)
-    install_python_packages(settings.packages)
+    if may_install:
+        install_os_packages(settings.os_packages)
+        install_python_packages(settings.packages)
 
 
 class Start(NamedTuple):
@@ -7344,10 +7341,8 @@ class Job(NamedTuple):
         `served` is there in a program that has started over: packages are installed, and workers
         load the class.
         """
-        prepare(self.settings)
-        if served is None and self.may_install:
-            install_packages(self.settings)
-        elif served is None:
+        prepare(self.settings, served is None and self.may_install)
+        if not self.may_install:
             missing = lacking(requirements_of(self.settings.packages, "PACKAGES"))
             if missing:
                 raise PackageError(f"PACKAGES: {pip_command(missing)}")
@@ -7396,11 +7391,6 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
 
-def is_etl_class(value: Any) -> bool:
-    """Tell whether a name of a module is an ETL class."""
-    return isinstance(value, type) and issubclass(value, ETLServer)
-
-
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
     """Pick the class to serve from a file's module: the one that is named, else the only one."""
     names = vars(module)
@@ -7408,8 +7398,8 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
         if wanted not in names:
             raise UsageError(f"{module.__file__} has no {wanted}")
         return checked_class(names[wanted], f"{module.__file__}: {wanted}")
-    found = {value for value in names.values()
-             if is_etl_class(value) and value.__module__ == module.__name__}
+    found = {value for value in names.values() if isinstance(value, type)
+             and issubclass(value, ETLServer) and value.__module__ == module.__name__}
     leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
     if len(leaves) != 1:
         choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
@@ -7459,13 +7449,6 @@ def first_file(folder: str) -> str:
     return ""
 
 
-def curl_lines(url: str, folder: str) -> List[str]:
-    """Make two commands that try the class: with bytes, and with a file of the folder."""
-    file = first_file(folder) if folder else ""
-    return [f"  echo hello | curl -sS -T - {url}/bucket/object",
-            f"  curl -sS '{url}/{quote(os.fsencode(file))}'" if file else f"  curl -sS {url}/health"]
-
-
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
     """Serve a class from a file: `serve FILE[:CLASS]`."""
     if arguments.target:
@@ -7481,19 +7464,13 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
         fqn_roots=(os.path.realpath(folder),) if folder else ())
 
     def announce(served: Served, by: str, url: str) -> None:
-        print(f"serving {served.name} from {arguments.file} on {url}", *curl_lines(url, folder),
+        file = first_file(folder) if folder else ""
+        print(f"serving {served.name} from {arguments.file} on {url}",
+              f"  echo hello | curl -sS -T - {url}/bucket/object",
+              f"  curl -sS '{url}/{quote(os.fsencode(file))}'" if file else f"  curl -sS {url}/health",
               sep="\n", flush=True)
 
     return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files to the hard one: CRI-O starts pods with 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError):  # macOS has a lower limit of its own
-        pass
 
 
 def give_up(error: StartupError) -> int:
@@ -7515,8 +7492,7 @@ def install(environ: Mapping[str, str]) -> int:
     """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have it all."""
     Current.settings = Settings.from_env(environ)
     target_folder.may_be_made = False
-    prepare(Current.settings)
-    install_packages(Current.settings)
+    prepare(Current.settings, True)
     return Exit.OK
 
 
@@ -7575,13 +7551,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def read_job(arguments: Sequence[str], environ: MutableMapping[str, str]) -> Job:
-    """Tell from the command line and the environment what is to be done."""
-    job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
-    Current.settings = job.settings
-    return job
-
-
 def terminate(number: int, _: Any) -> NoReturn:
     """End the start: a tool that runs is ended on the way out."""
     raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
@@ -7602,7 +7571,9 @@ def own_command(arguments: Sequence[str]) -> List[str]:
 def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
-    raise_file_limit()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # CRI-O starts pods with a soft 1024
+    # macOS has a lower limit of its own
+    attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard))
     if sys.platform.startswith("linux"):
         Current.began = time.clock_gettime(time.CLOCK_BOOTTIME)
     Current.output = attempt(os.dup, 1).value or -1
@@ -7619,7 +7590,8 @@ def main(argv: Optional[Sequence[str]] = None,
             return install(environ)
         start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
         served = take_fresh_start(known, environ) if known else None
-        job = read_job(arguments, environ)
+        job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
+        Current.settings = job.settings
         del sys.argv[1:]  # a class may read its own command line, which has no arguments
         # pyarrow's thread would outlive a fork
         environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
