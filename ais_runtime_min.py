@@ -5762,12 +5762,6 @@ class PieceInput(ConnectionInput):
         return self._add(cast(bytes, piece))
 
 
-def quiet_level() -> int:
-    """Return the log level of other servers, whose ordinary life is worth a line at DEBUG alone."""
-    level = logger.level
-    return level if level in (logging.NOTSET, logging.DEBUG) else max(logging.WARNING, level)
-
-
 def request_of_app(method: str, path: str, raw_path: str, query: str,
                    pipeline: str) -> ETLRequest:
     """Tell what a request asks for, by its path as it came, or another that the class gives it."""
@@ -6321,7 +6315,10 @@ class UvicornServer:
         self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends a process that has not begun to serve, or whose main thread is still held up
         self.leave: Callable[[], object] = lambda: None
-        logging.getLogger("uvicorn").setLevel(quiet_level())
+        # its ordinary life is worth a line at DEBUG alone
+        is_debug = logger.level <= logging.DEBUG
+        level = logger.level if is_debug else max(logging.WARNING, logger.level)
+        logging.getLogger("uvicorn").setLevel(level)
 
     def serve_forever(self) -> None:
         """Serve until `drain`, and then what has begun.
@@ -6512,46 +6509,41 @@ class WSGIApplication:
         return Answer(response.status, first and chain_first(first, pieces), fields, response.size)
 
 
-class FlaskAnswers:
-    """Answer an application's requests for objects, on the thread that asks."""
+def answer_flask(service: Service, path: str) -> Any:
+    """Answer an application's current request, for an object, on the thread that asks."""
+    import flask
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    environ = flask.request.environ
+    method = environ["REQUEST_METHOD"]
+    if "RAW_URI" in environ:
+        raw_path, query = split_target(method, environ["RAW_URI"])
+    else:
+        raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
+        query = environ.get("QUERY_STRING", "")
+    try:
+        pipeline = environ.get("HTTP_AIS_NODE_URL", "")
+        request = request_of_app(method, path, raw_path, query, pipeline)
+        answer = service.answer(request, body_of_flask(flask.request))
+    except RequestError as error:
+        answer = error_answer(error.status, str(error), error.headers)
+    fields = [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers]
+    body: Any = (answer.body or iter(())) if answer.is_open else answer.body
+    return flask.Response(body, answer.status, fields)
 
-    def __call__(self, path: str) -> Any:
-        """Answer the current request."""
-        import flask
 
-        environ = flask.request.environ
-        method = environ["REQUEST_METHOD"]
-        if "RAW_URI" in environ:
-            raw_path, query = split_target(method, environ["RAW_URI"])
-        else:
-            raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
-            query = environ.get("QUERY_STRING", "")
-        try:
-            pipeline = environ.get("HTTP_AIS_NODE_URL", "")
-            request = request_of_app(method, path, raw_path, query, pipeline)
-            answer = self._service.answer(request, self._body(flask.request))
-        except RequestError as error:
-            answer = error_answer(error.status, str(error), error.headers)
-        fields = [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers]
-        body: Any = (answer.body or iter(())) if answer.is_open else answer.body
-        return flask.Response(body, answer.status, fields)
-
-    def _body(self, request: Any) -> MessageBody:
-        """Return the object of a request, of which a hook of the class may have read all."""
-        data = getattr(request, "_cached_data", None)
-        stream: Any = request.stream if data is None else io.BytesIO(data)
-        ours = request.environ.get("etl.input")
-        if ours is request.environ["wsgi.input"]:  # else of another server, or of middleware
-            body = cast(MessageBody, ours.raw)
-            if not body.count and request.max_content_length is None:
-                return body
-            if body.count and (data is None or len(data) != body.count or not body.is_at_end):
-                raise RequestError("the application has read some of the object, or not all")
-        length = request.environ.get("CONTENT_LENGTH")
-        return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
+def body_of_flask(request: Any) -> MessageBody:
+    """Return the object of a request, of which a hook of the class may have read all."""
+    data = getattr(request, "_cached_data", None)
+    stream: Any = request.stream if data is None else io.BytesIO(data)
+    ours = request.environ.get("etl.input")
+    if ours is request.environ["wsgi.input"]:  # else of another server, or of middleware
+        body = cast(MessageBody, ours.raw)
+        if not body.count and request.max_content_length is None:
+            return body
+        if body.count and (data is None or len(data) != body.count or not body.is_at_end):
+            raise RequestError("the application has read some of the object, or not all")
+    length = request.environ.get("CONTENT_LENGTH")
+    return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
@@ -6567,7 +6559,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
     app, handle = server.app, server._handle_request
     if type(app).log_exception is flask.Flask.log_exception:
         app.log_exception = lambda *args: log_user_error(flask.request.path, args[-1][1])
-    vars(server)[ANSWER] = FlaskAnswers(service)
+    vars(server)[ANSWER] = functools.partial(answer_flask, service)
     # of a body that is cut, which is no failure of the application's
     app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
