@@ -7499,17 +7499,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             """Raise a complaint."""
             raise UsageError(f"{message}; --help has the options")
 
-    def number(lowest: int, highest: int) -> Callable[[str], int]:
-        parse = whole_number(lowest, highest)
-
-        def argument(text: str) -> int:
-            try:
-                return parse(text)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
-
-        return argument
-
     parser = Parser(
         prog="ais_runtime_min", description="Serve an ETL class to AIStore. Without arguments the "
         "environment describes what to serve: README.md has the variables.")
@@ -7525,21 +7514,24 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                        help="a folder that stands in for a target, or a target's URL")
     serve.add_argument("--host", default="127.0.0.1",
                        help="the address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=number(0, 65535), default=8000,
+    serve.add_argument("--port", default="8000",
                        help="the port, 0 for any (default: %(default)s)")
-    serve.add_argument("--workers", type=number(1, 256), default=1,
+    serve.add_argument("--workers", default="1",
                        help="worker processes (default: %(default)s)")
-    serve.add_argument("--threads", type=number(1, 1024), help="transforms at once in one worker")
+    serve.add_argument("--threads", help="transforms at once in one worker")
     arguments = parser.parse_args(argv)
     if arguments.command == "install":
         raise UsageError("install stands alone; --help has the options")
-    if arguments.target is not None:
-        if os.path.isdir(arguments.target):
-            arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
-        target, error = attempt(target_url, arguments.target)
+    if os.path.isdir(arguments.target or ""):
+        arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
+    for variable in VARIABLES:  # whose bounds are those of the options that fill the same field
+        given = getattr(arguments, variable.field, None)
+        value, error = attempt(variable.parse, given) if given is not None else Outcome()
         if error is not None:
-            raise UsageError(f"--target must be a folder that is there, or {error}")
-        arguments.target = target
+            what = "" if variable.secret else f"={given!r}"
+            also = "a folder that is there, or " if variable.field == "target" else ""
+            raise UsageError(f"--{variable.field}{what} must be {also}{error}")
+        setattr(arguments, variable.field, value)
     return arguments
 
 
