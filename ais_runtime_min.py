@@ -7181,8 +7181,12 @@ class Supervisor:
         """
         if not self._settings.is_pod:
             return
-        has_opened = self._take_news_of_websockets()
-        is_any_open = any(worker.websockets for worker in self._workers.values())
+        has_opened = is_any_open = False
+        for worker in self._workers.values():
+            has_opened = has_opened or REPORT_OPENED in worker.told
+            is_any_open = is_any_open or worker.websockets > 0
+            worker.told.discard(REPORT_OPENED)
+            self._breakage, worker.breakage = worker.breakage or self._breakage, ""
         if is_any_open or not self._breakage or self._deadline:
             self._forsaken_at = 0.0
         elif not self._forsaken_at or has_opened:
@@ -7191,15 +7195,6 @@ class Supervisor:
             self._forsaken_at = 0.0
             self._fail(Forsaken(f"{self._breakage} (no WebSocket connection is left, and AIStore "
                                 f"opens none again)"))
-
-    def _take_news_of_websockets(self) -> bool:
-        """Note why connections were lost; return whether any was opened since the last time."""
-        has_opened = False
-        for worker in self._workers.values():
-            has_opened = has_opened or REPORT_OPENED in worker.told
-            worker.told.discard(REPORT_OPENED)
-            self._breakage, worker.breakage = worker.breakage or self._breakage, ""
-        return has_opened
 
     def _bury(self, worker: Worker, status: int) -> None:
         """Decide what a worker's end means: the end of all, or a replacement."""
