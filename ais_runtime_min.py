@@ -7259,7 +7259,12 @@ class Supervisor:
 
 def prepare(settings: Settings, may_install: bool) -> None:
     """Do what comes before any code of the user's: log, a look at the certificates, packages."""
+    def log_failure(told: Any) -> None:
+        if told.exc_type is not SystemExit:
+            log_user_error("a thread", told.exc_value)
+
     configure_logging(settings)
+    threading.excepthook = log_failure  # it shows no secrets
     if settings.client_ca or settings.client_cert:
         tls_context(settings)
     if settings.target.startswith("https:"):

@@ -196,7 +196,7 @@ def test_a_reply_to_a_client_that_is_gone_harms_no_thread(start_runtime: StartRu
 
 
 def test_a_wake_up_that_another_thread_has_taken_is_none(server: Server) -> None:
-    server._waker._signals = frozenset((1,))
+    server._waker.signals = frozenset((1,))
     server._waker._writable.send(b"\x01")
     assert server._waker.take()
     assert not server._waker.take()

@@ -413,6 +413,17 @@ def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime)
 
 
 @pytest.mark.parametrize("url", ["http://user:%s@host:8000/x", "https://%s@host/", "http://user:%s@[::1]/"])
+def test_what_a_thread_of_the_class_raises_is_logged_without_secrets(
+    start_runtime: StartRuntime, target: StandInTarget
+) -> None:
+    code = ("threading.Thread(target=sys.exit).start(); "
+            "threading.Thread(target=lambda: 1 / 0 if self.token else int(self.host_target)).start()")
+    runtime = start_runtime(simple(code, before="import sys, threading\n"), expect_traceback=True)
+    runtime.request("PUT", "/b/o", b"")
+    runtime.wait_for_line(r"ERROR - a thread: invalid literal .*\*\*\*", 5)
+    assert target.url.rpartition("/")[2] not in runtime.log() and "SystemExit" not in runtime.log()
+
+
 def test_a_target_with_a_password_is_refused_and_it_is_not_shown(url: str) -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(), "AIS_TARGET_URL": url % SECRET})
     assert_told(done, Exit.CONFIG, "AIS_TARGET_URL", "without user and password")
