@@ -412,7 +412,6 @@ def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime)
 # == Settings ==
 
 
-@pytest.mark.parametrize("url", ["http://user:%s@host:8000/x", "https://%s@host/", "http://user:%s@[::1]/"])
 def test_what_a_thread_of_the_class_raises_is_logged_without_secrets(
     start_runtime: StartRuntime, target: StandInTarget
 ) -> None:
@@ -424,6 +423,7 @@ def test_what_a_thread_of_the_class_raises_is_logged_without_secrets(
     assert target.url.rpartition("/")[2] not in runtime.log() and "SystemExit" not in runtime.log()
 
 
+@pytest.mark.parametrize("url", ["http://user:%s@host:8000/x", "https://%s@host/", "http://user:%s@[::1]/"])
 def test_a_target_with_a_password_is_refused_and_it_is_not_shown(url: str) -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(), "AIS_TARGET_URL": url % SECRET})
     assert_told(done, Exit.CONFIG, "AIS_TARGET_URL", "without user and password")
