@@ -3927,7 +3927,12 @@ class Service:
     def _answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
         """Understood, it is read, transformed and delivered."""
         if request.pipeline:
-            return self._deliver(request, body)
+            answer = self._deliver(request, body)
+            if answer.origin and not request.is_message:
+                text = cast(bytes, answer.body)[:1000].decode("utf-8", "replace")
+                logger.error("%s: the next hop, %s, answered %d: %s", request.name, answer.origin,
+                             answer.status, text)
+            return answer
         fields = (("Content-Type", self._transforms.mime_type),)
         if not self.is_streaming or request.is_message:  # a message must be whole
             return Answer(HTTPStatus.OK, self._output(request, body), fields)
@@ -3958,11 +3963,7 @@ class Service:
         while True:
             try:
                 pieces = guarded(self._pieces(request, body)) if output is None else output
-                answer = self._deliveries.deliver(destination, pieces, retries.connect_seconds)
-                if answer.origin and not request.is_message:
-                    logger.error("%s: the next hop, %s, answered %d: %s", request.name,
-                                 answer.origin, answer.status, cast(bytes, answer.body)[:1000])
-                return answer
+                return self._deliveries.deliver(destination, pieces, retries.connect_seconds)
             except HopLost as error:
                 if output is None and not request.is_replayable and not error.hopeless:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,

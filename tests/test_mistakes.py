@@ -283,6 +283,9 @@ def test_a_failed_next_stage_is_told_with_who_answered_what(
         peer.send(object_frames(b"hello", path="b/o", pipeline=stage))
         hop = re.sub("^http://", "", stage)
         assert peer.break_reason() == (1011, "the next hop, %s, answered 500: no" % hop)
+    answer = runtime.request("PUT", "/b/o", b"hello", {"Ais-Node-Url": stage})
+    assert (answer.status, answer.body) == (500, b"no")
+    runtime.wait_for_line("ERROR - /b/o: the next hop, %s, answered 500: no$" % hop, 5)
 
 
 def test_a_pod_that_is_stopped_as_its_last_worker_becomes_ready_ends_well() -> None:
