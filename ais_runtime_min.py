@@ -6510,6 +6510,21 @@ class WSGIApplication:
         return Answer(response.status, first and chain_first(first, pieces), fields, response.size)
 
 
+def body_of_flask(request: Any) -> MessageBody:
+    """Return the object of a request, of which a hook of the class may have read all."""
+    data = getattr(request, "_cached_data", None)
+    stream: Any = request.stream if data is None else io.BytesIO(data)
+    ours = request.environ.get("etl.input")
+    if ours is request.environ["wsgi.input"]:  # else of another server, or of middleware
+        body = cast(MessageBody, ours.raw)
+        if not body.count and request.max_content_length is None:
+            return body
+        if body.count and (data is None or len(data) != body.count or not body.is_at_end):
+            raise RequestError("the application has read some of the object, or not all")
+    length = request.environ.get("CONTENT_LENGTH")
+    return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
+
+
 def answer_flask(service: Service, path: str) -> Any:
     """Answer an application's current request, for an object, on the thread that asks."""
     import flask
@@ -6530,21 +6545,6 @@ def answer_flask(service: Service, path: str) -> Any:
     fields = [(field, UNPRINTABLE.sub("?", value)) for field, value in answer.headers]
     body: Any = (answer.body or iter(())) if answer.is_open else answer.body
     return flask.Response(body, answer.status, fields)
-
-
-def body_of_flask(request: Any) -> MessageBody:
-    """Return the object of a request, of which a hook of the class may have read all."""
-    data = getattr(request, "_cached_data", None)
-    stream: Any = request.stream if data is None else io.BytesIO(data)
-    ours = request.environ.get("etl.input")
-    if ours is request.environ["wsgi.input"]:  # else of another server, or of middleware
-        body = cast(MessageBody, ours.raw)
-        if not body.count and request.max_content_length is None:
-            return body
-        if body.count and (data is None or len(data) != body.count or not body.is_at_end):
-            raise RequestError("the application has read some of the object, or not all")
-    length = request.environ.get("CONTENT_LENGTH")
-    return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
