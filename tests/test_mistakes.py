@@ -539,3 +539,42 @@ def test_a_class_that_starts_itself_reads_port_and_says_where_it_serves(tmp_path
         server.port = int(server.wait_for_line(r"INFO - serving on http://\S+:(\d+)$")[1])
         assert server.port != 8000
         assert server.request("PUT", "/b/o", b"hello").body == b"HELLO"
+
+
+# == The README ==
+
+
+def test_the_cluster_example_of_the_readme_passes_the_sdks_own_checks(tmp_path: Path) -> None:
+    readme = (RUNTIME.parent / "README.md").read_text()
+    example, = [block for block in re.findall("```python\n(.*?)```", readme, re.S) if ".init(" in block]
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        host = "127.0.0.1:%d" % cluster.getsockname()[1]
+        file = serve_file(tmp_path, example.replace("my-cluster:51080", host))
+        python = interpreter("sdk")
+        script = subprocess.Popen([python, str(file)], env=exact_environment(python, {}))
+        try:
+            cluster.settimeout(30)
+            connection, _ = cluster.accept()
+            with connection:
+                connection.settimeout(10)
+                head, _, body = read_request(connection).partition(b"\r\n\r\n")
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\netl-upper")
+                assert script.wait(30) == 0
+        finally:
+            script.kill()
+            script.wait()
+    assert head.startswith(b"PUT /v1/etl ")
+    spec = json.loads(body)
+    assert (spec["name"], spec["support_direct_put"]) == ("upper-case", True)
+    assert {each["name"] for each in spec["runtime"]["env"]} == {"ETL_CLASS_PAYLOAD", "PACKAGES"}
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """Read one request with a length."""
+    data = b""
+    while True:
+        data += connection.recv(1 << 20)
+        head, mark, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        if mark and len(body) >= (int(length[1]) if length else 0):
+            return data
