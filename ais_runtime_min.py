@@ -7288,13 +7288,20 @@ class Start(NamedTuple):
 
         The supervisor then forks workers that load it, each for itself, and has no copy of its own.
         """
+        # Signals wait for the new program's handlers; one that another thread takes goes down a
+        # pipe that it inherits.
+        signals, writer = os.pipe()
+        for end in (signals, writer):
+            os.set_blocking(end, False)
+            os.set_inheritable(end, True)
+        signal.set_wakeup_fd(writer)
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             # one of the class's would end a program that does not expect it
             signal.setitimer(timer, 0)
-        # Signals wait for the new program's handlers; one that another thread takes ends this here.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = target_folder
-        known = json.dumps([served, folder.path, folder.requirements, Current.began])
+        known = json.dumps([served, folder.path, folder.requirements, signals, writer,
+                            Current.began])
         flush_output()
         error = None
         if attempt(os.getcwd).value != self.folder:
@@ -7309,13 +7316,18 @@ class Start(NamedTuple):
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     """Take over what the program before this one knew, and the folder with its packages."""
     values = attempt(json.loads, known).value
-    if not (isinstance(values, list) and len(values) == 4):
+    if not (isinstance(values, list) and len(values) == 6):
         raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
-    served, folder, requirements, Current.began = values
+    served, folder, requirements, signals, writer, Current.began = values
     if folder:
         target_folder.take_over(folder, requirements)
         use_packages_of(folder, environ)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in attempt(os.read, signals, READ_BYTES).value or b"":
+        if number in STOP_SIGNALS:
+            signal.raise_signal(number)
+    os.close(signals)
+    os.close(writer)
     return Served(*served)
 
 
