@@ -2532,10 +2532,15 @@ class ForeignBytecode(Exception):
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
-    """Tell 3.9 and 3.10 apart: only 3.10's line table covers the bytecode to its end (PEP 626)."""
+    """Tell 3.9 and 3.10 apart: 3.10's line table covers the bytecode to its end (PEP 626).
+
+    Behind code that is never reached 3.9's ends there too, but has an empty range, which 3.10's has
+    only on the way to a far line.
+    """
     has_ranges = sys.version_info >= (3, 10)
     table: bytes = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
-    return (sum(table[::2]) == len(code.co_code)) != has_ranges
+    is_empty = any(not size and step not in (127, 129) for size, step in zip(table[::2], table[1::2]))
+    return (sum(table[::2]) == len(code.co_code) and not is_empty) != has_ranges
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:

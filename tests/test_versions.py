@@ -31,6 +31,11 @@ class Plain(Base):
     def transform(self, data, path, etl_args):
         return data.upper()
 
+class Unreached(Base):
+    def transform(self, data, path, etl_args):
+        return data.lower()
+        return data.upper()
+
 class Specialised(Base):
     "Its bytecode was replaced by the interpreter, since it ran often before it was pickled."
 
@@ -113,7 +118,7 @@ LINES
     "            if data or numbers.get('k{0}'):\n"
     "                numbers['k{0}'] = 1{0:03}".format(number) for number in range(600)))
 RESULTS = {  # of the classes, by their names, for the object b"ab cd"
-    "Constant": "constant", "Plain": "AB CD", "Specialised": "756", "Closures": "[9, 1, 5]",
+    "Constant": "constant", "Plain": "AB CD", "Unreached": "ab cd", "Specialised": "756", "Closures": "[9, 1, 5]",
     "Generators": "begun xx returned a b", "Coroutines": "[1, 2]",
     "Handlers": "finally ValueError finally KeyError else finally",
     "Scopes": "[{'a': 1}, 3, 'Scopes', True]",
