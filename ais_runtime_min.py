@@ -6714,7 +6714,8 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
         port = getattr(server, "port", settings.port)
         if Current.listener is None:
             add_routes(server, settings)
-            server.port = settings.port if port == 8000 else port
+            if port == 8000:
+                server.port = settings.port
         elif port != settings.port:
             logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
         call_user(f"{name}.start()", server.start)
@@ -7270,7 +7271,8 @@ def prepare(settings: Settings, may_install: bool) -> None:
             log_user_error("a thread", told.exc_value)
 
     configure_logging(settings)
-    threading.excepthook = log_failure  # it shows no secrets
+    logging.captureWarnings(True)  # in the log, as all else, they show no secrets
+    threading.excepthook = log_failure
     if settings.client_ca or settings.client_cert:
         tls_context(settings)
     if settings.target.startswith("https:"):

@@ -418,10 +418,11 @@ def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime)
 def test_what_a_thread_of_the_class_raises_is_logged_without_secrets(
     start_runtime: StartRuntime, target: StandInTarget
 ) -> None:
-    code = ("threading.Thread(target=sys.exit).start(); "
+    code = ("threading.Thread(target=sys.exit).start(); warnings.warn('see ' + self.host_target); "
             "threading.Thread(target=lambda: 1 / 0 if self.token else int(self.host_target)).start()")
-    runtime = start_runtime(simple(code, before="import sys, threading\n"), expect_traceback=True)
+    runtime = start_runtime(simple(code, before="import sys, threading, warnings\n"), expect_traceback=True)
     runtime.request("PUT", "/b/o", b"")
+    runtime.wait_for_line(r"WARNING - .*UserWarning: see .*\*\*\*", 5)
     runtime.wait_for_line(r"ERROR - a thread: invalid literal .*\*\*\*", 5)
     assert target.url.rpartition("/")[2] not in runtime.log() and "SystemExit" not in runtime.log()
 
