@@ -64,8 +64,8 @@ WORKERS = 4
 METHOD = """\
 Made by `python3 tests/bench/heavy.py`: a `FastAPIServer` class with these imports, 4 workers, the time from exec to the first
 healthy answer and the memory of all processes, at rest once each has transformed something. The default runtime's steps: it loads
-the payload and constructs the class once, then becomes uvicorn, whose workers do so each. Median of {rounds} rounds; Python
-{python}."""
+the payload and constructs the class once, then becomes uvicorn, whose workers do so each. Rounds: {rounds}, of which the median
+counts; Python {python}."""
 
 
 class Cost(NamedTuple):
@@ -93,7 +93,9 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="heavy-") as folder:
         for name in filter(re.compile(arguments.only).search, CLASSES):
             costs[name] = measure(name, python, Path(folder), arguments.rounds)
-    text = METHOD.format(rounds=arguments.rounds, python=sys.version.split()[0]) + "\n\n" + table(costs)
+    asked = [python, "-c", "import platform; print(platform.python_version())"]
+    version = subprocess.check_output(asked, universal_newlines=True).strip()
+    text = METHOD.format(rounds=arguments.rounds, python=version) + "\n\n" + table(costs)
     print(text)
     if not arguments.only:
         results = HERE / "results.md"
