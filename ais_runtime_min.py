@@ -1641,10 +1641,10 @@ class NodeInput(ConnectionInput):
     def __init__(self, connection: socket.socket) -> None:
         super().__init__(connection)
         self.silence_seconds = 0.0
-        self.is_sending = False  # whether something of the request's body is left
-        self._pieces: Iterator[Any] = iter(())
+        self.is_sent = True  # whether all of the request's body is gone
+        self._is_sending = False  # whether something of it is left, and the node takes it
+        self._pieces: Iterator[Any] = itertools.chain()
         self._rest = memoryview(b"")  # of the piece that is on its way
-        self._is_wanted = True  # whether the node still takes it
         self._is_tls = isinstance(connection, ssl.SSLSocket)
         # what a socket says that does not block
         self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)
@@ -1654,23 +1654,25 @@ class NodeInput(ConnectionInput):
     def begin(self, head: bytes, pieces: Iterator[Any]) -> None:
         """Send the head of a request, and take over the pieces of its body."""
         self._connection.settimeout(self.silence_seconds)
-        self._pieces, self.is_sending, self._is_wanted = pieces, True, True
+        self._pieces, self._rest = pieces, memoryview(b"")
+        self.is_sent, self._is_sending = False, True
         self._send(lambda: self._connection.sendall(head))
         self._next_piece()
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more, and send until that comes; False at the end of the connection."""
-        if not self.is_sending:
+        if not self._is_sending:
             return super().fill(flags)
         self._connection.settimeout(0)
-        came = self._receive_now()
         try:
-            while came is None and self.is_sending:
-                self._send_some()
+            while self._is_sending:
                 came = self._receive_now()
+                if came is not None:
+                    return came
+                self._send_some()
         finally:
             self._connection.settimeout(self.silence_seconds)
-        return super().fill(flags) if came is None else came
+        return super().fill(flags)
 
     def _receive_now(self) -> Optional[bool]:
         """Receive what is here, False at the end of the connection; None where nothing is."""
@@ -1683,7 +1685,7 @@ class NodeInput(ConnectionInput):
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, 0 at the end of the connection."""
-        if self.is_sending and not self.ahead and not self.fill():
+        if self._is_sending and not self.ahead and not self.fill():
             return 0
         return super().readinto(buffer, flags)
 
@@ -1701,27 +1703,28 @@ class NodeInput(ConnectionInput):
     def _send(self, send: Callable[[], Optional[int]]) -> int:
         """Send something; a node that has hung up may have answered before, and takes no more."""
         try:
-            return (self._is_wanted and send()) or 0
+            return send() or 0
         except ConnectionError:
-            self._is_wanted = False
+            self._is_sending = False
             return 0
 
     def _next_piece(self) -> None:
-        """Take the next piece of the body once one is gone, or is not wanted."""
-        while self.is_sending and not (self._rest and self._is_wanted):
+        """Take the next piece of the body once one is gone."""
+        while self._is_sending and not self._rest:
             piece = next(self._pieces, None)
-            self.is_sending = piece is not None
+            self.is_sent = piece is None
+            self._is_sending = not self.is_sent
             self._rest = memoryview(piece or b"")
 
     def run_out(self) -> None:
-        """Take all that is left of the body, to see that it would have come right."""
-        self._is_wanted = False
-        self._next_piece()
+        """Take what is left of the body and send none of it, to see that it would come right."""
+        self._is_sending = False
+        collections.deque(self._pieces, 0)
 
     def stop(self) -> None:
         """Take nothing more of the body, and let go of it."""
-        self.is_sending = False
-        cast(Any, self._pieces).close()
+        self._is_sending = False
+        getattr(self._pieces, "close", lambda: None)()  # there are none yet if it failed early
 
 
 class NodeConnection:
@@ -1808,7 +1811,7 @@ class NodeBody(BodyStream):
         self.status = head.status
         self.headers = head.fields
         self.size = body.size
-        self.is_early = source.is_sending
+        self.is_early = not source.is_sent
         self.can_be_checked = not isinstance(body, ClosingReader)
         self._body = body
         self._source = source
@@ -1962,23 +1965,24 @@ class Framework(NamedTuple):
     setup.cfg's extras.
     """
 
-    base: str  # the class of the SDK whose subclasses have its application
     server: str  # "": this runtime's own
     modules: Mapping[str, str]
 
 
 FRAMEWORKS: Mapping[str, Framework] = {
-    "fastapi": Framework("FastAPIServer", "uvicorn", {
+    "fastapi": Framework("uvicorn", {
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
-    "flask": Framework("FlaskServer", "", {"flask": "flask>=3.0"}),
+    "flask": Framework("", {"flask": "flask>=3.0"}),
 }
 
 
+FRAMEWORK_OF: Dict[type, str] = {}  # of each base class that has an application: a key of these
+
+
 def framework_of(cls: type) -> str:
-    """Name the framework of an ETL class, a key of FRAMEWORKS, or ""."""
-    bases = {base.__name__ for base in cls.__mro__ if base.__module__ == __name__}
-    return next((name for name, each in FRAMEWORKS.items() if each.base in bases), "")
+    """Name the framework of an ETL class, "" where it has none."""
+    return next((FRAMEWORK_OF[base] for base in cls.__mro__ if base in FRAMEWORK_OF), "")
 
 
 class Share:
@@ -2290,6 +2294,9 @@ class FastAPIServer(FrameworkServer):
         return await vars(self)[ANSWER](path, request)
 
 
+FRAMEWORK_OF[FastAPIServer] = "fastapi"
+
+
 class FlaskServer(FrameworkServer):
     """The SDK's Flask base; `path` is decoded and without its first slash.
 
@@ -2309,6 +2316,9 @@ class FlaskServer(FrameworkServer):
     def _handle_request(self, path: str) -> Any:
         """Answer the current request, for an object, by a response of Flask's."""
         return vars(self)[ANSWER](path)
+
+
+FRAMEWORK_OF[FlaskServer] = "flask"
 
 
 class CountingIterator:
@@ -2596,8 +2606,20 @@ def package_of(error: BaseException) -> str:
     if isinstance(error, LacksName):
         return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    of_python = {*sys.builtin_module_names, *getattr(sys, "stdlib_module_names", ())}
-    return name if name and name not in of_python and not is_here(name) else ""
+    is_of_python = (name in sys.builtin_module_names
+                    or name in getattr(sys, "stdlib_module_names", ()))
+    return "" if not name or is_of_python or is_here(name) else name
+
+
+def other_cloudpickle(name: str) -> PackageError:
+    """Explain that the cloudpickle here lacks a name that the one that made the payload had."""
+    here = installed_version("cloudpickle") or ""
+    if re.match("[012][.]", here):
+        return PackageError(
+            f"{FAILED} was made by cloudpickle 3 or newer, and this image has {here}, which has no "
+            f"{name}: add cloudpickle>=3 to PACKAGES, and nothing that wants an older one")
+    return PackageError(f"{FAILED} was made by another cloudpickle than this image's, {here}, "
+                        f"which has no {name}; {MAKE_ANEW}")
 
 
 class PayloadUnpickler(pickle.Unpickler):
@@ -2610,10 +2632,9 @@ class PayloadUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Look up a global, with our own maker in the place of code objects' type."""
-        if module in OF_HTTP_EXCEPTION and name == "HTTPException":
-            package = module.partition(".")[0]
-            if not is_here(package):
-                return HTTPException
+        package = module.partition(".")[0]
+        if name == "HTTPException" and module in OF_HTTP_EXCEPTION and not is_here(package):
+            return HTTPException
         try:
             found = super().find_class(module, name)
         except AttributeError as error:
@@ -2622,14 +2643,8 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
                     f"that functools.lru_cache wraps, for one, must be made by the class "
                     f"itself") from None
-            if module.partition(".")[0] == "cloudpickle":
-                here = installed_version("cloudpickle") or ""
-                is_old = re.match("[012][.]", here)
-                raise PackageError(
-                    f"{FAILED} was made by cloudpickle 3 or newer, and this image has {here}, "
-                    f"which has no {name}: add cloudpickle>=3 to PACKAGES, and nothing that wants "
-                    f"an older one" if is_old else f"{FAILED} was made by another cloudpickle than "
-                    f"this image's, {here}, which has no {name}; {MAKE_ANEW}") from None
+            if package == "cloudpickle":
+                raise other_cloudpickle(name) from None
             raise LacksName(module, name) if stands_in(module) else error from None
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
@@ -5325,7 +5340,7 @@ class Waker:
         self.readable, self._writable = socket.socketpair()
         self.readable.setblocking(False)
         self._writable.setblocking(False)
-        self.signals: FrozenSet[int] = frozenset()
+        self.signals: FrozenSet[int] = frozenset()  # none, once they are no business of this one
         self._forking = threading.local()  # the signals that a thread had masked before it forked
 
     def wake(self) -> None:
@@ -6245,10 +6260,9 @@ class ASGIFront:
 
         status, text = self._own_answer(scope)
         began = time.monotonic()
-        if status:
-            error = (await outcome_of(self._answer(request, status, text))).error
-        else:
-            error = (await outcome_of(self._app(scope, request.receive, request.send))).error
+        answering = (self._answer(request, status, text) if status
+                     else self._app(scope, request.receive, request.send))
+        error = (await outcome_of(answering)).error
         log_request(scope["method"], scope["path"], request.status, request.size, began)
         # uvloop's for a connection that is closed is a RuntimeError
         is_of_client = isinstance(error, (OSError, RuntimeError)) and request.is_gone
@@ -6590,8 +6604,9 @@ def make_front(listener: socket.socket, server: ETLServer,
     by_uvicorn = CallingThread() if has_app and isinstance(server, FastAPIServer) else None
     is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
     main_thread: Optional[MainThread] = by_uvicorn or (MainThread() if is_one else None)
-    slots: Slots = ThreadSlots(settings.threads or DEFAULT_THREADS)
-    service = make_service(server, settings, main_thread if main_thread and is_one else slots)
+    slots = (main_thread if main_thread and is_one
+             else ThreadSlots(settings.threads or DEFAULT_THREADS))
+    service = make_service(server, settings, slots)
     if by_uvicorn:
         return UvicornServer(listener, cast(FastAPIServer, server), service, by_uvicorn)
     front = Server(listener, service, main_thread)
@@ -6739,12 +6754,12 @@ def started_here() -> List[int]:
     """
     own = os.getpid()
     group = own if os.getpgrp() == own and Current.reports is not None else 0
+    ticks = os.sysconf("SC_CLK_TCK")  # in a second
     table: Dict[int, Tuple[int, int, float]] = {}  # parent, group and start of each process
     for name in filter(str.isdigit, attempt(os.listdir, "/proc").value or ()):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
-            ticks = int(fields[19])
-            table[int(name)] = int(fields[1]), int(fields[2]), ticks / os.sysconf("SC_CLK_TCK")
+            table[int(name)] = int(fields[1]), int(fields[2]), int(fields[19]) / ticks
     tracker = getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", 0)
     found: Set[int] = set()
     more = {own}
@@ -7141,8 +7156,10 @@ class Supervisor:
 
     def _announce(self, announce: Callable[[str], None]) -> None:
         """Let the workers serve once the first is ready, which is said before."""
+        if self._has_begun:
+            return
         ready = [REPORT_READY in worker.told for worker in self._workers.values()]
-        if not self._has_begun and all(ready) and len(ready) == self._count:
+        if all(ready) and len(ready) == self._count:
             self._has_begun = True
             logger.debug("all workers are ready")
         if any(ready) and self._gate[1] >= 0:
@@ -7455,8 +7472,9 @@ def first_file(folder: str) -> str:
         subfolders.sort()
         for path in (os.path.join(where, name) for name in sorted(names)):
             name = os.path.relpath(path, root)
-            is_there = is_object_path(os.path.realpath(path), (root,)) and os.access(path, os.R_OK)
-            if is_there and os.path.isfile(path) and f"/{name}" not in PATH_METHODS:
+            is_within = is_object_path(os.path.realpath(path), (root,))
+            can_be_read = is_within and attempt(existing_file, path).error is None
+            if can_be_read and f"/{name}" not in PATH_METHODS:
                 return name
     return ""
 

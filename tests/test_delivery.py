@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
+from ais_runtime_min import NodeInput
 from conftest import StartTarget
 from harness import QUICK_NUMBERS, Body, Environ, Numbers, Response, Runtime, make_payload
 from standin import BASE_PATH, At, Behaviour, Certificates, Recorded, StandInTarget
@@ -764,6 +765,20 @@ def test_a_stream_that_fails_behind_the_first_piece_of_the_answer_cuts_the_answe
     with contextlib.suppress(http.client.IncompleteRead, http.client.RemoteDisconnected):
         assert pod.send("fqn", bytes(MORE_THAN_BUFFERS), hop.root, "fail at the end").status >= 500
     assert [request for request in hop.wait_for_requests(1) if request.complete] == []
+
+
+def test_of_a_stream_to_a_hop_that_has_hung_up_nothing_more_is_made() -> None:
+    ours, theirs = socket.socketpair()
+    made: List[int] = []
+    pieces = (made.append(number) or b"piece" for number in range(9))  # type: ignore[func-returns-value]
+    with ours:
+        theirs.close()
+        source = NodeInput(ours)
+        source.silence_seconds = 5.0
+        source.begin(b"a head", pieces)
+        assert (source.fill(), source.is_sent, made) == (False, False, [])
+        source.run_out()  # had it answered, the rest would be looked at
+        assert made == list(range(9))
 
 
 # == TLS ==

@@ -116,6 +116,19 @@ def test_a_class_may_use_all_names_that_the_sdk_does_not() -> None:
     assert set(names_of_ours()) - set(json.loads(output)) == {"app", "session"}
 
 
+def test_a_class_may_be_called_as_the_base_of_another_framework(start_runtime: StartRuntime) -> None:
+    source = """
+from aistore.sdk.etl.webserver.flask_server import FlaskServer as Base
+
+class FastAPIServer(Base):
+    def _register_routes(self):
+        self.app.add_url_rule("/own", view_func=lambda: "own")
+""" + TRANSFORM % ""
+    runtime = start_runtime(make_payload(source, "FastAPIServer"), python=interpreter("sdk"))
+    assert runtime.request("GET", "/own").body == b"own"
+    assert runtime.request("PUT", "/b/o", b"hello").body == b"HELLO"
+
+
 def test_a_copy_of_an_instance_has_a_session_of_its_own(start_runtime: StartRuntime) -> None:
     code = ("self.session = 'one'; other = copy.copy(self); other.session = 'two'; "
             "return self.session + other.session")
