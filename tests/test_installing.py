@@ -131,6 +131,22 @@ def offline(wheels: Path) -> Dict[str, str]:
             "PIP_NO_CACHE_DIR": "1"}
 
 
+def simple_index(wheels: Path) -> Callable[[Recorded], Behaviour]:
+    """Return what answers as a package index that has the wheels of a folder (PEP 503)."""
+    def answer(head: Recorded) -> Behaviour:
+        name = head.path.split("/")[2]
+        if head.path.startswith("/files/"):
+            body, kind = (wheels / name).read_bytes(), "application/zip"
+        else:
+            links = ['<a href="/files/{0}">{0}</a>'.format(file.name) for file in wheels.iterdir()]
+            body, kind = "".join(links).encode(), "text/html"
+        headers = (("Content-Type", kind), ("Cache-Control", "max-age=600"),
+                   ("Date", formatdate(usegmt=True)))
+        return Behaviour(status=200, headers=headers, body=body)
+
+    return answer
+
+
 def installed_in(python: str, name: str) -> str:
     """Ask a fresh interpreter for the version of a distribution; "" where it is not there."""
     code = "import importlib.metadata as m; print(m.version(%r))" % name
@@ -223,19 +239,8 @@ def test_pip_is_told_of_indexes_with_passwords_of_a_certificate_and_of_a_cache(
     own_python: str, wheels: Path, tmp_path: Path, certificates: Certificates,
     start_target: Callable[..., StandInTarget]
 ) -> None:
-    def answer(head: Recorded) -> Behaviour:
-        name = head.path.split("/")[2]
-        if head.path.startswith("/files/"):
-            body, kind = (wheels / name).read_bytes(), "application/zip"
-        else:
-            links = ['<a href="/files/{0}">{0}</a>'.format(file.name) for file in wheels.iterdir()]
-            body, kind = "".join(links).encode(), "text/html"
-        headers = (("Content-Type", kind), ("Cache-Control", "max-age=600"),
-                   ("Date", formatdate(usegmt=True)))
-        return Behaviour(status=200, headers=headers, body=body)
-
     empty, index = start_target(), start_target(certificates.server_context())
-    index.default = answer
+    index.default = simple_index(wheels)
     urls = [each.root.replace("127.0.0.1", "user:%s@localhost" % SECRET) + "/simple"
             for each in (empty, index)]
     env = {"PACKAGES": "etl_probe", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0",

@@ -9,7 +9,6 @@ import sysconfig
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Set, Tuple, Type, Union
 
-import ais_runtime_min
 from harness import ROOT, RUNTIME
 
 SOURCE = RUNTIME.read_text(encoding="utf-8")
@@ -226,18 +225,6 @@ def test_a_docstring_begins_with_a_sentence_on_one_line() -> None:
             assert re.fullmatch(r"""["`'A-Z].*\.""", first), first
     firsts = [line for line in LINES if line.lstrip().startswith('"""')]
     assert [line for line in firsts if len(line) > FIRST_LINE_COLUMNS] == []
-
-
-def readme_variables() -> Set[str]:
-    """List the variables of README.md's table: those in backquotes in the first column of a row."""
-    cells = re.findall(r"^\| (`[^|]*)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    return {name for name in names if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name == "direct_put"}
-
-
-def test_the_readme_lists_the_variables_that_the_runtime_reads_and_no_others() -> None:
-    variables = {variable.name for variable in ais_runtime_min.VARIABLES}
-    assert readme_variables() == variables | {"ETL_CLASS_PAYLOAD_2"}
 
 
 # == What is not done ==

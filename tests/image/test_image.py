@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import ais_runtime_min
 from ais_runtime_min import Exit
 from alpine import IMAGE, PYTHON, hadolint, make_base
 from containers import Container, Engine, Layer, free_port, missing_programs
+from documents import README, REFERENCE, example
 from harness import ROOT, UNUSED_TARGET, make_payload
 
 CACHE = ROOT / ".venv" / "downloads"
@@ -252,14 +254,49 @@ def test_an_extra_that_is_not_there_ends_the_build(engine: Engine) -> None:
 # == Vendoring ==
 
 
-def test_the_lines_of_the_readme_vendor_the_runtime(engine: Engine, boot: Callable[..., Container], tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.search(r"```dockerfile\n(.*?)```", readme, re.DOTALL)
-    assert lines
-    (tmp_path / "Dockerfile").write_text("FROM %s\n%s" % (IMAGE, lines[1]))
-    (tmp_path / "ais_runtime_min.py").write_bytes((ROOT / "ais_runtime_min.py").read_bytes())
-    engine.build(tmp_path, "vendored")
-    assert answer(boot("localhost/vendored", upper(), *ROOTLESS)) == b"AN OBJECT"
+def vendor(engine: Engine, folder: Path, name: str, lines: str) -> str:
+    """Build an image by the README's lines for another image, and further ones; return its name."""
+    lines = example(README, "Copy the file into your own image").text + lines
+    (folder / "Dockerfile").write_text("FROM %s\n%s" % (IMAGE, lines))
+    (folder / "ais_runtime_min.py").write_bytes((ROOT / "ais_runtime_min.py").read_bytes())
+    engine.build(folder, name)
+    return "localhost/" + name
+
+
+def test_the_lines_of_the_readme_add_the_runtime_to_another_image(
+    engine: Engine, boot: Callable[..., Container], tmp_path: Path
+) -> None:
+    container = boot(vendor(engine, tmp_path, "vendored", ""), upper(), *ROOTLESS)
+    assert answer(container) == b"AN OBJECT"
+    assert "ais_runtime_min.cpython-" in container.execute("ls", "/code/__pycache__").stdout
+
+
+def test_the_lines_of_the_reference_add_packages_and_a_health_check(
+    engine: Engine, boot: Callable[..., Container], tmp_path: Path
+) -> None:
+    lines = example(REFERENCE, "The image", 2).text
+    for stated, small in {"numpy>=2": "six", "libgomp": "hello-apk"}.items():
+        assert stated in lines
+        lines = lines.replace(stated, small)
+    image = vendor(engine, tmp_path, "filled", lines)
+    assert "/health" in str(engine.inspect(image)["Healthcheck"])
+    source = RUN.replace("        import subprocess\n", "        import six, subprocess\n")
+    container = boot(image, make_payload(source, "Run"), *ROOTLESS)
+    assert answer(container, b"hello-apk") == b"hello from apk\n"
+
+
+def test_the_commands_of_the_documents_build_the_image_and_try_a_class_in_it(engine: Engine) -> None:
+    build = shlex.split(example(README, "Use it in a cluster").text.splitlines()[0])
+    name = build[3]
+    assert build == ["docker", "build", "-t", name, *build[4:-1], "."]
+    engine.build(ROOT, name, *build[4:-1])
+    run = shlex.split(example(REFERENCE, "The image", 1).text.replace("$PWD", str(ROOT)))
+    assert run[:2] == ["docker", "run"] and run[4:7] == ["-p", "8000:8000", name]
+    port = free_port()  # the tests' containers are on the host's network
+    container = Container(engine, name, {}, run[2:4], [*run[7:], "--port", str(port)])
+    with container:
+        container.wait_until_serving()
+        assert container.request("PUT", "/bucket/object", b"hello").body == b"HELLO"
 
 
 # == What is in it ==
