@@ -118,7 +118,7 @@ import weakref
 from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
+                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -954,9 +954,14 @@ def installed_version(name: str) -> Optional[str]:
     return next((version for version in found if isinstance(version, str)), None)
 
 
+def applies(wanted: Any, extra: str = "") -> bool:
+    """Tell whether a requirement that was read is for this Python, and for an extra or none."""
+    return not wanted.marker or bool(wanted.marker.evaluate({"extra": extra}))
+
+
 def is_lacking(wanted: Any) -> bool:
     """Tell whether a requirement that was read is for this Python, and not met by what is here."""
-    if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+    if not applies(wanted):
         return False
     version = installed_version(wanted.name)
     return version is None or not wanted.specifier.contains(version, True)
@@ -2796,7 +2801,8 @@ def with_story(failure: StartupError, what: str, error: BaseException) -> Startu
     return failure
 
 
-def load_etl_class(settings: Settings) -> Type[ETLServer]:
+def load_etl_class(settings: Settings,
+                   unpickler: Type[PayloadUnpickler] = PayloadUnpickler) -> Type[ETLServer]:
     """Decode, unpickle and check the class of the payload; StartupError tells what to do.
 
     The payload comes from whoever may start pods, and is run as code: it is trusted as the image
@@ -2806,7 +2812,7 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     install_sdk_names()
     attempt(importlib.import_module, "cloudpickle")  # where it is missing, unpickling says so
     leave_late_modules()
-    cls, error = attempt(PayloadUnpickler(io.BytesIO(pickled)).load)
+    cls, error = attempt(unpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
         version = ".".join(map(str, sys.version_info[:2]))
         raise PayloadError(
@@ -6715,6 +6721,15 @@ def reseed() -> None:
             attempt(found.value, seed)
 
 
+def construct(etl_class: Type[ETLServer]) -> Any:
+    """Make an instance of the class; raise ClassError if that fails."""
+    name = etl_class.__name__
+    server = call_user(f"{name}()", etl_class)
+    if not hasattr(server, "use_streaming"):
+        raise ClassError(f"{name}.__init__() does not call super().__init__()")
+    return server
+
+
 def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
     """Load the class, if the supervisor has not, construct and serve it; return the exit code."""
     settings = Current.settings or Settings()
@@ -6723,9 +6738,7 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
         settle()
         reseed()
         name = etl_class.__name__
-        server: Any = call_user(f"{name}()", etl_class)
-        if not hasattr(server, "use_streaming"):
-            raise ClassError(f"{name}.__init__() does not call super().__init__()")
+        server = construct(etl_class)
         port = getattr(server, "port", settings.port)
         if Current.listener is None:
             add_routes(server, settings)
@@ -7437,15 +7450,21 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
     return checked_class(leaves[0], f"{module.__file__}: {leaves[0].__name__}")
 
 
-def class_from_file(text: str) -> Type[ETLServer]:
-    """Import FILE[:CLASS] and pick the class: the one that is named, or the file's only one."""
-    import importlib.util
-
+def split_file(text: str) -> Tuple[str, str]:
+    """Split FILE[:CLASS] into the path of a file that is there, and the name of a class or ""."""
     path, wanted = text, ""
     if ":" in text and not os.path.exists(text):
         path, _, wanted = text.rpartition(":")
     if not os.path.isfile(path):
         raise UsageError(f"there is no file {path!r}")
+    return path, wanted
+
+
+def class_from_file(text: str) -> Type[ETLServer]:
+    """Import FILE[:CLASS] and pick the class: the one that is named, or the file's only one."""
+    import importlib.util
+
+    path, wanted = split_file(text)
     install_sdk_names()
     leave_late_modules()
     sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
@@ -7526,6 +7545,319 @@ def install(environ: Mapping[str, str]) -> int:
     return Exit.OK
 
 
+# -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
+
+VARIABLE_LIMIT_BYTES = 128 << 10  # of "NAME=text" and a zero byte: Linux, MAX_ARG_STRLEN
+ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line that docker reads
+PAYLOAD_LIMIT_BYTES = 1_400_000  # Kubernetes stores a pod in at most 1.5 MB
+TIME = r"([0-9]+(\.[0-9]+)?(ms|s|m|h))+"  # Go's time.ParseDuration
+SPEC_DEFAULTS = {"name": None, "image": "ais-runtime-min:{}.{}".format(*sys.version_info), "comm":
+                 "hpush", "init_timeout": "5m", "obj_timeout": "45s", "direct_put": True}
+
+
+def claim_stdout() -> TextIO:
+    """Return a file for the result on stdout; send everything else that is printed to stderr."""
+    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    flush_output()
+    os.dup2(2, 1)
+    return result
+
+
+def use_names_of_pods() -> None:
+    """Pickle what this file defines by the names under which a pod finds it.
+
+    These are the SDK's names where it has them, so that the default runtime finds them too.
+    """
+    homes = {value: module for module, names in sdk_modules().items()
+             for name, value in names.items() if callable(value)
+             and getattr(importlib.import_module(module), name) is value}
+    for value in list(globals().values()):
+        if isinstance(value, (type, types.FunctionType)) and value.__module__ == __name__:
+            value.__module__ = homes.get(value, "ais_runtime_min")
+
+
+def own_file(module: str, folder: str) -> str:
+    """Return the path of an imported module below a folder, "" for one that pip has installed."""
+    path = os.path.realpath(getattr(sys.modules.get(module), "__file__", None) or "/")
+    is_below = path.startswith(os.path.join(folder, ""))
+    is_installed = re.search(r"/(site|dist)-packages/", path[len(folder):])
+    return path if is_below and not is_installed else ""
+
+
+def pickle_from_file(file: str) -> Tuple[str, str]:
+    """Return the payload and the name of the class in FILE[:CLASS].
+
+    A pod has no modules that lie beside the file, so they are pickled with the class, by value.
+    """
+    cloudpickle, error = attempt(importlib.import_module, "cloudpickle")
+    if error is not None:
+        raise PackageError(f"pack needs cloudpickle: {pip_command(['cloudpickle>=3,<4'])}")
+    folder = os.path.dirname(os.path.realpath(split_file(file)[0]))
+    before = set(sys.modules)
+    etl_class = class_from_file(file)
+    use_names_of_pods()
+    for module in set(sys.modules) - before:
+        if own_file(module, folder):
+            cloudpickle.register_pickle_by_value(sys.modules[module])
+    payload, error = attempt(serialize_class, etl_class)
+    if error is not None:
+        reason = f"{etl_class.__name__} cannot be pickled: {describe_of_user(error, has_type=True)}"
+        raise with_story(ClassError(reason), "pickling", error)
+    return payload, etl_class.__name__
+
+
+def lend_packages(requirements: Iterable[str], folder: str) -> None:
+    """Link into a folder what these requirements, and what they depend on, have installed here."""
+    import importlib.metadata
+
+    waiting, lent = [(text, "") for text in requirements], set()
+    while waiting:
+        text, extra = waiting.pop()
+        # without pip nothing but a name can be read
+        wanted = parse_requirement(text) or parse_requirement(re.split(r"[^\w.-]", text)[0])
+        found = attempt(importlib.metadata.distribution, getattr(wanted, "name", "")).value
+        if found is None or (text, extra) in lent or not applies(wanted, extra):
+            continue
+        lent.add((text, extra))
+        waiting += [(each, extra) for each in found.requires or ()
+                    for extra in ("", *wanted.extras)]
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            with contextlib.suppress(FileExistsError):
+                os.symlink(os.path.abspath(found.locate_file(top)), os.path.join(folder, top))
+
+
+class ImportNotes(PayloadUnpickler):
+    """Unpickles a class, and notes what its functions import when they run."""
+
+    imports: Set[str] = set()
+
+    def _make_code(self, *args: Any) -> types.CodeType:
+        import dis
+
+        code = super()._make_code(*args)
+        instructions = list(dis.get_instructions(code))
+        for level, instruction in zip(instructions, instructions[2:]):
+            if instruction.opname == "IMPORT_NAME":
+                dots = "." * level.argval if isinstance(level.argval, int) else ""
+                self.imports.add(f"{dots}{instruction.argval}")
+        return code
+
+    @classmethod
+    def lacking(cls) -> List[str]:
+        """Return the imports that fail here; but a pod installs frameworks itself."""
+        import importlib.util
+
+        sdk = {} if is_here("aistore") else sdk_modules()
+        return sorted(
+            name for name in cls.imports
+            if DEFAULT_IMAGE.get(name.partition(".")[0]) not in FRAMEWORKS
+            and not (sdk[name] if name in sdk else attempt(importlib.util.find_spec, name).value))
+
+
+def prove(needs: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Load and construct a payload as a pod does, and print what was found: see `prove_payload`.
+
+    `needs` are frameworks, "fastapi" or, where it serves the class, "fastapi serves".
+    """
+    result, told = claim_stdout(), cast(Dict[str, Any], {})
+    settings = Settings.from_env(environ, ("AIS_TARGET_URL",))
+    Current.reports = os.open(os.devnull, os.O_WRONLY)  # as in a worker
+    try:
+        prepare(settings, may_install=False)
+        for need in needs:
+            framework, _, serves = need.partition(" ")
+            prepare_framework(framework, bool(serves), may_install=False)
+            settings = settings._replace(server=framework if serves else settings.server)
+        Current.settings = settings
+        etl_class = load_etl_class(settings, ImportNotes)
+        if server_for(etl_class) and not settings.server:
+            told["why"] = f"overrides {', '.join(overridden(etl_class, HOOKS))}"
+            raise FrameworkNeeded(server_for(etl_class), serves=True)
+        construct(etl_class)
+        told["lacks"] = ImportNotes.lacking()
+    except FrameworkNeeded as need:
+        told["needs"] = f"{need.framework} serves" if need.serves else need.framework
+        told.setdefault("why", "uses self.app" if need.serves else f"imports {need.framework}")
+    except StartupError as error:
+        told.update(exit=error.exit, reason=str(error), story=error.story)
+    with result:
+        json.dump(told, result)
+    return Exit.OK
+
+
+def try_payload(payload: str, needs: Sequence[str], variables: Mapping[str, str],
+                environ: Mapping[str, str]) -> Dict[str, Any]:
+    """Run `prove` in an empty folder, where it finds no more than a pod does.
+
+    That is the library, this file, cloudpickle, and what `PACKAGES` and frameworks bring.
+    """
+    import subprocess
+    import tempfile
+
+    requirements = requirements_of(variables.get("PACKAGES", ""), "PACKAGES")
+    for need in needs:
+        requirements += FRAMEWORKS[need.partition(" ")[0]].modules.values()
+    kept = {name: text for name, text in environ.items() if not re.match(
+        "PYTHON|ETL_CLASS_PAYLOAD", name) and name not in {each.name for each in VARIABLES}}
+    with tempfile.TemporaryDirectory() as site, tempfile.TemporaryDirectory() as empty:
+        lend_packages(["cloudpickle", *requirements], site)
+        script, text = os.path.join(site, "ais_runtime_min.py"), os.path.join(site, "payload")
+        with open(__file__, "rb") as source, open(script, "wb") as copy, open(text, "w") as file:
+            copy.write(source.read())
+            file.write(payload)
+        kept.update(variables, ETL_CLASS_PAYLOAD_FILE=text, AIS_TARGET_URL="http://127.0.0.1:9/x")
+        done = subprocess.run([sys.executable, "-S", script, "prove", *needs], cwd=empty, env=kept,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    told = attempt(json.loads, done.stdout).value
+    if not isinstance(told, dict):
+        raise ClassError(f"the class ended the process that tried it, with {done.returncode}")
+    return told
+
+
+def prove_payload(payload: str, file: str, variables: Mapping[str, str],
+                  environ: Mapping[str, str]) -> None:
+    """Raise the StartupError with which a pod would end, and tell what else the pod needs."""
+    missing = lacking(requirements_of(variables.get("PACKAGES", ""), "PACKAGES"))
+    if missing:
+        raise PackageError(f"pack tries the class with what --packages names: {pip_command(missing)}")
+    needs: List[str] = []
+    told = try_payload(payload, needs, variables, environ)
+    while "needs" in told and told["needs"] not in needs:
+        needs.append(told["needs"])
+        logger.info("the class %s: a pod installs %s when it starts, unless it is in the image",
+                    told["why"], needs[-1].partition(" ")[0])
+        told = try_payload(payload, needs, variables, environ)
+    if "lacks" not in told:
+        reason = told["reason"].partition("; if it is a module of your own")[0]
+        module = re.search(r"the module '([\w.]+)'", reason)
+        elsewhere = own_file(module[1], "/") if module else ""
+        if elsewhere:
+            reason = f"it has no {elsewhere}: put that beside {file}, to have it pickled too"
+        failure = StartupError(f"a pod would not start: {reason}")
+        failure.exit, failure.story = told["exit"], told["story"]
+        raise failure
+    for name in told["lacks"]:
+        top = name.partition(".")[0]
+        own = [end for end in (".py", "") if top and os.path.exists(
+            os.path.join(os.path.dirname(os.path.abspath(file)), top + end))]
+        remedy = ("import it at the top of the file, to have it pickled too" if own or not top else
+                  f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
+        logger.warning("a function imports %s when it runs, and a pod does not have that: %s",
+                       name, remedy)
+
+
+def variables_of(arguments: argparse.Namespace) -> Dict[str, str]:
+    """Return the pod's variables that the options ask for, without the payload."""
+    options = {"PACKAGES": arguments.packages, "OS_PACKAGES": arguments.os_packages,
+               "ETL_DIRECT_FQN": "true" if arguments.arg_type == "fqn" else ""}
+    variables = {name: text for name, text in options.items() if text}
+    for text in arguments.env:
+        name, _, value = text.partition("=")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=.*", text, re.DOTALL):
+            raise UsageError(f"--env {text!r} must be NAME=VALUE")
+        if name in options or name.startswith("ETL_CLASS_PAYLOAD"):
+            raise UsageError(f"--env {name}: pack has an option for it")
+        if name == "AIS_TARGET_URL" and not arguments.env_file:
+            raise UsageError("--env AIS_TARGET_URL: AIStore sets it")
+        variables[name] = value
+    Settings.from_env(variables)
+    return variables
+
+
+def pieces_of(payload: str, limit: int) -> Dict[str, str]:
+    """Return the variables that hold a payload, each shorter than a limit in bytes."""
+    if len(payload) > PAYLOAD_LIMIT_BYTES:
+        raise PayloadError(f"a pod's variables do not take {len(payload)} bytes: print the payload "
+                           f"alone, and put it into the image as ETL_CLASS_PAYLOAD_FILE")
+    size = limit - len("ETL_CLASS_PAYLOAD_99=.")
+    return {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
+            for number, start in enumerate(range(0, len(payload), size), 1)}
+
+
+def spec_of(given: Mapping[str, Any], class_name: str, variables: Mapping[str, str]) -> str:
+    """Return a spec for `ais etl init -f`, as AIStore checks it (ext/etl/api.go).
+
+    Texts are quoted as in JSON, which is YAML too.
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", "-", class_name).lower().strip("-")
+    spec = {**SPEC_DEFAULTS, "name": words if len(words) > 5 else f"{words}-etl", **given}
+    for option, pattern, what in (("name", "[a-z0-9-]{6,32}", "6 to 32 of a-z, 0-9 and -"),
+                                  ("init_timeout", TIME, "a time as 45s or 5m"),
+                                  ("obj_timeout", TIME, "a time as 45s or 5m")):
+        if not re.fullmatch(pattern, spec[option]):
+            raise UsageError(f"--{option.replace('_', '-')} {spec[option]!r} must be {what}")
+    if spec["comm"] == "ws" and not spec["direct_put"]:
+        raise UsageError("--comm ws needs direct put")
+    env = "".join(f"\n    - {{name: {name}, value: {json.dumps(text, ensure_ascii=False)}}}"
+                  for name, text in variables.items())
+    return (f"name: {spec['name']}\nruntime:\n  image: {json.dumps(spec['image'])}\n  env:{env}\n"
+            f"communication: {spec['comm']}://\ninit_timeout: {spec['init_timeout']}\n"
+            f"obj_timeout: {spec['obj_timeout']}\n"
+            f"support_direct_put: {str(spec['direct_put']).lower()}\n")
+
+
+def env_file_of(variables: Mapping[str, str]) -> str:
+    """Return a file for `docker run --env-file`, which has no way to quote."""
+    for name, text in variables.items():
+        if "\n" in text or len(f"{name}={text}".encode()) >= ENV_FILE_LIMIT_BYTES:
+            raise UsageError(f"--env {name}: an --env-file takes one line of up to 64 KiB")
+    return "".join(f"{name}={text}\n" for name, text in variables.items())
+
+
+def pack(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Print the payload of a file's class, or a spec with it, if a pod can start with it."""
+    result = claim_stdout()
+    Current.settings = Settings()
+    configure_logging(Current.settings)
+    variables = variables_of(arguments)
+    given = {option: value for option, value in vars(arguments).items()
+             if option in SPEC_DEFAULTS and value is not None}
+    if given and not arguments.spec:
+        raise UsageError(f"--{'/'.join(given).replace('_', '-')} is of a --spec")
+    payload, name = pickle_from_file(arguments.file)
+    text = f"{payload}\n"
+    if arguments.spec:
+        text = spec_of(given, name, {**pieces_of(payload, VARIABLE_LIMIT_BYTES), **variables})
+    elif arguments.env_file:
+        text = env_file_of({**pieces_of(payload, ENV_FILE_LIMIT_BYTES),
+                            "AIS_TARGET_URL": "http://localhost:51080", **variables})
+    prove_payload(payload, split_file(arguments.file)[0], variables, environ)
+    logger.info("packed %s for images of Python %d.%d: %d bytes", name, *sys.version_info[:2],
+                len(payload))
+    with open(arguments.output, "w", encoding="utf-8") if arguments.output else result as file:
+        file.write(text)
+    return Exit.OK
+
+
+def add_pack(commands: Any) -> None:
+    """Add the command `pack` to the command line."""
+    import argparse
+
+    text = "print the payload of a class in a file, or all that starts an ETL with it"
+    pack = commands.add_parser("pack", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    pack.add_argument("file", metavar="FILE[:CLASS]",
+                      help="a Python file, and the class if it defines several")
+    forms = pack.add_mutually_exclusive_group()
+    forms.add_argument("--spec", action="store_true", help="print a spec for ais etl init -f")
+    forms.add_argument("--env-file", action="store_true",
+                       help="print a file for docker run --env-file")
+    pack.add_argument("-o", "--output", metavar="FILE", help="write to a file, not to stdout")
+    pack.add_argument("--packages", metavar="LIST", help="PACKAGES: from PyPI, with commas")
+    pack.add_argument("--os-packages", metavar="LIST", help="OS_PACKAGES: of Alpine, with commas")
+    pack.add_argument("--arg-type", choices=("fqn",),
+                      help="fqn: transform gets the path of the object's file")
+    pack.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
+                      help="a further variable; may be repeated")
+    spec = pack.add_argument_group("of the spec")
+    spec.add_argument("--name", help="of the ETL (default: made of the class's)")
+    spec.add_argument("--image", help="default: ais-runtime-min:X.Y, with this Python's version")
+    spec.add_argument("--comm", choices=("hpush", "hpull", "ws"), help="default: hpush")
+    spec.add_argument("--init-timeout", metavar="TIME", help="default: 5m")
+    spec.add_argument("--obj-timeout", metavar="TIME", help="default: 45s")
+    spec.add_argument("--direct-put", action=argparse.BooleanOptionalAction,
+                      help="deliver results straight to their nodes (default)")
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     import argparse
@@ -7557,10 +7889,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--workers", default="1",
                        help="worker processes (default: %(default)s)")
     serve.add_argument("--threads", help="transforms at once in one worker")
+    add_pack(commands)
     arguments = parser.parse_args(argv)
     if arguments.command == "install":
         raise UsageError("install stands alone; --help has the options")
-    if os.path.isdir(arguments.target or ""):
+    if os.path.isdir(getattr(arguments, "target", None) or ""):
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
     for variable in VARIABLES:  # whose bounds are those of the options that fill the same field
         given = getattr(arguments, variable.field, None)
@@ -7590,6 +7923,27 @@ def own_command(arguments: Sequence[str]) -> List[str]:
     return [sys.executable, *options, os.path.abspath(__file__), *arguments]
 
 
+def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
+    """Run the command that the arguments name; without arguments, serve as a pod."""
+    known = environ.pop(FRESH_START, "")
+    command = arguments[0] if arguments else ""
+    if arguments == ["install"]:
+        return install(environ)
+    start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
+    served = take_fresh_start(known, environ) if known else None
+    del sys.argv[1:]  # a class may read its own command line, which has no arguments
+    # pyarrow's thread would outlive a fork
+    environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+    if command == "prove":
+        return prove(arguments[1:], environ)
+    if command == "pack":
+        Current.output = 2  # stdout is for the result
+        return pack(parse_arguments(arguments), environ)
+    job = serve_job(parse_arguments(arguments), environ) if command else pod_job(environ)
+    Current.settings = job.settings
+    return job.run(start, served)
+
+
 def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
@@ -7601,23 +7955,12 @@ def main(argv: Optional[Sequence[str]] = None,
     Current.output = attempt(os.dup, 1).value or -1
     for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until there are workers to be stopped
-    known = environ.pop(FRESH_START, "")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a line must not fail for a character, nor wait for others
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments == ["install"]:
-            return install(environ)
-        start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
-        served = take_fresh_start(known, environ) if known else None
-        job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
-        Current.settings = job.settings
-        del sys.argv[1:]  # a class may read its own command line, which has no arguments
-        # pyarrow's thread would outlive a fork
-        environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-        return job.run(start, served)
+        return run_command(list(sys.argv[1:] if argv is None else argv), environ)
     except StartupError as error:
         return give_up(error)
 
