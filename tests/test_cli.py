@@ -82,7 +82,7 @@ def run_line(line: str) -> bytes:
     return done.stdout
 
 
-# == The examples ==
+# == The examples, those of tests/etls that need no packages ==
 
 PACKED = gzip.compress(b"hello" * 100000) + gzip.compress(b"!")
 EXAMPLES = {  # file: its class, what `echo hello` becomes, and a query, an object and its result
@@ -97,7 +97,7 @@ EXAMPLES = {  # file: its class, what `echo hello` becomes, and a query, an obje
 }
 
 
-@pytest.mark.parametrize("file", [path.name for path in sorted(ETLS.glob("*.py"))])
+@pytest.mark.parametrize("file", list(EXAMPLES))
 def test_an_example_is_served_with_nothing_installed_and_the_printed_lines_work(
     serve: StartServe, etls: Path, file: str
 ) -> None:

@@ -345,12 +345,16 @@ def test_the_reason_goes_to_the_termination_log_too_in_short_and_without_secrets
     assert not file.exists(), "it is made where there is none"
     file.touch()
     secrets = "raise ValueError('long ' * 5000 if os.environ['LONG'] else self.host_target + self.token)"
-    for env, code, reason in [
-        ({"NUM_WORKERS": "x" * 5000}, Exit.CONFIG, "NUM_WORKERS='xxx"),
-        ({"LONG": "yes"}, Exit.SOFTWARE, "Model() failed: ValueError: long long"),
-        ({"LONG": ""}, Exit.SOFTWARE, "Model() failed: ValueError: http://127.0.0.1:9***"),
+    unpickling = "raise ValueError(os.environ['AIS_TARGET_URL'])"
+    for name, env, code, reason in [
+        ("Model", {"NUM_WORKERS": "x" * 5000}, Exit.CONFIG, "NUM_WORKERS='xxx"),
+        ("Model", {"LONG": "yes"}, Exit.SOFTWARE, "Model() failed: ValueError: long long"),
+        ("Model", {"LONG": ""}, Exit.SOFTWARE,
+         "Model() failed: ValueError: http://127.0.0.1:9***"),
+        ("Unpickles", {"UNPICKLING": unpickling}, Exit.DATA,
+         "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD cannot be loaded: ValueError: http://"),
     ]:
-        done = start_in_vain(payloads["Model"], {"MODEL": secrets, **env}, numbers=numbers)
+        done = start_in_vain(payloads[name], {"MODEL": secrets, **env}, numbers=numbers)
         text = file.read_text()
         assert done.code == code and done.last_line.startswith("ais_runtime_min: " + reason)
         assert text.startswith(reason) and file.stat().st_size <= 2048

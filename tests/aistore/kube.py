@@ -300,7 +300,7 @@ class Kubernetes:
         process = self._start(name, pod)
         if process is None:
             return
-        self.tell(name, "started", pid=process.process.pid)
+        self.tell(name, "started", pid=process.process.pid, labels=pod["metadata"]["labels"])
         self.set_status(pod, "Running", False, RUNNING)
         self._probe_until_end(process, pod)
         with self.lock:

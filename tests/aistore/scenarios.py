@@ -6,23 +6,31 @@ pickled by value, as a user's are.
 """
 import concurrent.futures
 import contextlib
+import gzip
+import io
 import itertools
 import json
 import os
 import random
 import re
 import signal
+import struct
+import subprocess
 import sys
+import tarfile
 import threading
 import time
 import traceback
 import urllib.parse
 import uuid
+import wave
+import zlib
 from pathlib import Path
 from typing import (
-    Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, TextIO, Type, Union
+    Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Type, Union
 )
 
+import yaml
 from aistore.sdk import Client
 from aistore.sdk.bucket import Bucket
 from aistore.sdk.errors import AISError
@@ -1041,6 +1049,145 @@ def a_pod_through_wsgi_whose_last_ws_connection_was_closed_by_failures_ends_with
 
 def a_pod_under_uvicorn_whose_last_ws_connection_was_closed_by_failures_ends_with_its_reason(world: World) -> None:
     check_end_with_last_connection(world, UvicornValidator)
+
+
+# == Scenarios: from a class in a file, by `pack` and AIStore's own interface for specs ==
+
+CSV = b"5.1,3.5,1.4,0.2\n6.7,3.0,5.2,2.3\n"
+MEMBERS = {"0.jpg": b"picture", "0.cls": b"7", "1.jpg": bytes(70_000), "1.cls": b"3"}
+
+
+class Packed(NamedTuple):
+    """An example class: what `pack` is asked for, and an object with its arguments and its result."""
+
+    file: str
+    content: bytes
+    result: Callable[[bytes], bool]
+    args: Optional[str] = None
+    options: Sequence[str] = ()
+    needs: str = ""  # a package
+
+
+def make_shard() -> bytes:
+    """Make a tar archive."""
+    shard = io.BytesIO()
+    with tarfile.open(fileobj=shard, mode="w") as archive:
+        for name, content in MEMBERS.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return shard.getvalue()
+
+
+def members_of(shard: bytes) -> Dict[str, bytes]:
+    """Read a tar archive."""
+    with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
+        return {member.name: (archive.extractfile(member) or io.BytesIO()).read() for member in archive}
+
+
+def make_sound() -> bytes:
+    """Make a WAV file of half a second."""
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((2, 2, 44100, 0, "NONE", ""))
+        file.writeframes(bytes(4) * 22050)
+    return sound.getvalue()
+
+
+def make_picture() -> bytes:
+    """Make a PNG of 64 black pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(9) * 8)) + chunk(b"IEND", b""))
+
+
+def equal_to(expected: bytes) -> Callable[[bytes], bool]:
+    """Return a check for one result."""
+    return lambda got: got == expected
+
+
+PACKED = [
+    Packed("upper.py", b"hello ais!", equal_to(b"HELLO AIS!")),
+    Packed("line_count.py", b"a\nb\n", equal_to(b"2")),
+    Packed("hash_with_args.py", b"hello", equal_to(b'{"algorithm": "md5", "digest": "5d41402abc4b2a76b9719d911017c592"}'), "md5"),
+    Packed("gunzip_stream.py", gzip.compress(b"hello" * 99_999), equal_to(b"hello" * 99_999)),
+    Packed("select_members.py", make_shard(),
+           lambda got: members_of(got) == {name: MEMBERS[name] for name in ("0.cls", "1.cls")}, "cls"),
+    Packed("thumbnail.py", make_picture(), lambda got: got[:3] == b"\xff\xd8\xff", "4", ["--packages", "pillow"], "pillow"),
+    Packed("to_wav.py", make_sound(), lambda got: wave.open(io.BytesIO(got)).getframerate() == 8000, "8000",
+           ["--arg-type", "fqn"], "imageio-ffmpeg"),
+    Packed("jsonl_to_parquet.py", b'{"a": 1}\n{"a": 2}\n', lambda got: got[:4] == got[-4:] == b"PAR1", None,
+           ["--packages", "pyarrow"], "pyarrow"),
+    Packed("classify_iris.py", CSV, equal_to(b"setosa\nvirginica\n"), None, ["--packages", "scikit-learn"], "scikit-learn"),
+    Packed("word_filter.py", b"a secret plan", equal_to(b"a ****** plan"), None, [], "fastapi"),
+]
+
+
+def start_packed(world: World, packed: Packed, comm: str) -> Etl:
+    """Start an ETL as somebody does who has a file, cloudpickle and AIStore's command line."""
+    libraries = json.loads(os.environ["LIBRARIES"])
+    runtime = Path(os.environ["RUNTIME"])
+    name = "p-" + uuid.uuid4().hex[:12]
+    spec = subprocess.check_output([
+        libraries["python"], str(runtime), "pack", str(runtime.parent / "tests" / "etls" / packed.file), "--spec", "--name", name,
+        "--image", "libraries-of-ais-runtime-min", "--comm", comm, "--init-timeout", INIT_TIMEOUT, *packed.options])
+    etl = world.client.etl(name)
+    world._etls.append(etl)
+    world.client.request("put", path="etl", json=yaml.safe_load(spec), timeout=(10, 120))
+    return etl
+
+
+def check_packed(world: World, comm: str) -> None:
+    """Transform an object by each of the examples whose packages are here."""
+    missing = json.loads(os.environ["LIBRARIES"])["missing"]
+    examples = [packed for packed in PACKED if packed.needs not in missing]
+    world.notes += ["%s is not tried: %s" % (packed.file, missing[packed.needs]) for packed in PACKED if packed.needs in missing]
+    source = world.filled_bucket({packed.file: packed.content for packed in examples})
+    for packed in examples:
+        etl = start_packed(world, packed, comm)
+        got = world.inline(source, packed.file, etl, packed.args)
+        assert packed.result(got), "%s by %s: %r" % (packed.file, comm, got[:200])
+        world.stop(etl)
+
+
+def packed_examples_by_hpush(world: World) -> None:
+    check_packed(world, HPUSH)
+
+
+def packed_examples_by_hpull(world: World) -> None:
+    check_packed(world, HPULL)
+
+
+def packed_examples_by_ws(world: World) -> None:
+    check_packed(world, WS)
+
+
+def init_class_starts_the_runtime_where_the_image_has_the_default_ones_name(world: World) -> None:
+    source = world.filled_bucket({"object": b"hello ais!"})
+    etl = world.client.etl("i-" + uuid.uuid4().hex[:12])
+    world._etls.append(etl)
+
+    @etl.init_class(init_timeout=INIT_TIMEOUT)
+    class Upper(HTTPMultiThreadedServer):
+        def transform(self, data: bytes, path: str, etl_args: str) -> bytes:
+            return data.upper()
+
+    must_equal(world.inline(source, "object", etl), b"HELLO AIS!", "by init_class")
+    assert any("ais_runtime_min" in line for log in world.logs().values() for line in log)
+
+
+def a_pod_has_the_labels_that_the_network_policy_selects(world: World) -> None:
+    readme = (Path(os.environ["RUNTIME"]).parent / "README.md").read_text()
+    policy = yaml.safe_load(readme.partition("```yaml\n")[2].partition("```")[0])
+    world.start(Inverter, HPUSH)
+    started = world.events("started")
+    for event in started:
+        labels = event["labels"]
+        selected = policy["spec"]["podSelector"]["matchLabels"]
+        assert selected.items() <= labels.items(), labels
+    assert started
 
 
 # == Running them ==

@@ -19,6 +19,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 
 from harness import RUNTIME, interpreter
+from libraries import install_libraries
 
 HERE = Path(__file__).resolve().parent
 SCENARIO_SECONDS = 170.0  # the cluster's start included
@@ -36,6 +37,7 @@ class Session:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._libraries = install_libraries(folder)
         self._process: "Optional[subprocess.Popen[str]]" = None
         self._count = 0
 
@@ -65,13 +67,18 @@ class Session:
         self._count += 1
         self._state = self.folder / ("cluster-%d" % self._count)
         self._state.mkdir()
+        pythons = {"ais-runtime-min": interpreter("slim"), "frameworks-of-ais-runtime-min": interpreter("sdk"),
+                   "aistorage/runtime_python": interpreter("slim"), "libraries-of-ais-runtime-min": self._libraries.python}
+        path = os.pathsep.join([str(self._libraries.bin), os.environ.get("PATH", os.defpath)])
         images = {
-            name: {"command": [interpreter(group), str(RUNTIME)], "env": {"NUM_WORKERS": "2", "PYTHONUNBUFFERED": "1"}}
-            for name, group in (("ais-runtime-min", "slim"), ("frameworks-of-ais-runtime-min", "sdk"))}
+            name: {"command": [python, str(RUNTIME)], "env": {"NUM_WORKERS": "2", "PYTHONUNBUFFERED": "1", "PATH": path}}
+            for name, python in pythons.items()}
         command = [sys.executable, "cluster.py", str(self._state), interpreter("sdk"), "scenarios.py"]
         with open(self._state / "scenarios.out", "wb") as out:
             self._process = subprocess.Popen(
-                command, cwd=str(HERE), env={**os.environ, "KUBE_IMAGES": json.dumps(images)},
+                command, cwd=str(HERE), env={
+                    **os.environ, "KUBE_IMAGES": json.dumps(images), "RUNTIME": str(RUNTIME),
+                    "LIBRARIES": json.dumps(self._libraries._asdict(), default=str)},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, universal_newlines=True,
             )
 
