@@ -72,7 +72,12 @@ def tried(mutation: Mutation, source: str, folder: Path, environments: Path) -> 
     """Put a fault into the copy, run the tests, and say what came of it."""
     if source.count(mutation.old) != 1:
         return "UNKNOWN, the runtime has its text %d times" % source.count(mutation.old)
-    (folder / "ais_runtime_min.py").write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+    mutated = source.replace(mutation.old, mutation.new)
+    try:
+        compile(mutated, "ais_runtime_min.py", "exec")
+    except SyntaxError as error:  # any test would fail
+        return "UNKNOWN, its text is no Python: %s" % error
+    (folder / "ais_runtime_min.py").write_text(mutated, encoding="utf-8")
     files = ["tests/test_%s.py" % name for name in mutation.files]
     begun = time.monotonic()
     for options in (["-n", run.PROCESSES, "-m", "(%s) and not alone" % run.NOT_SLOW], ["-m", "(%s) and alone" % run.NOT_SLOW]):
