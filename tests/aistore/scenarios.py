@@ -30,6 +30,7 @@ from typing import (
     Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Type, Union
 )
 
+import requests
 import yaml
 from aistore.sdk import Client
 from aistore.sdk.bucket import Bucket
@@ -1133,9 +1134,10 @@ def start_packed(world: World, packed: Packed, comm: str) -> Etl:
     spec = subprocess.check_output([
         libraries["python"], str(runtime), "pack", str(runtime.parent / "tests" / "etls" / packed.file), "--spec", "--name", name,
         "--image", "libraries-of-ais-runtime-min", "--comm", comm, "--init-timeout", INIT_TIMEOUT, *packed.options])
+    answer = requests.put(os.environ["AIS_ENDPOINT"] + "/v1/etl", json=yaml.safe_load(spec), timeout=(10, 120))
+    assert answer.status_code == 200, answer.text
     etl = world.client.etl(name)
     world._etls.append(etl)
-    world.client.request("put", path="etl", json=yaml.safe_load(spec), timeout=(10, 120))
     return etl
 
 
