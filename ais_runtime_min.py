@@ -118,7 +118,7 @@ import weakref
 from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, TypeVar, Union, cast)
+                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
@@ -253,6 +253,7 @@ class Exit(enum.IntEnum):
     UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package cannot be installed or is missing
     SOFTWARE = os.EX_SOFTWARE  # 70: the user's code failed, or workers keep dying
     SYSTEM = os.EX_OSERR  # 71: the port is taken, a file cannot be read
+    OUTPUT = os.EX_IOERR  # 74: the result of a command cannot be written
     CONFIG = os.EX_CONFIG  # 78: an environment variable
 
 
@@ -6687,6 +6688,9 @@ def serve_instance(server: ListeningServer) -> None:
     In a worker the socket is the supervisor's; elsewhere it is the instance's host and port.
     """
     settings = Current.settings or Settings()
+    if Current.is_loading:
+        raise ClassError("the file starts a server when it is imported: put that below "
+                         "if __name__ == '__main__'")
     listener = Current.listener or bind(server.host, server.port)
     front = make_front(listener, server, settings)
     front.ready = functools.partial(let_in, listener)
@@ -7548,80 +7552,126 @@ def install(environ: Mapping[str, str]) -> int:
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
 
 VARIABLE_LIMIT_BYTES = 128 << 10  # of "NAME=text" and a zero byte: Linux, MAX_ARG_STRLEN
-ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line that docker reads
-PAYLOAD_LIMIT_BYTES = 1_400_000  # Kubernetes stores a pod in at most 1.5 MB
-TIME = r"([0-9]+(\.[0-9]+)?(ms|s|m|h))+"  # Go's time.ParseDuration
-SPEC_DEFAULTS = {"name": None, "image": "ais-runtime-min:{}.{}".format(*sys.version_info), "comm":
-                 "hpush", "init_timeout": "5m", "obj_timeout": "45s", "direct_put": True}
+ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line: docker's reader
+SPEC_LIMIT_BYTES = 1 << 20  # of a whole file: AIStore's command line, maxSpecSize
+TIME = "([1-9][0-9]{0,5}(ms|s|m|h))+"  # of Go's time.ParseDuration
+SPEC_RULES = {  # option of a spec: its default, what AIStore and Kubernetes accept, and its name
+    "name": ("", "[a-z][a-z0-9-]{4,30}[a-z0-9]",
+             "6 to 32 of a-z, 0-9 and -, from a letter to a letter or digit"),
+    "image": ("ais-runtime-min:{}.{}".format(*sys.version_info), r"[\w./:@-]+", "an image's name"),
+    "comm": ("hpush", "hpush|hpull|ws", "hpush, hpull or ws"),
+    "init_timeout": ("5m", TIME, "a time like 45s, 5m or 1h30m"),
+    "obj_timeout": ("45s", TIME, "a time like 45s, 5m or 1h30m"),
+}
+# what a container has in its environment beside the pod's variables
+CONTAINER_VARIABLES = re.compile(
+    "PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy", re.I)
 
 
-def claim_stdout() -> TextIO:
-    """Return a file for the result on stdout; send everything else that is printed to stderr."""
-    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    flush_output()
-    os.dup2(2, 1)
-    return result
+class Packing(NamedTuple):
+    """A class that is being packed, and the variables of its pod without the payload."""
+
+    file: str
+    folder: str  # that of the file, symlinks resolved
+    variables: Mapping[str, str]
+    requirements: List[str]
 
 
 def use_names_of_pods() -> None:
-    """Pickle what this file defines by the names under which a pod finds it.
+    """Pickle what this file defines by the names under which a pod finds it, from now on.
 
     These are the SDK's names where it has them, so that the default runtime finds them too.
     """
     homes = {value: module for module, names in sdk_modules().items()
-             for name, value in names.items() if callable(value)
-             and getattr(importlib.import_module(module), name) is value}
+             for name, value in names.items() if callable(value) and value is getattr(
+                 attempt(importlib.import_module, module).value, name, None)}
     for value in list(globals().values()):
         if isinstance(value, (type, types.FunctionType)) and value.__module__ == __name__:
             value.__module__ = homes.get(value, "ais_runtime_min")
 
 
-def own_file(module: str, folder: str) -> str:
-    """Return the path of an imported module below a folder, "" for one that pip has installed."""
-    path = os.path.realpath(getattr(sys.modules.get(module), "__file__", None) or "/")
-    is_below = path.startswith(os.path.join(folder, ""))
+def pickle_more(by_value: Set[str]) -> None:
+    """Have a cache pickled as a new one, if its module is pickled by value, and locks as free."""
+    import copyreg
+
+    def cache(wrapper: Any) -> Any:
+        if wrapper.__module__ not in by_value:
+            return wrapper.__qualname__
+        return functools.lru_cache(**wrapper.cache_parameters()), (wrapper.__wrapped__,)
+
+    copyreg.pickle(type(parse_kept_fields), cache)
+    copyreg.pickle(cast(Any, type(threading.Lock())), lambda _: (threading.Lock, ()))
+    copyreg.pickle(cast(Any, type(threading.RLock())), lambda _: (threading.RLock, ()))
+
+
+def is_own(path: str, folder: str) -> bool:
+    """Tell whether a file is below a folder, and neither of the library nor installed by pip."""
+    is_of_library = path.startswith(os.path.join(os.path.dirname(os.__file__), ""))
     is_installed = re.search(r"/(site|dist)-packages/", path[len(folder):])
-    return path if is_below and not is_installed else ""
+    return path.startswith(os.path.join(folder, "")) and not is_of_library and not is_installed
 
 
-def pickle_from_file(file: str) -> Tuple[str, str]:
-    """Return the payload and the name of the class in FILE[:CLASS].
+def own_path(module: str, folder: str) -> str:
+    """Return where an imported module is, if that is a place of the user's; "" otherwise."""
+    found = sys.modules.get(module)
+    places = [getattr(found, "__file__", None), *getattr(found, "__path__", ())]
+    path = os.path.realpath(next(filter(None, places), folder))
+    return path if is_own(path, folder) else ""
+
+
+def pickle_from_file(packing: Packing) -> Tuple[str, str]:
+    """Return the payload and the name of the class.
 
     A pod has no modules that lie beside the file, so they are pickled with the class, by value.
     """
-    cloudpickle, error = attempt(importlib.import_module, "cloudpickle")
-    if error is not None:
-        raise PackageError(f"pack needs cloudpickle: {pip_command(['cloudpickle>=3,<4'])}")
-    folder = os.path.dirname(os.path.realpath(split_file(file)[0]))
-    before = set(sys.modules)
-    etl_class = class_from_file(file)
+    try:
+        import cloudpickle
+    except ImportError:
+        raise PackageError(f"pack needs cloudpickle: {pip_command(['cloudpickle>=3,<4'])}") from None
+    before, path = set(sys.modules), list(sys.path)
+    try:
+        etl_class = class_from_file(packing.file)
+    except FrameworkNeeded as need:
+        prepare_framework(need.framework, serves=False, may_install=False)
+        raise
+    sys.path[:] = path  # a module beside the file may have the name of one of the library's
     use_names_of_pods()
-    for module in set(sys.modules) - before:
-        if own_file(module, folder):
-            cloudpickle.register_pickle_by_value(sys.modules[module])
+    by_value = {module for module in set(sys.modules) - before if own_path(module, packing.folder)}
+    pickle_more(by_value)
+    for module in by_value:
+        cloudpickle.register_pickle_by_value(sys.modules[module])
     payload, error = attempt(serialize_class, etl_class)
     if error is not None:
-        reason = f"{etl_class.__name__} cannot be pickled: {describe_of_user(error, has_type=True)}"
-        raise with_story(ClassError(reason), "pickling", error)
+        raise ClassError(f"{etl_class.__name__} cannot be pickled: {describe(error)}; what cannot "
+                         f"be pickled must be made in __init__, not at the top of a file")
     return payload, etl_class.__name__
 
 
-def lend_packages(requirements: Iterable[str], folder: str) -> None:
-    """Link into a folder what these requirements, and what they depend on, have installed here."""
+def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
+    """Yield what of these requirements, and of what they depend on, is installed here."""
     import importlib.metadata
 
-    waiting, lent = [(text, "") for text in requirements], set()
+    waiting, done = [(text, "") for text in requirements], set()
     while waiting:
         text, extra = waiting.pop()
-        # without pip nothing but a name can be read
-        wanted = parse_requirement(text) or parse_requirement(re.split(r"[^\w.-]", text)[0])
-        found = attempt(importlib.metadata.distribution, getattr(wanted, "name", "")).value
-        if found is None or (text, extra) in lent or not applies(wanted, extra):
-            continue
-        lent.add((text, extra))
-        waiting += [(each, extra) for each in found.requires or ()
-                    for extra in ("", *wanted.extras)]
-        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+        wanted = parse_requirement(text)  # None without pip
+        found = attempt(importlib.metadata.distribution,
+                        wanted.name if wanted else re.split(r"[^\w.-]", text)[0]).value
+        is_for_us = applies(wanted, extra) if wanted else "extra" not in text
+        if found is not None and is_for_us and (text, extra) not in done:
+            done.add((text, extra))
+            yield found
+            waiting += [(each, extra) for each in found.requires or ()
+                        for extra in ("", *getattr(wanted, "extras", ()))]
+
+
+def lend_packages(requirements: Iterable[str], folder: str) -> None:
+    """Link the files of installed packages, and of what they depend on, into a folder."""
+    for found in distributions_of(requirements):
+        tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
+        # without a RECORD
+        tops = tops or {*(found.read_text("top_level.txt") or found.metadata["Name"]).split()}
+        for top in tops:
             with contextlib.suppress(FileExistsError):
                 os.symlink(os.path.abspath(found.locate_file(top)), os.path.join(folder, top))
 
@@ -7654,12 +7704,20 @@ class ImportNotes(PayloadUnpickler):
             and not (sdk[name] if name in sdk else attempt(importlib.util.find_spec, name).value))
 
 
-def prove(needs: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Load and construct a payload as a pod does, and print what was found: see `prove_payload`.
+def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Load and construct a payload as a pod does, and write what was found into a file as JSON.
 
-    `needs` are frameworks, "fastapi" or, where it serves the class, "fastapi serves".
+    `try_payload` runs this in a process of its own. `needs` are frameworks, "fastapi" or, where it
+    serves the class, "fastapi serves". The class's file is in `folder`, where it reads nothing.
     """
-    result, told = claim_stdout(), cast(Dict[str, Any], {})
+    told: Dict[str, Any] = {"reads": []}
+
+    def note(event: str, args: Tuple[Any, ...]) -> None:
+        path = str(args[0]) if event == "open" else ""
+        if is_own(path, folder) and not path.startswith(os.path.dirname(answer)):
+            told["reads"] = sorted({path, *told["reads"]})
+
+    sys.addaudithook(note)
     settings = Settings.from_env(environ, ("AIS_TARGET_URL",))
     Current.reports = os.open(os.devnull, os.O_WRONLY)  # as in a worker
     try:
@@ -7680,120 +7738,155 @@ def prove(needs: Sequence[str], environ: Mapping[str, str]) -> int:
         told.setdefault("why", "uses self.app" if need.serves else f"imports {need.framework}")
     except StartupError as error:
         told.update(exit=error.exit, reason=str(error), story=error.story)
-    with result:
-        json.dump(told, result)
+    with open(answer, "w", encoding="utf-8") as file:
+        json.dump(told, file)
     return Exit.OK
 
 
-def try_payload(payload: str, needs: Sequence[str], variables: Mapping[str, str],
+def try_payload(payload: str, packing: Packing, needs: Sequence[str],
                 environ: Mapping[str, str]) -> Dict[str, Any]:
     """Run `prove` in an empty folder, where it finds no more than a pod does.
 
     That is the library, this file, cloudpickle, and what `PACKAGES` and frameworks bring.
     """
+    import shutil
     import subprocess
     import tempfile
 
-    requirements = requirements_of(variables.get("PACKAGES", ""), "PACKAGES")
+    requirements = ["cloudpickle", *packing.requirements]
     for need in needs:
-        requirements += FRAMEWORKS[need.partition(" ")[0]].modules.values()
-    kept = {name: text for name, text in environ.items() if not re.match(
-        "PYTHON|ETL_CLASS_PAYLOAD", name) and name not in {each.name for each in VARIABLES}}
-    with tempfile.TemporaryDirectory() as site, tempfile.TemporaryDirectory() as empty:
-        lend_packages(["cloudpickle", *requirements], site)
-        script, text = os.path.join(site, "ais_runtime_min.py"), os.path.join(site, "payload")
-        with open(__file__, "rb") as source, open(script, "wb") as copy, open(text, "w") as file:
-            copy.write(source.read())
+        framework, _, serves = need.partition(" ")
+        requirements += list(FRAMEWORKS[framework].modules.values())[:None if serves else 1]
+    env = {name: text for name, text in environ.items() if CONTAINER_VARIABLES.fullmatch(name)}
+    with contextlib.ExitStack() as stack:
+        site, empty = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
+        lend_packages(requirements, site)
+        script, text, answer = (os.path.join(site, name)
+                                for name in ("ais_runtime_min.py", "payload", "answer"))
+        shutil.copyfile(__file__, script)
+        with open(text, "w", encoding="ascii") as file:
             file.write(payload)
-        kept.update(variables, ETL_CLASS_PAYLOAD_FILE=text, AIS_TARGET_URL="http://127.0.0.1:9/x")
-        done = subprocess.run([sys.executable, "-S", script, "prove", *needs], cwd=empty, env=kept,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    told = attempt(json.loads, done.stdout).value
-    if not isinstance(told, dict):
-        raise ClassError(f"the class ended the process that tried it, with {done.returncode}")
-    return told
+        env.update(packing.variables, ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
+                   AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
+        process = subprocess.Popen(
+            [sys.executable, "-S", script, "prove", answer, packing.folder, *needs], cwd=empty,
+            env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+
+        def send(number: int) -> bool:
+            signal_group(process.pid, number)
+            return process.poll() is None
+
+        stack.callback(end_all, send, CHILDREN_SECONDS)
+        while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
+            logger.info("the class is still being constructed")
+        try:
+            with open(answer, encoding="utf-8") as file:
+                return cast(Dict[str, Any], json.load(file))
+        except (OSError, ValueError):
+            code = process.returncode
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise ClassError(f"the class ended the process that loads and constructs it, "
+                             f"{how}") from None
 
 
-def prove_payload(payload: str, file: str, variables: Mapping[str, str],
-                  environ: Mapping[str, str]) -> None:
+def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) -> None:
     """Raise the StartupError with which a pod would end, and tell what else the pod needs."""
-    missing = lacking(requirements_of(variables.get("PACKAGES", ""), "PACKAGES"))
+    missing = lacking(packing.requirements)
     if missing:
-        raise PackageError(f"pack tries the class with what --packages names: {pip_command(missing)}")
+        raise PackageError(f"--packages names what pack needs here too, to try the class: "
+                           f"{pip_command(missing)}")
     needs: List[str] = []
-    told = try_payload(payload, needs, variables, environ)
+    told = try_payload(payload, packing, needs, environ)
     while "needs" in told and told["needs"] not in needs:
         needs.append(told["needs"])
-        logger.info("the class %s: a pod installs %s when it starts, unless it is in the image",
-                    told["why"], needs[-1].partition(" ")[0])
-        told = try_payload(payload, needs, variables, environ)
+        name, _, serves = needs[-1].partition(" ")
+        logger.info("the class %s: a pod installs %s when it starts, unless the image has it",
+                    told["why"], name)
+        wanted = list(FRAMEWORKS[name].modules.values())[:None if serves else 1]
+        if lacking(wanted):
+            raise PackageError(f"pack needs {name} here, to try the class: {pip_command(wanted)}")
+        told = try_payload(payload, packing, needs, environ)
+    for path in told["reads"]:
+        logger.warning("the class reads %s, which a pod does not have: put it into the image", path)
     if "lacks" not in told:
-        reason = told["reason"].partition("; if it is a module of your own")[0]
-        module = re.search(r"the module '([\w.]+)'", reason)
-        elsewhere = own_file(module[1], "/") if module else ""
-        if elsewhere:
-            reason = f"it has no {elsewhere}: put that beside {file}, to have it pickled too"
-        failure = StartupError(f"a pod would not start: {reason}")
-        failure.exit, failure.story = told["exit"], told["story"]
-        raise failure
+        raise failure_of(told, packing)
     for name in told["lacks"]:
         top = name.partition(".")[0]
-        own = [end for end in (".py", "") if top and os.path.exists(
-            os.path.join(os.path.dirname(os.path.abspath(file)), top + end))]
-        remedy = ("import it at the top of the file, to have it pickled too" if own or not top else
-                  f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
+        is_own = not top or any(os.path.exists(os.path.join(packing.folder, top + end))
+                                for end in (".py", ""))
+        remedy = ("import it at the top of the file and not in the function, to have it pickled"
+                  if is_own else f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
         logger.warning("a function imports %s when it runs, and a pod does not have that: %s",
                        name, remedy)
 
 
-def variables_of(arguments: argparse.Namespace) -> Dict[str, str]:
-    """Return the pod's variables that the options ask for, without the payload."""
+def failure_of(told: Mapping[str, Any], packing: Packing) -> StartupError:
+    """Return the failure with which a pod would end."""
+    reason = told["reason"].partition("; if it is a module of your own")[0]
+    module = re.search(r"the module '([\w.]+)'", reason)
+    elsewhere = own_path(module[1], "/") if module else ""
+    if module and elsewhere:
+        reason = (f"it has no module {module[1]}, which is {elsewhere}: put it beside "
+                  f"{packing.file}, to have it pickled too")
+    failure = StartupError(f"a pod would not start: {reason}")
+    failure.exit, failure.story = told["exit"], told["story"]
+    return failure
+
+
+def packing_of(arguments: argparse.Namespace) -> Packing:
+    """Return what is to be packed, and the pod's variables that the options ask for."""
     options = {"PACKAGES": arguments.packages, "OS_PACKAGES": arguments.os_packages,
                "ETL_DIRECT_FQN": "true" if arguments.arg_type == "fqn" else ""}
     variables = {name: text for name, text in options.items() if text}
+    set_by_others = "ETL_CLASS_PAYLOAD.*|" + "|".join(options)
+    if not arguments.env_file:
+        set_by_others += "|AIS_TARGET_URL|PORT"
     for text in arguments.env:
         name, _, value = text.partition("=")
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=.*", text, re.DOTALL):
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=[^\ud800-\udfff]*", text):
             raise UsageError(f"--env {text!r} must be NAME=VALUE")
-        if name in options or name.startswith("ETL_CLASS_PAYLOAD"):
-            raise UsageError(f"--env {name}: pack has an option for it")
-        if name == "AIS_TARGET_URL" and not arguments.env_file:
-            raise UsageError("--env AIS_TARGET_URL: AIStore sets it")
+        if re.fullmatch(set_by_others, name):
+            raise UsageError(f"--env {name}: pack, one of its options, or AIStore sets it")
         variables[name] = value
-    Settings.from_env(variables)
-    return variables
+    in_image = {each.name for each in VARIABLES if each.parse is existing_file}
+    Settings.from_env({name: text for name, text in variables.items() if name not in in_image})
+    folder = os.path.dirname(os.path.realpath(split_file(arguments.file)[0]))
+    requirements = requirements_of(arguments.packages or "", "PACKAGES")
+    return Packing(arguments.file, folder, variables, requirements)
 
 
 def pieces_of(payload: str, limit: int) -> Dict[str, str]:
     """Return the variables that hold a payload, each shorter than a limit in bytes."""
-    if len(payload) > PAYLOAD_LIMIT_BYTES:
-        raise PayloadError(f"a pod's variables do not take {len(payload)} bytes: print the payload "
-                           f"alone, and put it into the image as ETL_CLASS_PAYLOAD_FILE")
-    size = limit - len("ETL_CLASS_PAYLOAD_99=.")
+    size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # for the end of a line or variable
     return {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
             for number, start in enumerate(range(0, len(payload), size), 1)}
 
 
-def spec_of(given: Mapping[str, Any], class_name: str, variables: Mapping[str, str]) -> str:
-    """Return a spec for `ais etl init -f`, as AIStore checks it (ext/etl/api.go).
+def quote_yaml(text: str) -> str:
+    """Quote a text as in JSON, which is YAML too, but for characters that only YAML refuses."""
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda found: f"\\u{ord(found[0]):04x}",
+                  json.dumps(text, ensure_ascii=False))
 
-    Texts are quoted as in JSON, which is YAML too.
-    """
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", "-", class_name).lower().strip("-")
-    spec = {**SPEC_DEFAULTS, "name": words if len(words) > 5 else f"{words}-etl", **given}
-    for option, pattern, what in (("name", "[a-z0-9-]{6,32}", "6 to 32 of a-z, 0-9 and -"),
-                                  ("init_timeout", TIME, "a time as 45s or 5m"),
-                                  ("obj_timeout", TIME, "a time as 45s or 5m")):
-        if not re.fullmatch(pattern, spec[option]):
-            raise UsageError(f"--{option.replace('_', '-')} {spec[option]!r} must be {what}")
-    if spec["comm"] == "ws" and not spec["direct_put"]:
+
+def spec_of(arguments: argparse.Namespace, class_name: str, variables: Mapping[str, str]) -> str:
+    """Return a spec for `ais etl init -f` (AIStore, ext/etl/api.go)."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "-", class_name).lower().strip("-")
+    spec = {"name": words if len(words) > 5 else f"{words}-etl"}
+    for option, (default, pattern, what) in SPEC_RULES.items():
+        given = getattr(arguments, option)
+        spec[option] = given if given is not None else default or spec["name"]
+        if not re.fullmatch(pattern, spec[option], re.ASCII):
+            raise UsageError(
+                f"--{option.replace('_', '-')} must be {what}, and not {spec[option]!r}")
+    if spec["comm"] == "ws" and arguments.direct_put is False:
         raise UsageError("--comm ws needs direct put")
-    env = "".join(f"\n    - {{name: {name}, value: {json.dumps(text, ensure_ascii=False)}}}"
-                  for name, text in variables.items())
-    return (f"name: {spec['name']}\nruntime:\n  image: {json.dumps(spec['image'])}\n  env:{env}\n"
-            f"communication: {spec['comm']}://\ninit_timeout: {spec['init_timeout']}\n"
-            f"obj_timeout: {spec['obj_timeout']}\n"
-            f"support_direct_put: {str(spec['direct_put']).lower()}\n")
+    # Kubernetes makes one "$" of two, and a variable's value of "$(NAME)"
+    env = "".join(f"\n    - name: {quote_yaml(name)}\n      value: "
+                  f"{quote_yaml(text.replace('$', '$$'))}" for name, text in variables.items())
+    return (f"name: {quote_yaml(spec['name'])}\nruntime:\n  image: {quote_yaml(spec['image'])}\n"
+            f"  env:{env}\ncommunication: {spec['comm']}://\n"
+            f"init_timeout: {spec['init_timeout']}\nobj_timeout: {spec['obj_timeout']}\n"
+            f"support_direct_put: {str(arguments.direct_put is not False).lower()}\n")
 
 
 def env_file_of(variables: Mapping[str, str]) -> str:
@@ -7804,28 +7897,67 @@ def env_file_of(variables: Mapping[str, str]) -> str:
     return "".join(f"{name}={text}\n" for name, text in variables.items())
 
 
-def pack(arguments: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Print the payload of a file's class, or a spec with it, if a pod can start with it."""
-    result = claim_stdout()
-    Current.settings = Settings()
-    configure_logging(Current.settings)
-    variables = variables_of(arguments)
-    given = {option: value for option, value in vars(arguments).items()
-             if option in SPEC_DEFAULTS and value is not None}
-    if given and not arguments.spec:
-        raise UsageError(f"--{'/'.join(given).replace('_', '-')} is of a --spec")
-    payload, name = pickle_from_file(arguments.file)
-    text = f"{payload}\n"
+def text_of(arguments: argparse.Namespace, payload: str, name: str, packing: Packing) -> str:
+    """Return what is asked for: the payload, a spec or an --env-file."""
+    options = [option for option in (*SPEC_RULES, "direct_put")
+               if getattr(arguments, option) is not None]
+    if options and not arguments.spec:
+        raise UsageError(f"--{options[0].replace('_', '-')} is for --spec only")
+    variables = packing.variables
     if arguments.spec:
-        text = spec_of(given, name, {**pieces_of(payload, VARIABLE_LIMIT_BYTES), **variables})
+        text = spec_of(
+            arguments, name, {**pieces_of(payload, VARIABLE_LIMIT_BYTES), **variables})
     elif arguments.env_file:
         text = env_file_of({**pieces_of(payload, ENV_FILE_LIMIT_BYTES),
                             "AIS_TARGET_URL": "http://localhost:51080", **variables})
-    prove_payload(payload, split_file(arguments.file)[0], variables, environ)
+    else:
+        if variables:
+            logger.info("the pod needs %s besides", ", ".join(variables))
+        return f"{payload}\n"
+    if len(text.encode()) >= SPEC_LIMIT_BYTES:
+        raise PayloadError(f"{name} is too large for the variables of a pod: put its payload, "
+                           f"which pack prints alone, into the image as ETL_CLASS_PAYLOAD_FILE")
+    return text
+
+
+def write_result(text: str, stdout: int, path: str) -> None:
+    """Write what was asked for to a file, or to stdout."""
+    try:
+        with open(path or stdout, "w", encoding="utf-8") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        failure = StartupError(f"{path or 'stdout'} cannot be written: {describe(error)}")
+        failure.exit = Exit.OUTPUT
+        raise failure from None
+
+
+def terminate_command(number: int, _: Any) -> NoReturn:
+    """End a command, by the exit code that shells give to a signal."""
+    raise Terminated(128 + number)
+
+
+def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int) -> int:
+    """Write the payload of a file's class, or a spec with it, if a pod can start with it."""
+    os.dup2(2, 1)  # what anybody prints is not in the result
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
+        signal.signal(number, terminate_command)
+    Current.settings = Settings()
+    configure_logging(Current.settings)
+    late = [*late_modules]
+    leave_late_modules()
+    for module in (*late, "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
+        importlib.import_module(module)  # now: a module beside the file may have such a name
+    packing = packing_of(arguments)
+    output = arguments.output or ""
+    if output and os.path.exists(output) and os.path.samefile(
+            output, split_file(arguments.file)[0]):
+        raise UsageError(f"{output} is the class's own file")
+    payload, name = pickle_from_file(packing)
+    text = text_of(arguments, payload, name, packing)
+    prove_payload(payload, packing, environ)
+    write_result(text, stdout, output)
     logger.info("packed %s for images of Python %d.%d: %d bytes", name, *sys.version_info[:2],
                 len(payload))
-    with open(arguments.output, "w", encoding="utf-8") if arguments.output else result as file:
-        file.write(text)
     return Exit.OK
 
 
@@ -7851,7 +7983,7 @@ def add_pack(commands: Any) -> None:
     spec = pack.add_argument_group("of the spec")
     spec.add_argument("--name", help="of the ETL (default: made of the class's)")
     spec.add_argument("--image", help="default: ais-runtime-min:X.Y, with this Python's version")
-    spec.add_argument("--comm", choices=("hpush", "hpull", "ws"), help="default: hpush")
+    spec.add_argument("--comm", help="hpush (default), hpull or ws")
     spec.add_argument("--init-timeout", metavar="TIME", help="default: 5m")
     spec.add_argument("--obj-timeout", metavar="TIME", help="default: 45s")
     spec.add_argument("--direct-put", action=argparse.BooleanOptionalAction,
@@ -7934,11 +8066,11 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # pyarrow's thread would outlive a fork
     environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    if command == "prove":
-        return prove(arguments[1:], environ)
+    if command == "prove":  # of pack's own
+        return prove(arguments[1], arguments[2], arguments[3:], environ)
     if command == "pack":
-        Current.output = 2  # stdout is for the result
-        return pack(parse_arguments(arguments), environ)
+        stdout, Current.output = Current.output, 2  # the result alone goes to stdout
+        return pack(parse_arguments(arguments), environ, stdout)
     job = serve_job(parse_arguments(arguments), environ) if command else pod_job(environ)
     Current.settings = job.settings
     return job.run(start, served)

@@ -4,7 +4,10 @@ What it prints is given to the runtime, and to the real SDK, as a pod gets it.
 """
 import base64
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -133,6 +136,43 @@ class Mine(Base):
     assert start_runtime(payload.strip()).request("PUT", "/b/o", b"a").body == b"A!!"
 
 
+def test_caches_locks_and_folders_without_init_are_pickled_too(
+    write: Callable[..., Path], start_runtime: StartRuntime
+) -> None:
+    write("END = b'!'\n", "spaces/inner.py")
+    file = write(THREADED + """
+import functools, threading
+import spaces.inner
+
+LOCK = threading.RLock()
+
+@functools.lru_cache(maxsize=3)
+def shout(data):
+    return shout(data[:3]) + data[3:].upper() if len(data) > 3 else data.upper()
+
+class Mine(Base):
+    LOCK = threading.Lock()
+
+    @functools.lru_cache(maxsize=None)
+    def end(self):
+        return spaces.inner.END
+
+    def transform(self, data, path, etl_args):
+        with LOCK, self.LOCK:
+            return shout(data) + self.end() + b"%d" % shout.cache_parameters()["maxsize"]
+""")
+    payload = payload_of(file)
+    assert start_runtime(payload.strip()).request("PUT", "/b/o", b"abcdef").body == b"ABCDEF!3"
+
+
+@pytest.mark.parametrize("name", ["random", "inspect", "subprocess", "tempfile", "csv"])
+def test_modules_may_have_the_names_of_the_librarys(
+    write: Callable[..., Path], name: str
+) -> None:
+    write("x = 1\n", name + ".py")
+    assert pack(write(THREADED + UPPER)).code == 0
+
+
 def test_what_a_file_prints_and_makes_at_its_end_is_not_in_the_payload(
     write: Callable[..., Path], start_runtime: StartRuntime
 ) -> None:
@@ -146,7 +186,7 @@ def test_what_a_file_prints_and_makes_at_its_end_is_not_in_the_payload(
 def test_one_class_of_several_is_chosen(write: Callable[..., Path]) -> None:
     file = write(THREADED + UPPER + UPPER.replace("Upper", "Other"))
     assert "FILE:CLASS" in pack(file).reason
-    assert pack("%s:Other" % file, "--spec").out.startswith("name: other-etl\n")
+    assert pack("%s:Other" % file, "--spec").out.startswith('name: "other-etl"\n')
 
 
 def test_the_output_goes_to_a_file(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -235,13 +275,28 @@ def test_a_framework_that_is_needed_is_told_with_the_reason(write: Callable[...,
     assert packed.code == Exit.UNAVAILABLE and "pip install 'fastapi" in packed.reason
 
 
+def test_a_file_that_the_constructor_reads_is_told(write: Callable[..., Path]) -> None:
+    model = write("", "model.bin")
+    file = write(THREADED + UPPER + """
+    def __init__(self):
+        super().__init__()
+        open(%r).close()
+""" % str(model))
+    packed = pack(file)
+    assert packed.code == 0
+    assert "the class reads %s, which a pod does not have" % model in "\n".join(packed.lines)
+
+
 FAILURES = {
     "constructor": ("    def __init__(self):\n        {}['b']\n", Exit.SOFTWARE, "KeyError: 'b'"),
     "end": ("    def __init__(self):\n        import os\n        os._exit(3)\n",
-            Exit.SOFTWARE, "with 3"),
+            Exit.SOFTWARE, "with exit code 3"),
+    "crash": ("    def __init__(self):\n        import os, signal\n"
+              "        os.kill(os.getpid(), signal.SIGSEGV)\n", Exit.SOFTWARE, "by SIGSEGV"),
     "async": ("    async def transform(self, *args):\n        pass\n", Exit.SOFTWARE, "async"),
     "internal": ("    RequestHandler = None\n", Exit.SOFTWARE, "RequestHandler"),
-    "state": ("    LOCK = __import__('threading').Lock()\n", Exit.SOFTWARE, "cannot be pickled"),
+    "state": ("    LOCAL = __import__('threading').local()\n", Exit.SOFTWARE, "made in __init__"),
+    "start": ("Upper().start()\n", Exit.SOFTWARE, "__main__"),
     "folder": ("    def __init__(self):\n        open('mine.py')\n", Exit.SOFTWARE, "mine.py"),
 }
 
@@ -268,6 +323,70 @@ def test_what_is_no_class_or_no_file_is_told(write: Callable[..., Path], tmp_pat
     assert packed.code == Exit.UNAVAILABLE and "pip install 'cloudpickle" in packed.reason
 
 
+# == How it ends ==
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_trial_and_all_that_it_has_started(
+    number: int, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(THREADED + UPPER + """
+    def __init__(self):
+        import os, subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        with open(os.environ["PIDS"], "w") as file:
+            file.write("%d %d\\n" % (os.getpid(), child.pid))
+        child.wait()
+""")
+    pids = tmp_path / "pids"
+    python = interpreter("slim")
+    (tmp_path / "temporary").mkdir()
+    process = subprocess.Popen(
+        [python, str(RUNTIME), "pack", str(file), "--env", "PIDS=%s" % pids],
+        env=exact_environment(python, {"TMPDIR": str(tmp_path / "temporary")}),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not (pids.exists() and pids.read_text().endswith("\n")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (128 + number, b"")
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_process_that_the_class_leaves_behind_does_not_hold_it_up(
+    write: Callable[..., Path]
+) -> None:
+    file = write(THREADED + UPPER + """
+    def __init__(self):
+        super().__init__()
+        __import__("subprocess").Popen(["sleep", "100"], start_new_session=True)
+""")
+    packed = pack(file)  # which has a time-out
+    assert packed.code == 0 and packed.out
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "", "/nonexistent/x"])
+def test_a_result_that_cannot_be_written_is_told(
+    where: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    if where == "/dev/full" and not os.path.exists(where):
+        pytest.skip("this system has no /dev/full")
+    packed = pack(write(THREADED + UPPER), "-o", where or tmp_path)
+    assert packed.code == Exit.OUTPUT and "cannot be written" in packed.reason
+    assert "Traceback" not in "\n".join(packed.lines)
+
+
+def test_the_class_is_not_overwritten(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = write(THREADED + UPPER)
+    assert pack(file, "-o", file).code == Exit.USAGE
+    assert file.read_text() == THREADED + UPPER
+
+
 # == Specs ==
 
 
@@ -278,15 +397,18 @@ def test_a_spec_is_what_the_sdk_sends_for_the_same_class(
     image = "registry.example.com/ais-runtime-min:3"
     packed = pack(file, "--spec", "--name", "upper-case", "--image", image, "--comm", "ws",
                   "--arg-type", "fqn", "--init-timeout", "2m", "--obj-timeout", "1h",
-                  "--os-packages", "ffmpeg", "--env", "KEY=a: \"b\"\n\U0001f600", "--env", "E=")
+                  "--os-packages", "ffmpeg", "--env", "KEY=a: \"b\"\n\x7f\u2028\U0001f600",
+                  "--env", "E=", "--env", "true=$(A)$$")
     spec = as_json(packed.out)
+    for each in spec["runtime"]["env"]:  # as Kubernetes does
+        each["value"] = each["value"].replace("$$", "$")
     payload = spec["runtime"]["env"][0]["value"]
     sent, = requests_of_script("""
 from aistore.sdk import Client
 etl = Client("http://my-cluster:51080").etl("upper-case")
 etl.init(%r, comm_type="ws", init_timeout="2m", obj_timeout="1h", direct_put=True,
-         ETL_CLASS_PAYLOAD=%r, OS_PACKAGES="ffmpeg", KEY='a: "b"\\n\\U0001f600', E="",
-         ETL_DIRECT_FQN="true")
+         ETL_CLASS_PAYLOAD=%r, OS_PACKAGES="ffmpeg", E="", ETL_DIRECT_FQN="true",
+         KEY='a: "b"\\n\\x7f\\u2028\\U0001f600', true="$(A)$$")
 """ % (image, payload), tmp_path)
     assert spec.pop("communication") == "ws://"
     sent.pop("communication")
@@ -309,7 +431,9 @@ def test_a_spec_has_defaults_for_all_that_is_not_asked_for(write: Callable[..., 
 
 
 WRONG = {
-    "name": ["--spec", "--name", "Upper"], "short": ["--spec", "--name", "upper"],
+    "name": ["--spec", "--name", "Upper"], "end": ["--spec", "--name", "upper-"],
+    "image": ["--spec", "--image", ""], "no time": ["--spec", "--obj-timeout", "0s"],
+    "port": ["--spec", "--env", "PORT=9000"], "no text": ["--env", "A=\udcff"], "short": ["--spec", "--name", "upper"],
     "comm": ["--spec", "--comm", "tcp"], "direct put": ["--spec", "--comm", "ws", "--no-direct-put"],
     "time": ["--spec", "--init-timeout", "soon"], "variable": ["--env", "A"],
     "name of one": ["--env", "1=2"], "own": ["--env", "PACKAGES=six"],
@@ -352,11 +476,11 @@ def test_a_large_payload_comes_in_pieces(
 
 
 def test_a_payload_that_no_pod_takes_is_told(write: Callable[..., Path]) -> None:
-    file = write(THREADED + "import os\nDATA = os.urandom(1_100_000)\n"
+    file = write(THREADED + "import os\nDATA = os.urandom(800_000)\n"
                  + UPPER.replace("data.upper()", "DATA"))
     packed = pack(file, "--spec")
     assert packed.code == Exit.DATA and "ETL_CLASS_PAYLOAD_FILE" in packed.reason
-    assert len(base64.b64decode(payload_of(file))) > 1_100_000
+    assert len(base64.b64decode(payload_of(file))) > 800_000
 
 
 def test_an_env_file_starts_the_runtime_as_it_is(write: Callable[..., Path]) -> None:
@@ -374,14 +498,14 @@ import os
 class Mine(Base):
     def __init__(self):
         super().__init__()
-        assert os.environ["GIVEN"] == "x" and "ETL_WS_FAILURE" not in os.environ
+        assert os.environ["GIVEN"] == "x" and "OF_SHELL" not in os.environ
         assert self.direct_fqn and os.listdir() == []
 
     def transform(self, data, path, etl_args):
         return data
 """)
     given = ["--env", "GIVEN=x", "--arg-type", "fqn"]
-    assert pack(file, *given, env={"ETL_WS_FAILURE": "empty"}).code == 0
+    assert pack(file, *given, env={"OF_SHELL": "yes"}).code == 0
     assert pack(file).code == Exit.SOFTWARE
 
 
