@@ -123,7 +123,6 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, ur
 
 if TYPE_CHECKING:
     import argparse
-    import subprocess
 
 if __name__ == "__main__":  # classes that import this file by its name must meet the same ETLServer
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
@@ -684,37 +683,29 @@ def configure_logging(settings: Settings) -> None:
 
 
 # == 4. Packages ==
-# What the class needs, by the tools of the image: apk or apt-get, then pip. Runs in the supervisor,
-# before the class is loaded; pip runs once more for a class that then needs a framework.
-
-CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@")
+# Installs what the class needs with the tools of the image: apk or apt-get, then pip. Runs in the
+# supervisor before it loads the class; pip runs again if the class turns out to need a framework.
 
 
 def hide_credentials(text: str) -> str:
-    """Hide user and password in the URLs of a text, also where a password has a bare slash."""
-    return CREDENTIALS.sub("://***@", text)
+    """Return a text without the users and passwords in its URLs."""
+    # a password may contain a bare slash; up to five digits before a slash are a port
+    return re.sub(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@", "://***@", text)
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; return False where no process is left in it."""
-    return attempt(os.killpg, group, number).error is None
-
-
-def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Tell whether a child and all of its process group are gone."""
-    if process.poll() is None:
+    """Send a signal to a process group; return False if no process is left in it."""
+    try:
+        os.killpg(group, number)
+    except OSError:
         return False
-    with contextlib.suppress(ChildProcessError):
-        # orphans among them, which PID 1 has adopted
-        while os.waitpid(-process.pid, os.WNOHANG)[0]:
-            pass
-    return not signal_group(process.pid, 0)
+    return True
 
 
 def end_all(send: Callable[[int], bool], seconds: float) -> None:
-    """End processes by SIGTERM, and by SIGKILL what is left after a while.
+    """End processes with SIGTERM, and with SIGKILL if some are left after `seconds`.
 
-    `send` sends a signal to all of them, 0 for none, and tells whether any is there.
+    `send` sends a signal to all of them, 0 for none, and returns whether any is left.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -722,157 +713,123 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
         while is_left and time.monotonic() < deadline:
             time.sleep(0.01)
             is_left = send(0)
-    finally:  # also when a second signal to us ends the wait
+    finally:  # also if a second signal to this process ends the wait
         send(signal.SIGKILL)
 
 
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and all of its process group, whose leader it is."""
-    end_all(lambda number: not group_has_ended(process) and signal_group(process.pid, number),
-            TOOL_STOP_SECONDS)
-    attempt(process.wait, TOOL_STOP_SECONDS)
-
-
-def last_error(lines: Sequence[str]) -> str:
-    """Return the last line of an error, with those that a colon at its end announces; or ""."""
-    error = re.compile(r"error\b(?!.*subprocess-exited)", re.IGNORECASE)
-    errors = [index for index, line in enumerate(lines) if error.match(line)]
-    end = errors[-1] + 1 if errors else 0
-    while 0 < end < len(lines) and lines[end - 1].endswith(":"):
-        end += 1
-    return " ".join(lines[errors[-1]:end] if errors else [])
+def last_lines(output: int) -> List[str]:
+    """Return the last lines of a tool's output file, without credentials."""
+    start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
+    found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
+    if start:
+        del found[0]  # its beginning is not here
+    lines = []
+    for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
+        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
+        if len(line) > TOOL_LINE_LIMIT_BYTES:
+            # drop the last word: in half of a URL no password can be recognized
+            text = text.rpartition(" ")[0] + " …"
+        lines.append(hide_credentials(text))
+    return lines
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Pick from a tool's output what went wrong: its last error, all of apt-get's, or its end."""
-    said = [line.strip() for line in lines]
-    words = "; ".join(line[3:] for line in said if line.startswith("E: ")) or last_error(said)
-    if "No matching distribution" in words and any("connection broken by" in line for line in said):
-        words += "; the package index cannot be reached"  # which pip takes for one without it
-    return words or (said or ["it printed nothing"])[-1]
+    """Return what went wrong: the errors in a tool's last lines, or the last line."""
+    text = "\n".join(map(str.strip, lines))
+    errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
+    if not errors:
+        # the last error of apk or pip, with the lines that a colon at its end announces
+        errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
+    words = "; ".join(errors).replace("\n", " ")
+    if "No matching distribution" in words and "connection broken by" in text:
+        words += "; the package index cannot be reached"  # pip takes it for an empty index
+    return words or text.rpartition("\n")[2] or "it printed nothing"
 
 
-class Tool:
-    """An installer: it is run to its end, and while it runs the log says so.
+def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
+             environ: Mapping[str, str]) -> List[str]:
+    """Run an installer to its end, and return its last lines; log that it runs.
 
-    It has a session of its own, so that it and all that it starts can be ended together: when its
-    time is over, and when a signal ends us, whose exception passes through `run`. What it prints
-    goes into a temporary file, which it can neither fill nor keep open to hold us up.
+    Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
+    long. The tool leads a process group, which ends with it, and when a signal ends this process.
+    Its output goes to a temporary file: a process that it leaves behind could keep a pipe open.
     """
+    import subprocess
+    import tempfile
 
-    def __init__(self, why: str, packages: Sequence[str], command: Sequence[str],
-                 environ: Mapping[str, str]) -> None:
-        self._name = command[2] if "-m" in command[1:2] else command[0]
-        self._why = f"{why}: {self._name}"
-        listed = hide_credentials(" ".join(packages))
-        is_short = len(listed) <= 200
-        self._packages = listed if is_short else listed[:200].rpartition(" ")[0] + " …"
-        self._command = command
-        self._environ = environ
+    def send(number: int) -> bool:
+        signal_group(process.pid, number)
+        return process.poll() is None
 
-    def run(self) -> List[str]:
-        """Return its last lines; PackageError if it cannot be run, takes too long, or fails."""
-        import subprocess
-        import tempfile
-
-        with contextlib.ExitStack() as stack:
-            try:
-                file = attempt(tempfile.TemporaryFile).value  # None where none can be written
-                file = file or os.fdopen(os.memfd_create("output"), "w+b")
-                self._output = stack.enter_context(file)
-                process = subprocess.Popen(
-                    self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
-                    stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True)
-            except OSError as error:
-                raise PackageError(f"{self._why} cannot be run: {error.strerror}") from None
-            stack.callback(stop_group, process)
-            self._wait(process)
-            if process.returncode:
-                raise self._failure(process.returncode)
-            return self.lines()
-
-    def lines(self) -> List[str]:
-        """Return the last lines of what it has printed, without credentials."""
-        output = self._output.fileno()
-        start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
-        *lines, last = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
-        whole = [line for line in (*lines[bool(start):], last) if line.strip()]
-        return [self._shown(line) for line in whole[-TOOL_LINES_LIMIT:]]
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for its end, and tell meanwhile that it runs."""
+    name = "pip" if command[0] == sys.executable else command[0]
+    listed = hide_credentials(" ".join(packages))
+    if len(listed) > 200:
+        listed = listed[:200].rpartition(" ")[0] + " …"
+    with contextlib.ExitStack() as stack:
+        try:
+            output = stack.enter_context(tempfile.TemporaryFile()).fileno()
+            process = subprocess.Popen(
+                command, env=environ, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise PackageError(f"{why}: {name} cannot be run: {error.strerror}") from None
+        stack.callback(end_all, send, TOOL_STOP_SECONDS)
         began = time.monotonic()
-        while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
-            seconds, last = time.monotonic() - began, "".join(self.lines()[-1:]).strip()
-            if seconds >= TOOL_SECONDS:
-                self._log_lines("did not end in time")
-                raise PackageError(
-                    f"{self._why} did not end within {TOOL_SECONDS:.0f} s for {self._packages}; "
-                    f"it last said: {last or 'nothing'}")
-            logger.info("%s has been running for %.0f s%s", self._name, seconds,
-                        last and f": {last}")
-
-    def _shown(self, line: bytes) -> str:
-        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
-        if len(line) > TOOL_LINE_LIMIT_BYTES:
-            # it may end in half a URL, whose password could not be told from the rest
-            text = text.rpartition(" ")[0] + " …"
-        return hide_credentials(text)
-
-    def _failure(self, code: int) -> PackageError:
-        self._log_lines("failed")
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TOOL_PROGRESS_SECONDS)
+            code, seconds, lines = process.returncode, time.monotonic() - began, last_lines(output)
+            if code is not None or seconds >= TOOL_SECONDS:
+                break
+            last = f": {lines[-1].strip()}" if lines else ""
+            logger.info("%s has been running for %.0f s%s", name, seconds, last)
+    if code == 0:
+        return lines
+    logger.error("%s failed:\n%s", name, "\n".join(lines) or "(it printed nothing)",
+                 extra=WITH_LINES)
+    how = f"did not end within {TOOL_SECONDS:.0f} s"
+    if code is not None:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-        return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines())}")
-
-    def _log_lines(self, what: str) -> None:
-        said = "\n".join(self.lines()) or "(it printed nothing)"
-        logger.error("%s %s:\n%s", self._name, what, said, extra=WITH_LINES)
-
-
-APT_INSTALL = (
-    "apt-get", "install", "-q", "-y", "--no-install-recommends",
-    # else an unknown name with a dot is a regular expression, which finds hundreds
-    "-o", "APT::Cmd::Pattern-Only=true",
-    # else it asks, and ends
-    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
-    "-o", "Dpkg::Use-Pty=0")
+    raise PackageError(f"{why}: {name} {how} for {listed}: {last_words(lines)}")
 
 
 def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
-    """Tell whether a package is installed, in the version that is asked for."""
+    """Return whether a package is installed, in the version that `name` asks for."""
     import subprocess
 
-    package, _, version = name.partition("=")
-    ask = {"apk": ["apk", "info", "--installed", name],
-           "apt-get": ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]}
-    said = attempt(lambda: subprocess.check_output(
-        ask[tool], env=dict(environ), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        timeout=TOOL_QUERY_SECONDS)).value  # None where it failed
-    wanted = ".*" if tool == "apk" else "(?m)^installed " + (re.escape(version) or ".*") + "$"
-    return said is not None and bool(re.search(wanted, said.decode("utf-8", "replace")))
-
-
-def run_os_tool(tool: str, names: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Install packages by apk, or by apt-get, whose lists an image comes without."""
-    commands: List[Sequence[str]] = [["apk", "add", "--no-cache", *names]]
+    command, wanted = ["apk", "info", "--installed", name], ""
     if tool == "apt-get":
-        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *names]]
-        environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in commands:
-        for line in Tool("OS_PACKAGES", names, command, environ).run():
-            if re.match("[EW]: ", line):  # a list is missing: apt-get takes that for a success
-                logger.warning("%s %s: %s", *command[:2], line)
+        package, _, version = name.partition("=")
+        command = ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]
+        wanted = "(?m)^installed " + (re.escape(version) or ".*") + "$"
+    try:
+        said = subprocess.check_output(
+            command, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            errors="replace", timeout=TOOL_QUERY_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return bool(re.search(wanted, said))
+
+
+APT_INSTALL = (
+    "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
+    # do not read an unknown name with a dot as a regular expression, which could match hundreds
+    "-o", "APT::Cmd::Pattern-Only=true",
+    # keep changed configuration files without a question
+    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Install what is missing of comma-separated packages, by apk where there is one, or apt-get.
+    """Install the packages of a comma-separated list that are missing.
 
-    PackageError if neither is there, or it fails. An image that has all of them needs no root.
+    Raise PackageError if the image has neither apk nor apt-get, or if the tool fails. A tool needs
+    root, and is not run if no package is missing.
     """
     import shutil
 
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:  # apt-get would remove "name-"
+    names = list(filter(None, map(str.strip, text.split(","))))
+    for name in names:
+        # apt-get would remove the package of a name that ends with "-"
         if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
     if not names:
@@ -886,132 +843,115 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
     if not missing:
         return
     logger.info("installing OS packages with %s: %s", tool, " ".join(missing))
-    try:
-        run_os_tool(tool, missing, environ)
-    except PackageError as error:
-        if not os.geteuid():
-            raise
-        raise PackageError(
-            f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
+    commands = [["apk", "add", "--no-cache", *missing]]
+    if tool == "apt-get":
+        environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
+        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
+    for command in commands:
+        for line in run_tool("OS_PACKAGES", missing, command, environ):
+            if re.match("[EW]: ", line):  # apt-get succeeds though it cannot fetch a list
+                logger.warning("%s %s: %s", *command[:2], line)
 
 
-@functools.lru_cache(maxsize=None)
 def parse_requirement(text: str) -> Any:
-    """Read a requirement as pip does; None for what is none, as a path or a URL alone.
+    """Return a requirement as pip parses it, or None if it is not one.
 
-    Where neither pip nor `packaging` is there, nothing but a name can be read.
+    Paths and bare URLs are not, although pip installs them. Without pip, nothing can be parsed.
     """
-    for package in ("pip._vendor.packaging", "packaging"):
-        parser = attempt(importlib.import_module, f"{package}.requirements").value
-        if parser is not None:
-            return attempt(parser.Requirement, text).value
-    if not re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", text, re.ASCII):
+    try:
+        parser = importlib.import_module("pip._vendor.packaging.requirements")
+        return parser.Requirement(text)
+    except (ImportError, ValueError):
         return None
-    any_version = types.SimpleNamespace(contains=lambda version, _: True)
-    return types.SimpleNamespace(name=text, url="", extras=(), marker=None, specifier=any_version)
-
-
-def is_requirement(text: str) -> bool:
-    """Tell whether a text is a requirement, a path or a URL, which pip takes too, or an option."""
-    text = text.strip()
-    return bool(re.match(r"-|[./~]|[\w+]+://", text) or parse_requirement(text))
 
 
 def requirements_of(text: str, why: str) -> List[str]:
-    """Split comma-separated requirements (PEP 508); PackageError for what is none, and for options.
+    """Split comma-separated requirements (PEP 508).
 
-    A comma may also be part of one: between two versions, in brackets or quotes, in a URL.
+    A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
+    Raise PackageError, whose text begins with `why`, if pip would read options.
     """
+
+    def is_whole(part: str) -> bool:
+        # an option, a path, a URL, a bare name, or anything else that pip can read
+        part = part.strip()
+        return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
+
     found: List[str] = []
     for part in filter(str.strip, text.split(",")):
         last = found[-1] if found else ""
-        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_requirement(part))
-        if last and (goes_on or not is_requirement(last)):
+        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
+        if last and (goes_on or not is_whole(last)):
             found[-1] += "," + part
         else:
             found.append(part)
     requirements = [each.strip() for each in found]
     for requirement in requirements:
-        shown = f"{why} has {hide_credentials(requirement)!r}"
         if re.search(r"(^|\s)-", requirement):
-            raise PackageError(f"{shown}: options are not allowed, only requirements")
-        if re.search(r"[\r\n]", requirement):
-            raise PackageError(f"{shown}: requirements are parted by commas, not by line breaks")
+            raise PackageError(f"{why} has {hide_credentials(requirement)!r}: "
+                               f"options are not allowed, only requirements")
     return requirements
 
 
 def installed_version(name: str) -> Optional[str]:
-    """Return a distribution's version, however its name is spelled (PEP 503).
-
-    None if it is not there, or in part.
-    """
+    """Return the version of an installed distribution, or None."""
     import importlib.metadata
 
-    # Python 3.9 knows no more than that "_" is "-"
-    spellings = (name, re.sub(r"[-_.]+", "-", name))
-    # a broken one may raise anything
-    found = [attempt(importlib.metadata.version, spelling).value for spelling in spellings]
-    return next((version for version in found if isinstance(version, str)), None)
+    # Python 3.9 knows only some of the equivalent spellings of a name (PEP 503)
+    for spelling in (name, re.sub(r"[-_.]+", "-", name)):
+        # incomplete metadata can raise anything
+        version = attempt(importlib.metadata.version, spelling).value
+        if isinstance(version, str):
+            return version
+    return None
 
 
-def is_lacking(wanted: Any) -> bool:
-    """Tell whether a requirement that was read is for this Python, and not met by what is here."""
-    if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-        return False
-    version = installed_version(wanted.name)
-    return version is None or not wanted.specifier.contains(version, True)
-
-
-def is_installed(requirement: str) -> bool:
-    """Tell whether what a requirement asks for is here for sure; anything more is for pip."""
+def is_met(requirement: str) -> Optional[bool]:
+    """Return whether this Python meets a requirement, or None if only pip can tell."""
     wanted = parse_requirement(requirement)
-    is_plain = wanted is not None and not wanted.url and not wanted.extras
-    return is_plain and attempt(is_lacking, wanted).value is False
+    if wanted is None:
+        return True if installed_version(requirement) else None
+    try:
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            return True  # it is for other Pythons
+        version = installed_version(wanted.name)
+        if version is None or not wanted.specifier.contains(version, prereleases=True):
+            return False
+    except ValueError:  # a version or marker that cannot be compared
+        return None
+    return None if wanted.url or wanted.extras else True
 
 
 def lacking(requirements: Iterable[str]) -> List[str]:
-    """List the requirements that are not met for sure."""
-    return [each for each in requirements
-            if attempt(is_lacking, parse_requirement(each)).value is True]
+    """Return the requirements that are certainly not met."""
+    return [each for each in requirements if is_met(each) is False]
 
 
 class TargetFolder:
-    """Where pip installs what site-packages cannot take, for this process and its children.
+    """The temporary folder that pip fills if it cannot write site-packages.
 
-    There is none before `take_over`; it is removed when the process that owns it ends.
+    The folder is made when pip first needs it. The process that owns it removes it at its end.
     """
 
     def __init__(self) -> None:
-        self.path = ""
-        self.may_be_made = True  # not by the command `install`, with whose process it would go
-        self.requirements: List[str] = []  # of all pip runs, since each resolves them anew
+        self.path = ""  # "" while there is none
+        self.may_be_made = True  # not by the command `install`, at whose end the folder would go
+        self.requirements: List[str] = []  # of all runs of pip: each resolves all of them
 
     def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
-        """Be the owner of a folder, which has these already."""
+        """Own a folder in which pip has installed some requirements."""
         import shutil
 
         self.path, self.requirements = path, list(requirements)
-        weakref.finalize(self, shutil.rmtree, path, True)  # forked workers forget it
-
-    def use(self, environ: MutableMapping[str, str]) -> None:
-        """Have it searched before site-packages, but after the standard library."""
-        if self.path not in sys.path:
-            names = list(map(os.path.basename, sys.path))
-            places = [names.index(name) for name in ("site-packages", "dist-packages")
-                      if name in names]
-            sys.path.insert(min(places, default=len(names)), self.path)
-        modules = list(filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)))
-        if self.path not in modules:
-            environ["PYTHONPATH"] = os.pathsep.join([*modules, self.path])
-            commands = (environ.get("PATH", os.defpath), os.path.join(self.path, "bin"))
-            environ["PATH"] = os.pathsep.join(commands)
+        # forked workers drop this finalizer
+        weakref.finalize(self, shutil.rmtree, path, True)
 
 
 target_folder = TargetFolder()
 
 
-def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
-    """Return the folder that pip is to fill, and the arguments that make it do so."""
+def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
+    """Return the folder that pip is to fill, and its arguments for that."""
     import sysconfig
     import tempfile
 
@@ -1022,65 +962,62 @@ def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
             os.access(paths[name], os.W_OK) for name in ("purelib", "platlib", "scripts")):
         return paths["purelib"], list(requirements)
     if not target_folder.may_be_made:
-        raise PackageError(f"{paths['purelib']} cannot be written, or belongs to the system; run "
-                           f"install as root, in a Python or environment of its own")
+        raise PackageError(
+            f"{why}: {paths['purelib']} cannot be written, or belongs to the system; run install "
+            f"as root, in a Python or environment of its own")
     if not target_folder.path:
-        path, error = attempt(tempfile.mkdtemp, "", "ais-packages-")
-        if error is not None:
+        try:
+            target_folder.take_over(tempfile.mkdtemp(prefix="ais-packages-"))
+        except OSError:
             raise PackageError(
-                f"neither {paths['purelib']} nor any folder for temporary files can be written; "
-                f"install it into the image, or give the pod a writable /tmp")
-        target_folder.take_over(path)
+                f"{why}: neither {paths['purelib']} nor any folder for temporary files can be "
+                f"written; install it into the image, or give the pod a writable /tmp") from None
     known = target_folder.requirements
     known += [requirement for requirement in requirements if requirement not in known]
     return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Have packages found that pip has put into a folder, by this process and its children."""
+    """Let this process and its children import what pip has installed into a folder."""
     import site
 
-    if folder == target_folder.path:
-        target_folder.use(environ)
-    site.addsitedir(folder)  # reads its .pth files, as a start of Python does
+    if folder == target_folder.path and folder not in sys.path:
+        # searched after the standard library, and before site-packages
+        names = [os.path.basename(path) for path in sys.path]
+        places = [names.index(name) for name in ("site-packages", "dist-packages") if name in names]
+        sys.path.insert(min(places, default=len(names)), folder)
+        modules = environ.get("PYTHONPATH")
+        environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
+        environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
+    site.addsitedir(folder)  # reads its .pth files, as Python does at its start
     importlib.invalidate_caches()
 
 
 def install_python_packages(text: str, why: str = "PACKAGES",
                             environ: MutableMapping[str, str] = os.environ) -> None:
-    """Install what is missing of comma-separated requirements, by one run of pip.
+    """Install comma-separated requirements by one run of pip, unless all are met.
 
-    `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can
-    be imported at once.
+    What pip installs can be imported at once. pip's own variables apply, but for those that have it
+    install elsewhere. Raise PackageError, whose text begins with `why`, if that does not help.
     """
-    import importlib.util
-
     requirements = requirements_of(text, why)
-    if all(map(is_installed, requirements)):
+    if all(map(is_met, requirements)):
         return
-    shown = hide_credentials(" ".join(requirements))
-    try:
-        if importlib.util.find_spec("pip") is None:
-            raise PackageError("this Python has no pip (No module named pip); take an image that "
-                               "has it, or install the packages into the image")
-        folder, arguments = pip_target(requirements)
-    except PackageError as error:
-        raise PackageError(f"{why}: cannot install {shown}: {error}") from None
-    logger.info("installing Python packages: %s", shown)
+    folder, arguments = pip_target(requirements, why)
+    logger.info("installing Python packages: %s", hide_credentials(" ".join(requirements)))
     variables = {
         "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
     for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
-        variables.pop(name, None)  # what went elsewhere could not be imported
+        variables.pop(name, None)  # what goes elsewhere cannot be imported
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
-    Tool(why, requirements, command, variables).run()
+    run_tool(why, requirements, command, variables)
     use_packages_of(folder, environ)
     lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
         raise PackageError(
-            f"{why}: pip was content, but {lost} cannot be found here: its configuration (pip "
-            f"config list) has it install elsewhere or not at all, by target, prefix, root or "
-            f"dry-run")
+            f"{why}: pip succeeded, but {lost} cannot be found here: its configuration (pip config "
+            f"list) has it install elsewhere or not at all, by target, prefix, root or dry-run")
 
 
 def pip_command(requirements: Iterable[str]) -> str:
