@@ -1878,35 +1878,30 @@ class ConnectionPool:
 
 
 # == 7. The ETL class contract ==
-# What users subclass: the SDK's names, attributes and methods (aistore/sdk/etl/webserver of SDK
-# 1.24 and 2.0), without its servers. An instance is made in a worker, after the fork, and lives as
-# long as that.
+# What users subclass: the SDK's classes, with their names, attributes and methods (aistore/sdk/etl/
+# webserver of SDK 1.24 and 2.0), and without its servers. A worker makes one instance, after the
+# fork.
 
-
-REPORT_READY = b"R"
-REPORT_BEGUN = b"B"  # to serve a request, for the first time
-REPORT_ANSWERED = b"A"  # for the first time
-REPORT_STORY = b"S"  # a line of the traceback that belongs to a failed start, which follows
-REPORT_OPENED = b"O"  # a WebSocket connection
-REPORT_CLOSED = b"C"  # a WebSocket connection
-REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason follows
-REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
-# a framework's name, a space, and 1 where it is to serve the class or 0 where it is imported
-REPORT_NEEDS = b"N"
+# Reports of a worker to the supervisor: a line of one of these bytes, and text.
+REPORT_READY = b"R"  # the worker can serve
+REPORT_BEGUN = b"B"  # its first request has begun
+REPORT_ANSWERED = b"A"  # its first request is answered
+REPORT_OPENED = b"O"  # a WebSocket connection is open
+REPORT_CLOSED = b"C"  # a WebSocket connection is closed
+REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason
+REPORT_NEEDS = b"N"  # a framework, a space, and 1 if it must serve the class or 0 if not
+REPORT_STORY = b"S"  # a line of the traceback for the REPORT_FAILED that follows
+REPORT_FAILED = b"F"  # the start has failed: an exit code, a space and the reason
 
 
 class Framework(NamedTuple):
-    """A framework that a class may need: modules, and the requirements that bring them.
+    """A framework that a class may need."""
 
-    The first module is imported by classes, the others serve them. The bounds are those of
-    setup.cfg's extras.
-    """
-
-    server: str  # "": this runtime's own
-    modules: Mapping[str, str]
+    server: str  # what serves its applications; "" if this runtime does
+    modules: Mapping[str, str]  # module: requirement; classes import the first, the others serve
 
 
-FRAMEWORKS: Mapping[str, Framework] = {
+FRAMEWORKS: Mapping[str, Framework] = {  # with the requirements of setup.cfg's extras
     "fastapi": Framework("uvicorn", {
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
@@ -1914,24 +1909,20 @@ FRAMEWORKS: Mapping[str, Framework] = {
 }
 
 
-FRAMEWORK_OF: Dict[type, str] = {}  # of each base class that has an application: a key of these
-
-
 def framework_of(cls: type) -> str:
-    """Name the framework of an ETL class, "" where it has none."""
-    return next((FRAMEWORK_OF[base] for base in cls.__mro__ if base in FRAMEWORK_OF), "")
+    """Return the framework that an ETL class can use, or ""."""
+    if issubclass(cls, FastAPIServer):
+        return "fastapi"
+    return "flask" if issubclass(cls, FlaskServer) else ""
 
 
 class Share:
-    """One worker's share of the connections, in memory that all workers of a pod see.
+    """One worker's number of connections, in memory that all workers of a pod share.
 
-    The kernel wakes all workers for a connection, and the quickest would get most of them: the one
-    that is awake. So a worker that has more than another gives the others a moment. One that is
-    gone counts as having more than anybody.
+    The kernel wakes all workers for a new connection, and the quickest accepts it: usually the one
+    that is already running. A worker with more connections than another therefore leaves a new
+    connection to the others for a moment. An absent worker counts as having more than all others.
     """
-
-    ABSENT = 0xFFFFFFFF
-    COUNT_BYTES = 4
 
     def __init__(self, counts: memoryview, slot: int) -> None:
         self._counts = counts
@@ -1940,8 +1931,8 @@ class Share:
 
     @classmethod
     def allot(cls, workers: int) -> List[Share]:
-        """Make the shares of workers that are not there yet; forked ones have the same memory."""
-        counts = memoryview(mmap.mmap(-1, cls.COUNT_BYTES * workers)).cast("I")
+        """Make the shares of workers that are still to be forked."""
+        counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
         return [cls(counts, slot) for slot in range(workers)]
 
     def publish(self, connections: int) -> None:
@@ -1949,58 +1940,58 @@ class Share:
         self._counts[self._slot] = connections
 
     def leave(self) -> None:
-        """Tell the other workers that this one is not there."""
-        self.publish(self.ABSENT)
+        """Tell the other workers that this one is absent."""
+        self.publish(0xFFFFFFFF)
 
     @property
     def excess(self) -> int:
-        """How many connections this worker has more than the one that has least."""
+        """The connections that this worker has beyond those of the one with the fewest."""
         return self._counts[self._slot] - min(self._counts)
 
 
 class Current:
-    """What this process runs with: one value for all instances, filled by `main` before these."""
+    """What this process runs with: set before an instance of the class is made."""
 
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
-    listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
-    reports: Optional[int] = None  # the pipe to the supervisor, in a worker
-    gate: Optional[int] = None  # a pipe that ends once the worker may serve, in a worker
-    share: Optional[Share] = None  # of the connections, in a worker
-    # whether a file is imported for its class: instances that it makes are not served
+    listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
+    reports: Optional[int] = None  # in a worker: the pipe to the supervisor
+    gate: Optional[int] = None  # in a worker: a pipe that ends when the worker may serve
+    share: Optional[Share] = None  # in a worker
+    # while a file is imported for its class: the instances that the file makes are not served
     is_loading = False
-    began = 0.0  # when this program did, in seconds since the system's start
+    began = 0.0  # when this program began, in seconds since the system's start
     output = 1  # the descriptor of the log
-    last_line = ""  # of the log, the reason of a failed start
+    last_line = ""  # of the log: the reason of a failed start
 
 
 def report(message: bytes) -> None:
-    """Tell the supervisor, if there is one; a message is shorter than what a pipe takes at once."""
+    """Send a line to the supervisor, if there is one."""
     if Current.reports is not None:
-        with contextlib.suppress(BrokenPipeError):  # it is gone, and this worker is about to be
-            os.write(Current.reports, message[:2000] + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the supervisor is gone; this worker will be
+            os.write(Current.reports, message[:2000] + b"\n")  # a pipe takes 4096 bytes as a whole
 
 
 def how_to_get(package: str) -> str:
-    """Tell how to get a package: in a pod, or on a laptop."""
+    """Return what the user has to do to get a package, in a pod or on a laptop."""
     is_laptop = Current.settings is not None and not Current.settings.is_pod
     return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
 
 
-# What the runtime keeps with an instance, in its `vars`, apart from the names that a class may use:
-# its session, the framework's application, and what answers that one's requests for objects
-SESSION, APP, ANSWER = "ais_runtime_min.session", "ais_runtime_min.app", "ais_runtime_min.answer"
+# The runtime keeps these in the `vars` of an instance, under names that no class can use: the
+# framework's application, and the function that answers its requests for objects.
+APP, ANSWER = "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
 def require_framework(server: Any) -> None:
-    """See to it that the framework serves a class; outside the runtime, the class does."""
+    """Raise FrameworkNeeded in a worker that serves a class without its framework."""
     is_served = Current.reports is not None and not Current.is_loading
     if is_served and not (Current.settings or Settings()).server:
         raise FrameworkNeeded(framework_of(type(server)), serves=True)
 
 
 def app_of(server: Any) -> Any:
-    """Return the application of an instance; where there is none, make it and have it prepared."""
+    """Return the application of an instance; make and prepare it at the first use."""
     kept, name = vars(server), framework_of(type(server))
     if kept.get(APP) is None:
         require_framework(server)
@@ -2039,17 +2030,10 @@ class ETLServer(ABC):
         self.logger.setLevel(settings.log_level)
         self.use_streaming = streams(type(self))
 
-    @property
+    @functools.cached_property
     def session(self) -> Any:
-        """A `requests.Session` for the class's own use, made when it is first touched."""
-        if vars(self).get(SESSION) is None:
-            vars(self)[SESSION] = self._build_session()
-        return vars(self)[SESSION]
-
-    @session.setter
-    def session(self, session: Any) -> None:
-        """Take a session of the class's own making."""
-        vars(self)[SESSION] = session
+        """A `requests.Session` for the class's own use, made at the first use."""
+        return self._build_session()
 
     def _build_session(self) -> Any:
         """Make the session, with certificates and token; ImportError without `requests`."""
@@ -2068,24 +2052,24 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Transform a whole object: its bytes, or its local path where `ETL_DIRECT_FQN` is on."""
+        """Transform an object: its bytes, or its local path if `ETL_DIRECT_FQN` is on."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
-        """Transform an object in pieces, in constant memory; the reader ends where it does."""
+        """Transform an object piece by piece; the reader ends where the object does."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def get_mime_type(self) -> str:
-        """Name the `Content-Type` of results."""
+        """Return the `Content-Type` of results."""
         return DEFAULT_MIME_TYPE
 
     @abstractmethod
     def start(self) -> None:
-        """Serve, until SIGTERM."""
+        """Serve until SIGTERM."""
 
     def client_put(self, url: str, data: bytes, headers: Dict[str, str],
                    timeout: Optional[float] = None) -> Any:
-        """Put bytes to another node; an override carries every delivery of this class."""
+        """Put bytes to another node. An override carries every delivery of the class."""
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
         body = bytes(data) if isinstance(data, (bytearray, memoryview)) else data
@@ -2097,7 +2081,7 @@ class ETLServer(ABC):
 
     def handle_direct_put_response(self, resp: Any, data: bytes,
                                    data_length: int = -1) -> Tuple[int, bytes, int]:
-        """Read a hop's answer: (status to pass on, body to pass on, bytes that were delivered)."""
+        """Return the status and body to pass on, and the number of delivered bytes."""
         if resp.status_code == HTTPStatus.NO_CONTENT:
             return HTTPStatus.NO_CONTENT, b"", int(resp.headers.get(HEADER_DIRECT_PUT_LENGTH, "0"))
         if resp.status_code == HTTPStatus.OK and not resp.content:
@@ -2105,17 +2089,17 @@ class ETLServer(ABC):
         return resp.status_code, resp.content, 0
 
     def sanitize_fqn(self, fqn: str) -> str:
-        """Decode a path from a query and make it absolute, without `..`."""
+        """Return the path of a query parameter: unquoted, absolute, without `..`."""
         return os.path.normpath("/" + os.fsdecode(unquote_to_bytes(fqn)).lstrip("/"))
 
     @staticmethod
     def close_reader(reader: Any) -> None:
-        """Close a reader; one that cannot be closed, or fails to, is let be."""
+        """Close the reader; ignore errors."""
         attempt(lambda: reader.close())
 
     @staticmethod
     def iter_and_close(output_iter: Iterator[bytes], reader: Any) -> Iterator[bytes]:
-        """Yield all of an iterator, then close the reader it read from."""
+        """Yield all items of an iterator, then close the reader that it reads."""
         try:
             yield from output_iter
         finally:
@@ -2123,12 +2107,15 @@ class ETLServer(ABC):
 
     @staticmethod
     def make_direct_put_headers(direct_put_length: int) -> Dict[str, str]:
-        """Make the header that tells how many bytes were delivered, none for 0."""
+        """Return the header that tells how many bytes were delivered; none for 0."""
         return {HEADER_DIRECT_PUT_LENGTH: str(direct_put_length)} if direct_put_length else {}
 
 
 def streams(cls: Type[ETLServer]) -> bool:
-    """Tell whether a class streams: `transform` wins; TypeError where it has neither."""
+    """Return whether a class overrides transform_stream() and not transform().
+
+    Raise TypeError if it overrides neither.
+    """
     if cls.transform is not ETLServer.transform:
         return False
     if cls.transform_stream is not ETLServer.transform_stream:
@@ -2137,9 +2124,9 @@ def streams(cls: Type[ETLServer]) -> bool:
 
 
 class ListeningServer(ETLServer):
-    """What the SDK's three bases have in common: an address, and `start`.
+    """The common part of the SDK's three bases: an address, and `start`.
 
-    PORT decides where the class does not ask for another port than the SDK's, 8000.
+    The port 8000 is the SDK's default and stands for PORT; a class that passes another gets it.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2148,43 +2135,46 @@ class ListeningServer(ETLServer):
         self.port = (Current.settings or Settings()).port if port == 8000 else port
 
     def start(self) -> None:
-        """Serve until SIGTERM: on the workers' socket, or outside the runtime on one of its own."""
+        """Serve until SIGTERM: a worker on the shared socket, others on their own."""
         serve_instance(self)
 
 
 class HTTPMultiThreadedServer(ListeningServer):
-    """The base of classes that many threads may call at once; `path` is the raw request path."""
+    """The base of classes that many threads may call at once.
+
+    `path` is the path of the request as it came.
+    """
 
     class RequestHandler(http.server.BaseHTTPRequestHandler):
-        """A name of the SDK's that payloads may refer to; a class that overrides it is refused."""
+        """A name that payloads can refer to; a class that overrides it is refused."""
 
 
 class LateApp:
-    """The application of an instance that is not served, made when something of it is used.
+    """The application of an instance that is not served, made when it is used.
 
-    Files for the SDK end with such lines, for uvicorn or gunicorn: `server = Mine()` and `app =
-    server.app`.
+    Files for the SDK end with `server = Mine()` and `app = server.app`, for uvicorn or gunicorn.
+    The command `serve` needs no framework for that.
     """
 
     def __init__(self, server: Any) -> None:
-        vars(self)["_made"] = functools.partial(app_of, server)
+        vars(self)["_app"] = functools.partial(app_of, server)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._made(), name)
+        return getattr(self._app(), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._made(), name, value)
+        setattr(self._app(), name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._made()(*args, **kwargs)
+        return self._app()(*args, **kwargs)
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer: one transform at a time, on the main thread.
+    """The base of FastAPIServer and FlaskServer, whose framework few classes need.
 
-    Their classes are served without any framework, unless they use `self.app` or override a hook.
-    Then the start is made once more with the framework installed, and the app is there from the
-    construction on, as the SDK has it.
+    Transforms run one at a time, on the main thread. The framework serves a class that overrides a
+    hook, or that uses `self.app` when it is constructed. This use raises FrameworkNeeded, and the
+    pod starts again: then the framework is there, and this constructor makes the application.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2194,28 +2184,28 @@ class FrameworkServer(ListeningServer):
 
     @property
     def app(self) -> Any:
-        """The framework's application; FrameworkNeeded where the class is served without one."""
+        """The framework's application; FrameworkNeeded if it is missing so far."""
         if vars(self).get(APP) is None and Current.is_loading:
             return LateApp(self)
         return app_of(self)
 
     @app.setter
     def app(self, app: Any) -> None:
-        """Take an application of the class's own making."""
+        """Use an application that the class has made."""
         require_framework(self)
         vars(self)[APP] = app
 
 
 class FastAPIServer(FrameworkServer):
-    """The SDK's FastAPI base; `path` is decoded and without its first slash.
+    """The SDK's FastAPI base; `path` is decoded and has no slash at its beginning.
 
-    Hooks: _setup_app(), called when the app is made; startup_event() and shutdown_event();
-    _handle_request(), which answers requests for objects. A class that overrides one is served by
-    uvicorn.
+    Hooks: _setup_app(), called when the application is made; startup_event() and shutdown_event();
+    _handle_request(), which answers requests for objects. If a class overrides one of them, uvicorn
+    serves it.
     """
 
     def _setup_app(self) -> None:
-        """Prepare the app. Routes of objects come later: the class's own are found first."""
+        """Prepare the application; the routes of objects follow the class's own."""
         self.app.state.etl_server = self
         self.app.router.on_startup.append(self.startup_event)
         self.app.router.on_shutdown.append(self.shutdown_event)
@@ -2227,22 +2217,19 @@ class FastAPIServer(FrameworkServer):
         """Do nothing: a hook, called after the last request."""
 
     async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
-        """Answer a request for an object by a response of Starlette's."""
+        """Answer a request for an object with a Starlette response."""
         return await vars(self)[ANSWER](path, request)
 
 
-FRAMEWORK_OF[FastAPIServer] = "fastapi"
-
-
 class FlaskServer(FrameworkServer):
-    """The SDK's Flask base; `path` is decoded and without its first slash.
+    """The SDK's Flask base; `path` is decoded and has no slash at its beginning.
 
-    Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which
-    answers requests for objects. A class that overrides one has its app served, by WSGI.
+    Hooks: _register_routes(), called when the application is made; _health(); _handle_request(),
+    which answers requests for objects. If a class overrides one of them, its application is served.
     """
 
     def _register_routes(self) -> None:
-        """Do nothing: the routes of objects come later, when the app is served."""
+        """Do nothing: the routes of objects are added when the application is served."""
 
     def _health(self) -> Any:
         """Answer a health probe."""
@@ -2251,15 +2238,12 @@ class FlaskServer(FrameworkServer):
         return flask.Response(b"Running", content_type="text/plain")
 
     def _handle_request(self, path: str) -> Any:
-        """Answer the current request, for an object, by a response of Flask's."""
+        """Answer the current request, which is for an object, with a Flask response."""
         return vars(self)[ANSWER](path)
 
 
-FRAMEWORK_OF[FlaskServer] = "flask"
-
-
 class CountingIterator:
-    """Pieces of bytes, counted as they pass; the count is in `bytes_sent`."""
+    """Pieces of bytes, whose length is counted in `bytes_sent` as they pass."""
 
     def __init__(self, inner: Iterator[bytes]) -> None:
         self._inner = inner
@@ -2272,7 +2256,7 @@ class CountingIterator:
 
 
 class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """A name of the SDK's that payloads may refer to; this runtime serves by another."""
+    """A server of the SDK that payloads can refer to; this runtime has another."""
 
     def __init__(self, server_address: Tuple[str, int], handler_class: Any,
                  etl_server: ETLServer) -> None:
