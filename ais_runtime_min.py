@@ -2265,35 +2265,34 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 8. Loading the class ==
-# From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim
-# image has none of them, so an import finder answers for them with what this file has.
+# From the payload's text to a class that can be served. A pickle refers to the SDK's modules, which
+# the slim image does not have: an import finder provides them, with the names of this file.
 
 FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's own tests look for this
-
 MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
-CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
+CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
-    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON, "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT":
-    RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-", "HEADER_CONTENT_LENGTH": "Content-Length",
-    "HEADER_CONTENT_TYPE": "Content-Type", "HEADER_TRANSFER_ENCODING": "Transfer-Encoding",
-    "HEADER_AUTHORIZATION": "Authorization", "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept",
-    "HEADER_USER_AGENT": "User-Agent", "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS":
-    QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN, "QPARAM_ETL_PIPELINE": "etl_pipeline",
-    "QPARAM_LATEST": QPARAM_LATEST, "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
-    "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path", "STATUS_OK": 200,
-    "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204, "STATUS_PARTIAL_CONTENT": 206,
-    "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307, "STATUS_BAD_REQUEST": 400,
-    "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403, "STATUS_LOCKED": 423,
-    "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502, "STATUS_SERVICE_UNAVAILABLE":
-    503, "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA": "AIS_CLIENT_CA", "AIS_CLIENT_CRT":
-    "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY", "AIS_SKIP_VERIFY": "AIS_SKIP_VERIFY",
-    "AIS_SKIP_VERIFY_CRT": "AIS_SKIP_VERIFY_CRT", "AIS_DIRECT_PUT_RETRIES":
-    "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE",
+    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON,
+    "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-",
+    "HEADER_CONTENT_LENGTH": "Content-Length", "HEADER_CONTENT_TYPE": "Content-Type",
+    "HEADER_TRANSFER_ENCODING": "Transfer-Encoding", "HEADER_AUTHORIZATION": "Authorization",
+    "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept", "HEADER_USER_AGENT": "User-Agent",
+    "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS": QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN,
+    "QPARAM_ETL_PIPELINE": "etl_pipeline", "QPARAM_LATEST": QPARAM_LATEST,
+    "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
+    "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path",
+    "STATUS_OK": 200, "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204,
+    "STATUS_PARTIAL_CONTENT": 206, "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307,
+    "STATUS_BAD_REQUEST": 400, "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403,
+    "STATUS_LOCKED": 423, "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502,
+    "STATUS_SERVICE_UNAVAILABLE": 503, "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY",
     "UTF_ENCODING": "utf-8", "HTTP": "http://", "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
+    **{name: name for name in (
+        "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA", "AIS_SKIP_VERIFY", "AIS_SKIP_VERIFY_CRT",
+        "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
 }
 
-# Import name: the PyPI name to put into PACKAGES. The first line came to the default image with
-# aistore[etl].
+# Import name: PyPI name, to put into PACKAGES. The default image gets these with aistore[etl].
 DEFAULT_IMAGE = {
     "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
     "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
@@ -2303,8 +2302,8 @@ PYPI_NAMES = {
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
     "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
     "distutils": "setuptools", "pkg_resources": "setuptools"}
-# Base: names of the SDK's own servers that this runtime does not call, so that overriding one would
-# do nothing.
+
+# Methods of the SDK's servers that this runtime does not call: an override would have no effect.
 DELIVERY_INTERNALS = (
     "_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
     "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered",
@@ -2316,8 +2315,7 @@ INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
         "_open_sync_get_stream"),
     FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
 }
-# Base: names that are called where the framework serves the class, so that overriding one says that
-# it shall.
+# Methods that are called only if the framework serves the class: an override asks for that.
 HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     FastAPIServer: ("_setup_app", "startup_event", "shutdown_event", "_handle_request"),
     FlaskServer: ("_register_routes", "_health", "_handle_request"),
@@ -2325,24 +2323,25 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 
 def decode_payload(settings: Settings) -> bytes:
-    """Join and decode the payload's text, less the white space that editors and YAML leave."""
+    """Return the pickle that the payload encodes; PayloadError if it is not base64."""
     import binascii
 
     text = settings.payload
     if settings.payload_file:
         with open(settings.payload_file, encoding="utf-8", errors="replace") as file:
             text = file.read()
-    text = re.sub(r"[ \t\r\n]+", "", text)
-    is_alphabet = re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text)
-    pickled, error = attempt(binascii.a2b_base64, text)
-    if not is_alphabet or error is not None:
-        raise PayloadError(f"{FAILED} is not base64, or was cut: {error or 'other characters'}; "
-                           f"{MAKE_ANEW}")
-    return cast(bytes, pickled)
+    text = re.sub(r"[ \t\r\n]+", "", text)  # editors and YAML add white space
+    problem: object = "other characters"
+    if re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
+        try:
+            return binascii.a2b_base64(text)
+        except binascii.Error as error:
+            problem = error
+    raise PayloadError(f"{FAILED} is not base64, or was cut: {problem}; {MAKE_ANEW}")
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
-    """Pickle a class into the text of a payload, as the SDK's function of this name does."""
+    """Return the payload of a class, like the SDK's function of this name."""
     import base64
 
     import cloudpickle
@@ -2353,9 +2352,9 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 
 
 class HTTPException(Exception):
-    """Starlette's, which is all that many classes take of FastAPI, where that is not installed."""
+    """Starlette's exception, for classes that need nothing else of FastAPI."""
 
-    __module__ = "starlette.exceptions"  # by which its status is found
+    __module__ = "starlette.exceptions"  # `answer_for` looks for this, and uses the status
 
     def __init__(self, status_code: int, detail: Any = None,
                  headers: Optional[Mapping[str, str]] = None) -> None:
@@ -2367,81 +2366,68 @@ class HTTPException(Exception):
         return f"{self.status_code}: {self.detail}"
 
 
-# where payloads find it
-OF_HTTP_EXCEPTION = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
+# the modules from which a class can import HTTPException
+HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
 
 
 def is_here(package: str) -> bool:
-    """Tell whether a package is installed; a folder that is called as the SDK is does not count."""
+    """Return whether a package is installed; a mere folder named `aistore` is not."""
     spec = importlib.machinery.PathFinder.find_spec(package)
     return spec is not None and (package != "aistore" or spec.origin is not None)
 
 
 class LacksName(AttributeError):
-    """A module of the SDK that this file stands in for has no such name here."""
-
-    def __init__(self, module: str, name: str) -> None:
-        super().__init__(f"{module}.{name} is not here")
+    """A module of the SDK that this file provides has no such name here."""
 
 
-def sdk_modules() -> Dict[str, Mapping[str, Any]]:
-    """List the SDK's modules that a payload may refer to, and what they hold here."""
-    transient = {"RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
-                 "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)}
-    webserver = "aistore.sdk.etl.webserver"
-    return {
-        "aistore": {}, "aistore.sdk": {},
-        "aistore.sdk.const": CONSTANTS,
-        "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
-                               "ETLDirectPutTransientError": ETLDirectPutTransientError},
-        "aistore.sdk.utils": {"parse_bool": parse_bool},
-        "aistore.sdk.etl": {"serialize_class": serialize_class},
-        webserver: {"serialize_class": serialize_class},
-        webserver + ".base_etl_server": {
-            "ETLServer": ETLServer, "CountingIterator": CountingIterator, **transient},
-        webserver + ".http_multi_threaded_server": {
-            "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
-            "ThreadedHTTPServer": ThreadedHTTPServer},
-        webserver + ".fastapi_server": {"FastAPIServer": FastAPIServer},
-        webserver + ".flask_server": {"FlaskServer": FlaskServer},
-        webserver + ".utils": {
-            "serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
-            "compose_etl_direct_put_url": compose_etl_direct_put_url},
-    }
+WEBSERVER = "aistore.sdk.etl.webserver"
+SDK_MODULES: Dict[str, Dict[str, Any]] = {  # what payloads can refer to: module, and its names
+    "aistore": {}, "aistore.sdk": {},
+    "aistore.sdk.const": CONSTANTS,
+    "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
+                           "ETLDirectPutTransientError": ETLDirectPutTransientError},
+    "aistore.sdk.utils": {"parse_bool": parse_bool},
+    "aistore.sdk.etl": {"serialize_class": serialize_class},
+    WEBSERVER: {"serialize_class": serialize_class},
+    WEBSERVER + ".base_etl_server": {
+        "ETLServer": ETLServer, "CountingIterator": CountingIterator,
+        "RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
+        "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)},
+    WEBSERVER + ".http_multi_threaded_server": {
+        "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
+        "ThreadedHTTPServer": ThreadedHTTPServer},
+    WEBSERVER + ".fastapi_server": {"FastAPIServer": FastAPIServer},
+    WEBSERVER + ".flask_server": {"FlaskServer": FlaskServer},
+    WEBSERVER + ".utils": {
+        "serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
+        "compose_etl_direct_put_url": compose_etl_direct_put_url},
+}
 
 
 class SDKNames:
-    """An import finder and loader that answers for the SDK's modules with the names of this file.
+    """An import finder and loader that provides the SDK's modules.
 
     The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
-    The others are ours only while the real SDK is not installed.
+    The other modules are the SDK's if it is installed.
     """
 
     def find_spec(self, name: str, path: Any = None,
                   target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        """Answer for `aistore` and what is below it."""
-        if name.partition(".")[0] != "aistore" or name not in sdk_modules():
-            return None
-        if name.startswith("aistore.sdk.etl.webserver") or not is_here("aistore"):
+        """Return the spec of a module that this file provides, or None."""
+        if name in SDK_MODULES and (name.startswith(WEBSERVER) or not is_here("aistore")):
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Let the import system make a plain module."""
+        """Let the import system make an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with our names; any other is LacksName."""
-        vars(module).update(sdk_modules()[module.__name__])
+        """Fill a module with its names; raise LacksName when another name is looked up."""
 
         def missing(name: str) -> NoReturn:
-            raise LacksName(module.__name__, name)
+            raise LacksName(f"{module.__name__}.{name} is not here")
 
-        vars(module)["__getattr__"] = missing
-
-
-def stands_in(module: str) -> bool:
-    """Tell whether a module that is imported is one that this file stands in for."""
-    return isinstance(getattr(sys.modules.get(module), "__loader__", None), SDKNames)
+        vars(module).update(SDK_MODULES[module.__name__], __getattr__=missing)
 
 
 def install_sdk_names() -> None:
@@ -2451,7 +2437,7 @@ def install_sdk_names() -> None:
 
 
 def leave_late_modules() -> None:
-    """Let imports find modules themselves from now on, and no stand-ins."""
+    """Let imports find the modules themselves from now on, and not their stand-ins."""
     for name, stand_in in late_modules.items():
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
@@ -2459,37 +2445,40 @@ def leave_late_modules() -> None:
 
 
 class ForeignBytecode(Exception):
-    """Code that another minor version of Python compiled; running it could crash this one."""
+    """Another minor version of Python compiled this code; it could crash this one."""
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
-    """Tell 3.9 and 3.10 apart: 3.10's line table covers the bytecode to its end (PEP 626).
+    """Return whether 3.9 compiled code that 3.10 runs, or the other way round.
 
-    Behind code that is never reached 3.9's ends there too, but has an empty range, which 3.10's has
-    only on the way to a far line.
+    The line table of 3.10 covers the bytecode up to its end (PEP 626). That of 3.9 only does so if
+    unreachable code comes last, and then it has an empty range. In 3.10 an empty range is a step on
+    the way to a line that is far away.
     """
-    has_ranges = sys.version_info >= (3, 10)
-    table: bytes = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
-    is_empty = any(not size and step not in (127, 129) for size, step in zip(table[::2], table[1::2]))
-    return (sum(table[::2]) == len(code.co_code) and not is_empty) != has_ranges
+    is_310 = sys.version_info >= (3, 10)
+    table: bytes = getattr(code, "co_linetable" if is_310 else "co_lnotab")
+    sizes, steps = table[::2], table[1::2]
+    has_gap = any(not size and step not in (127, 129) for size, step in zip(sizes, steps))
+    return (sum(sizes) == len(code.co_code) and not has_gap) != is_310
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
-    """Walk bytecode of 3.11 or later: instructions and their cache entries must be known here."""
+    """Return whether bytecode, of 3.11 or later, is not of this version of Python."""
     import opcode
 
-    # private; by number until 3.12, by name from 3.13
+    # private: a list by number up to 3.12, a mapping by name from 3.13 on
     entries: Any = getattr(opcode, "_inline_cache_entries")
     caches, resumed = 0, False
     for offset in range(0, len(code_bytes), 2):
         number = code_bytes[offset]
         name = opcode.opname[number]
         if caches:
+            # the compiler leaves the caches of an instruction empty
             if number or code_bytes[offset + 1]:
                 return True
             caches -= 1
             continue
-        # nothing that a compiler makes
+        # no compiler makes these
         if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
@@ -2498,24 +2487,20 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 
 
 def checked_code(*args: Any) -> types.CodeType:
-    """Make a code object; ForeignBytecode where this interpreter cannot have compiled it.
+    """Make a code object; raise ForeignBytecode if another Python compiled it.
 
-    A later Python may have other tables than those that are looked at. Where they are missing, or
-    this file's own code does not pass, nothing can be judged, and all passes. From 3.11 on the
-    bytes are judged before there is a code object: making one of foreign bytes, or reading them
-    back, may write beyond their end or crash.
+    From 3.11 on the bytes are checked first: to make a code object of foreign bytes, or to read
+    them back, can crash or write beyond their end. All code passes if a later Python lacks the
+    tables that the check uses, or has others, by which this function's code is foreign as well.
     """
     if sys.version_info >= (3, 11):
-        try:
-            is_foreign = (is_foreign_adaptive_code(args[6])
-                          and not is_foreign_adaptive_code(checked_code.__code__.co_code))
-        except (AttributeError, LookupError, TypeError):
-            is_foreign = False
-        if is_foreign:
-            raise ForeignBytecode
+        with contextlib.suppress(AttributeError, LookupError, TypeError):
+            own = checked_code.__code__.co_code
+            if is_foreign_adaptive_code(args[6]) and not is_foreign_adaptive_code(own):
+                raise ForeignBytecode
     try:
         code = types.CodeType(*args)
-    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 values, 3.11 and later 18
+    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 arguments, 3.11 and later 18
         raise ForeignBytecode from None
     if sys.version_info < (3, 11) and is_foreign_wordcode(code):
         raise ForeignBytecode
@@ -2523,42 +2508,41 @@ def checked_code(*args: Any) -> types.CodeType:
 
 
 def package_of(error: BaseException) -> str:
-    """Return the package that an import has failed for, "" where none is missing."""
+    """Return the missing package that made an import fail, or ""."""
     if isinstance(error, LacksName):
         return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    is_of_python = (name in sys.builtin_module_names
-                    or name in getattr(sys, "stdlib_module_names", ()))
-    return "" if not name or is_of_python or is_here(name) else name
+    of_python = getattr(sys, "stdlib_module_names", sys.builtin_module_names)  # from 3.10 on
+    return "" if not name or name in of_python or is_here(name) else name
 
 
 def other_cloudpickle(name: str) -> PackageError:
-    """Explain that the cloudpickle here lacks a name that the one that made the payload had."""
+    """Return the error for a cloudpickle that lacks a name which the payload needs."""
     here = installed_version("cloudpickle") or ""
+    maker, remedy = "another cloudpickle", MAKE_ANEW
     if re.match("[012][.]", here):
-        return PackageError(
-            f"{FAILED} was made by cloudpickle 3 or newer, and this image has {here}, which has no "
-            f"{name}: add cloudpickle>=3 to PACKAGES, and nothing that wants an older one")
-    return PackageError(f"{FAILED} was made by another cloudpickle than this image's, {here}, "
-                        f"which has no {name}; {MAKE_ANEW}")
+        maker = "cloudpickle 3 or newer"
+        remedy = "add cloudpickle>=3 to PACKAGES, and nothing that wants an older one"
+    return PackageError(f"{FAILED} was made by {maker}, and this image has {here}, which has no "
+                        f"{name}: {remedy}")
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class, refusing another Python's bytecode before any of it runs.
+    """Unpickle a class; raise ForeignBytecode before any such code runs.
 
-    A pickle does not say which Python made it. Code of another minor version may load without
-    complaint and then crash the interpreter, or compute nonsense, so each code object is looked at
-    as it is made.
+    A pickle does not tell which Python made it. Code of another minor version may load without an
+    error, and then crash the interpreter or compute nonsense. So each code object is checked when
+    it is made.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look up a global, with our own maker in the place of code objects' type."""
+        """Return a global; `_make_code` takes the place of the type of code objects."""
         package = module.partition(".")[0]
-        if name == "HTTPException" and module in OF_HTTP_EXCEPTION and not is_here(package):
+        if name == "HTTPException" and module in HTTP_EXCEPTION_MODULES and not is_here(package):
             return HTTPException
         try:
             found = super().find_class(module, name)
-        except AttributeError as error:
+        except AttributeError:
             if module == "__main__":
                 raise PayloadError(
                     f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
@@ -2566,13 +2550,17 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"itself") from None
             if package == "cloudpickle":
                 raise other_cloudpickle(name) from None
-            raise LacksName(module, name) if stands_in(module) else error from None
+            getattr(sys.modules[module], name)  # raises LacksName, which pickle has replaced
+            raise
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
-        """Make a code object; FrameworkNeeded where it imports a framework that is not here."""
+        """Make a code object; raise FrameworkNeeded if it imports a missing framework.
+
+        A function whose only import is `from fastapi import HTTPException` gets ours instead.
+        """
         import opcode
 
         code = checked_code(*args)
@@ -2582,7 +2570,7 @@ class PayloadUnpickler(pickle.Unpickler):
             framework = DEFAULT_IMAGE.get(package, "")
             if framework in FRAMEWORKS and not is_here(package):
                 takes_one = imports == 1 and ("HTTPException",) in code.co_consts
-                if module not in OF_HTTP_EXCEPTION or not takes_one:
+                if module not in HTTP_EXCEPTION_MODULES or not takes_one:
                     raise FrameworkNeeded(framework, serves=False)
                 names = [__name__ if name == module else name for name in code.co_names]
                 code = code.replace(co_names=tuple(names))
@@ -2590,20 +2578,20 @@ class PayloadUnpickler(pickle.Unpickler):
 
 
 def raise_framework_needed(error: Optional[BaseException]) -> None:
-    """Raise FrameworkNeeded where an import failed because a framework is not here."""
+    """Raise FrameworkNeeded if an import failed because a framework is missing."""
     framework = DEFAULT_IMAGE.get(package_of(error), "") if error is not None else ""
     if framework in FRAMEWORKS:
         raise FrameworkNeeded(framework, serves=False) from None
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
-    """Describe an exception of user code; of a package that is missing tell how to get it.
+    """Describe an exception of user code, and how to get a package that it lacks.
 
-    The type of the exception is told where its text alone says nothing, or if it is to be there.
+    The type is included if `has_type`, or if the text alone says too little.
     """
     kind, name, text = type(error).__name__, package_of(error), describe(error)
-    tells = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
-    if text != kind and (has_type or not tells):
+    says_much = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
+    if text != kind and (has_type or not says_much):
         text = f"{kind}: {text}"
     if not name:
         return text
@@ -2612,18 +2600,14 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
 
 
 def missing_module(error: BaseException, pickled: bytes) -> StartupError:
-    """Explain a module that the pickle refers to and that is not here: a package, or the user's."""
-    import pickletools
-
-    by_reference = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "MEMOIZE", "GLOBAL",
-                    "STACK_GLOBAL", "STOP"}
+    """Return the error for a module that a pickle refers to and that is missing."""
     if package_of(error) == "cloudpickle":
         return PackageError(
             "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
     if isinstance(error, LacksName):
         return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
     name = getattr(error, "name", "")
-    if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
+    if b"cloudpickle" not in pickled:  # its functions make a class that is pickled by value
         return PayloadError(
             f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
             f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
@@ -2633,40 +2617,21 @@ def missing_module(error: BaseException, pickled: bytes) -> StartupError:
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
-    """List the names of a table that a class has in the place of its base's."""
+    """Return the names of a table that a class overrides."""
     return [name for base, names in table.items() if issubclass(cls, base) for name in names
             if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
 def server_for(cls: Type[ETLServer]) -> str:
-    """Tell which framework is to serve a class; "" where its construction will tell."""
+    """Return the framework that must serve a class; "" if its constructor will tell."""
     return framework_of(cls) if overridden(cls, HOOKS) else ""
 
 
-CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR = 0x20, 0x80, 0x200  # flags of code, as in inspect
-
-
-def refusal(cls: Type[ETLServer]) -> str:
-    """Tell why a class cannot be served as it is, "" where it can."""
-    ignored = overridden(cls, INTERNALS)
-    if ignored:
-        return (f"overrides {', '.join(ignored)}, which the SDK's own server calls and this "
-                f"runtime does not: override transform or transform_stream only")
-    for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
-                 "client_put", "handle_direct_put_response"):
-        flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
-        if flags & (CO_COROUTINE | CO_ASYNC_GENERATOR):
-            return f"has a {name}() that is async: it must be a plain function"
-        if flags & CO_GENERATOR and name != "transform_stream":
-            return f"has a {name}() that yields, as only transform_stream() may"
-    return ""
-
-
 def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
-    """Refuse what cannot be served, or has an override that would do nothing.
+    """Return a class if it can be served and all its overrides have an effect.
 
-    Called in the supervisor, before any worker is forked, so that the mistake is told once.
-    PayloadError, which begins with `failed`, or ClassError.
+    Otherwise raise ClassError, or PayloadError, whose text begins with `failed`. The supervisor
+    calls this before it forks workers, so that a mistake is reported once.
     """
     if not isinstance(cls, type) or not issubclass(cls, ETLServer):
         what = cls.__name__ if isinstance(cls, type) else f"no class but {type(cls).__name__!r}"
@@ -2677,55 +2642,65 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
         streams(cls)
     except TypeError as error:
         raise PayloadError(f"{failed} cannot be served: {error}") from None
-    reason = refusal(cls)
-    if reason:
-        raise ClassError(f"{cls.__name__} {reason}")
+    ignored = overridden(cls, INTERNALS)
+    if ignored:
+        raise ClassError(
+            f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and "
+            f"this runtime does not: override transform or transform_stream only")
+    for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
+                 "client_put", "handle_direct_put_response"):
+        flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
+        if flags & 0x280:  # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect
+            raise ClassError(
+                f"{cls.__name__} has a {name}() that is async: it must be a plain function")
+        if flags & 0x20 and name != "transform_stream":  # CO_GENERATOR
+            raise ClassError(
+                f"{cls.__name__} has a {name}() that yields, as only transform_stream() may")
     return cls
 
 
-def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
-    """Return an exception's traceback less the frames of this file; None if it has no other."""
-    kept, entry = [], error.__traceback__
+def user_exc_info(error: BaseException) -> Any:
+    """Return the `exc_info` of a log record without the frames of this file.
+
+    Return None if the traceback has no other frames.
+    """
+    entries, entry = [], error.__traceback__
     while entry is not None:
-        # __file__ may be its bytecode
-        if entry.tb_frame.f_code.co_filename != user_traceback.__code__.co_filename:
-            kept.append(entry)
+        entries.append(entry)
         entry = entry.tb_next
-    result = None
-    for entry in reversed(kept):
-        result = types.TracebackType(result, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    return result
-
-
-def users_info(error: BaseException) -> Any:
-    """Return the `exc_info` of a log record: the part of a traceback that is the user's."""
-    frames = user_traceback(error)
-    return (type(error), error, frames) if frames else None
+    # not __file__, which can be the bytecode's
+    this_file = user_exc_info.__code__.co_filename
+    kept = None
+    for entry in reversed(entries):
+        if entry.tb_frame.f_code.co_filename != this_file:
+            kept = types.TracebackType(kept, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return (type(error), error, kept) if kept else None
 
 
 def log_user_error(what: str, error: BaseException) -> None:
-    """Log an exception of user code, with the part of its traceback that is the user's."""
-    logger.error("%s: %s", what, describe_of_user(error), exc_info=users_info(error))
+    """Log an exception of user code, with the user's part of its traceback."""
+    logger.error("%s: %s", what, describe_of_user(error), exc_info=user_exc_info(error))
 
 
 def with_story(failure: StartupError, what: str, error: BaseException) -> StartupError:
-    """Give a failure the traceback of the user's exception that is its reason."""
+    """Attach to a failure the traceback of the user's exception that caused it."""
     told = (what, " ".join(describe_of_user(error).split()))
     record = logging.LogRecord(
-        logger.name, logging.ERROR, "", 0, "%s: %s", told, users_info(error))
+        logger.name, logging.ERROR, "", 0, "%s: %s", told, user_exc_info(error))
     failure.story = logging.Formatter().format(record)
     return failure
 
 
 def load_etl_class(settings: Settings) -> Type[ETLServer]:
-    """Decode, unpickle and check the class of the payload; StartupError tells what to do.
+    """Return the class of the payload; raise a StartupError that says what to do.
 
-    The payload comes from whoever may start pods, and is run as code: it is trusted as the image
-    is.
+    Unpickling runs the payload as code. It comes from whoever may start pods, and is trusted like
+    the image.
     """
     pickled = decode_payload(settings)
     install_sdk_names()
-    attempt(importlib.import_module, "cloudpickle")  # where it is missing, unpickling says so
+    with contextlib.suppress(ImportError):  # unpickling raises it again
+        importlib.import_module("cloudpickle")
     leave_late_modules()
     cls, error = attempt(PayloadUnpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
@@ -2739,11 +2714,8 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     if isinstance(error, (ModuleNotFoundError, LacksName)):
         raise missing_module(error, pickled)
     if error is not None:
-        import pickletools
-
         text = describe_of_user(error, has_type=True)
-        is_broken = attempt(collections.deque, pickletools.genops(pickled), 0).error is not None
-        if is_broken or isinstance(error, (pickle.UnpicklingError, EOFError)):
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):
             raise PayloadError(f"{FAILED} is no whole pickle: {text}; {MAKE_ANEW}")
         raise with_story(PayloadError(f"{FAILED} cannot be loaded: {text}"), "unpickling", error)
     return checked_class(cls)
