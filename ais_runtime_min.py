@@ -751,8 +751,8 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     """Run an installer to its end, and return its last lines; log that it runs.
 
     Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
-    long. The tool leads a process group, which ends with it, and when a signal ends this process.
-    Its output goes to a temporary file: a process that it leaves behind could keep a pipe open.
+    long. The tool's process group is ended after it, and also when a signal ends this process. The
+    output goes to a temporary file: a process that the tool leaves behind could keep a pipe open.
     """
     import subprocess
     import tempfile
@@ -869,11 +869,11 @@ def requirements_of(text: str, why: str) -> List[str]:
     """Split comma-separated requirements (PEP 508).
 
     A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
-    Raise PackageError, whose text begins with `why`, if pip would read options.
+    Raise PackageError, whose text begins with `why`, if one of them contains an option.
     """
 
     def is_whole(part: str) -> bool:
-        # an option, a path, a URL, a bare name, or anything else that pip can read
+        # an option (refused below), a path, a URL, a bare name, or what pip can parse
         part = part.strip()
         return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
 
@@ -910,10 +910,10 @@ def is_met(requirement: str) -> Optional[bool]:
     """Return whether this Python meets a requirement, or None if only pip can tell."""
     wanted = parse_requirement(requirement)
     if wanted is None:
-        return True if installed_version(requirement) else None
+        return True if installed_version(requirement) else None  # a bare name, without pip
     try:
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-            return True  # it is for other Pythons
+            return True  # the requirement is for other Pythons
         version = installed_version(wanted.name)
         if version is None or not wanted.specifier.contains(version, prereleases=True):
             return False
@@ -930,7 +930,8 @@ def lacking(requirements: Iterable[str]) -> List[str]:
 class TargetFolder:
     """The temporary folder that pip fills if it cannot write site-packages.
 
-    The folder is made when pip first needs it. The process that owns it removes it at its end.
+    pip must not write them if they belong to the system. The folder is made when pip first needs
+    it; the process that owns it removes it at its end.
     """
 
     def __init__(self) -> None:
@@ -1878,11 +1879,11 @@ class ConnectionPool:
 
 
 # == 7. The ETL class contract ==
-# What users subclass: the SDK's classes, with their names, attributes and methods (aistore/sdk/etl/
-# webserver of SDK 1.24 and 2.0), and without its servers. A worker makes one instance, after the
+# What users subclass: the SDK's classes, with their names, attributes and methods, but without its
+# servers (aistore/sdk/etl/webserver of SDK 1.24 and 2.0). A worker makes its instance after the
 # fork.
 
-# Reports of a worker to the supervisor: a line of one of these bytes, and text.
+# A report of a worker to the supervisor is a line: one of these bytes, and text.
 REPORT_READY = b"R"  # the worker can serve
 REPORT_BEGUN = b"B"  # its first request has begun
 REPORT_ANSWERED = b"A"  # its first request is answered
@@ -1950,7 +1951,7 @@ class Share:
 
 
 class Current:
-    """What this process runs with: set before an instance of the class is made."""
+    """The state of this process, set before an instance of the class is made."""
 
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
@@ -1969,7 +1970,8 @@ def report(message: bytes) -> None:
     """Send a line to the supervisor, if there is one."""
     if Current.reports is not None:
         with contextlib.suppress(BrokenPipeError):  # the supervisor is gone; this worker will be
-            os.write(Current.reports, message[:2000] + b"\n")  # a pipe takes 4096 bytes as a whole
+            # a pipe takes up to 4096 bytes as a whole
+            os.write(Current.reports, message[:2000] + b"\n")
 
 
 def how_to_get(package: str) -> str:
@@ -2184,7 +2186,7 @@ class FrameworkServer(ListeningServer):
 
     @property
     def app(self) -> Any:
-        """The framework's application; FrameworkNeeded if it is missing so far."""
+        """The framework's application, made at the first use."""
         if vars(self).get(APP) is None and Current.is_loading:
             return LateApp(self)
         return app_of(self)
@@ -2377,7 +2379,7 @@ def is_here(package: str) -> bool:
 
 
 class LacksName(AttributeError):
-    """A module of the SDK that this file provides has no such name here."""
+    """A name is missing in a module that this file provides for the SDK."""
 
 
 WEBSERVER = "aistore.sdk.etl.webserver"
@@ -2463,7 +2465,7 @@ def is_foreign_wordcode(code: types.CodeType) -> bool:
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
-    """Return whether bytecode, of 3.11 or later, is not of this version of Python."""
+    """Return whether bytecode is not of this Python, which is 3.11 or later."""
     import opcode
 
     # private: a list by number up to 3.12, a mapping by name from 3.13 on
@@ -2550,7 +2552,7 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"itself") from None
             if package == "cloudpickle":
                 raise other_cloudpickle(name) from None
-            getattr(sys.modules[module], name)  # raises LacksName, which pickle has replaced
+            getattr(sys.modules[module], name)  # raises LacksName again, which pickle replaces
             raise
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
@@ -2559,7 +2561,7 @@ class PayloadUnpickler(pickle.Unpickler):
     def _make_code(self, *args: Any) -> types.CodeType:
         """Make a code object; raise FrameworkNeeded if it imports a missing framework.
 
-        A function whose only import is `from fastapi import HTTPException` gets ours instead.
+        A function whose only import is `from fastapi import HTTPException` imports ours.
         """
         import opcode
 
@@ -2607,7 +2609,7 @@ def missing_module(error: BaseException, pickled: bytes) -> StartupError:
     if isinstance(error, LacksName):
         return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
     name = getattr(error, "name", "")
-    if b"cloudpickle" not in pickled:  # its functions make a class that is pickled by value
+    if b"cloudpickle" not in pickled:  # a class that is pickled by value needs its functions
         return PayloadError(
             f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
             f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
@@ -2660,16 +2662,12 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
 
 
 def user_exc_info(error: BaseException) -> Any:
-    """Return the `exc_info` of a log record without the frames of this file.
-
-    Return None if the traceback has no other frames.
-    """
+    """Return `exc_info` for a log record without this file's frames, or None."""
     entries, entry = [], error.__traceback__
     while entry is not None:
         entries.append(entry)
         entry = entry.tb_next
-    # not __file__, which can be the bytecode's
-    this_file = user_exc_info.__code__.co_filename
+    this_file = user_exc_info.__code__.co_filename  # __file__ can be the bytecode's
     kept = None
     for entry in reversed(entries):
         if entry.tb_frame.f_code.co_filename != this_file:
@@ -2699,8 +2697,7 @@ def load_etl_class(settings: Settings) -> Type[ETLServer]:
     """
     pickled = decode_payload(settings)
     install_sdk_names()
-    with contextlib.suppress(ImportError):  # unpickling raises it again
-        importlib.import_module("cloudpickle")
+    attempt(importlib.import_module, "cloudpickle")  # if this fails, unpickling raises it again
     leave_late_modules()
     cls, error = attempt(PayloadUnpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
