@@ -132,7 +132,6 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, ur
 
 if TYPE_CHECKING:
     import argparse
-    import subprocess
 
 __version__ = "0.1.0"
 
@@ -640,37 +639,29 @@ def configure_logging(settings: Settings) -> None:
 
 
 # == 4. Packages ==
-# What the class needs, by the tools of the image: apk or apt-get, then pip. Runs in the supervisor,
-# before the class is loaded; pip runs once more for a class that then needs a framework.
-
-CREDENTIALS = re.compile(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@")
+# Installs what the class needs with the tools of the image: apk or apt-get, then pip. Runs in the
+# supervisor before it loads the class; pip runs again if the class turns out to need a framework.
 
 
 def hide_credentials(text: str) -> str:
-    """Hide user and password in the URLs of a text, also where a password has a bare slash."""
-    return CREDENTIALS.sub("://***@", text)
+    """Return a text without the users and passwords in its URLs."""
+    # a password may contain a bare slash; up to five digits before a slash are a port
+    return re.sub(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@", "://***@", text)
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; return False where no process is left in it."""
-    return attempt(os.killpg, group, number).error is None
-
-
-def group_has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Tell whether a child and all of its process group are gone."""
-    if process.poll() is None:
+    """Send a signal to a process group; return False if no process is left in it."""
+    try:
+        os.killpg(group, number)
+    except OSError:
         return False
-    with contextlib.suppress(ChildProcessError):
-        # orphans among them, which PID 1 has adopted
-        while os.waitpid(-process.pid, os.WNOHANG)[0]:
-            pass
-    return not signal_group(process.pid, 0)
+    return True
 
 
 def end_all(send: Callable[[int], bool], seconds: float) -> None:
-    """End processes by SIGTERM, and by SIGKILL what is left after a while.
+    """End processes with SIGTERM, and with SIGKILL if some are left after `seconds`.
 
-    `send` sends a signal to all of them, 0 for none, and tells whether any is there.
+    `send` sends a signal to all of them, 0 for none, and returns whether any is left.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -678,157 +669,123 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
         while is_left and time.monotonic() < deadline:
             time.sleep(0.01)
             is_left = send(0)
-    finally:  # also when a second signal to us ends the wait
+    finally:  # also if a second signal to this process ends the wait
         send(signal.SIGKILL)
 
 
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child and all of its process group, whose leader it is."""
-    end_all(lambda number: not group_has_ended(process) and signal_group(process.pid, number),
-            TOOL_STOP_SECONDS)
-    attempt(process.wait, TOOL_STOP_SECONDS)
-
-
-def last_error(lines: Sequence[str]) -> str:
-    """Return the last line of an error, with those that a colon at its end announces; or ""."""
-    error = re.compile(r"error\b(?!.*subprocess-exited)", re.IGNORECASE)
-    errors = [index for index, line in enumerate(lines) if error.match(line)]
-    end = errors[-1] + 1 if errors else 0
-    while 0 < end < len(lines) and lines[end - 1].endswith(":"):
-        end += 1
-    return " ".join(lines[errors[-1]:end] if errors else [])
+def last_lines(output: int) -> List[str]:
+    """Return the last lines of a tool's output file, without credentials."""
+    start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
+    found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
+    if start:
+        del found[0]  # its beginning is not here
+    lines = []
+    for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
+        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
+        if len(line) > TOOL_LINE_LIMIT_BYTES:
+            # drop the last word: in half of a URL no password can be recognized
+            text = text.rpartition(" ")[0] + " …"
+        lines.append(hide_credentials(text))
+    return lines
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Pick from a tool's output what went wrong: its last error, all of apt-get's, or its end."""
-    said = [line.strip() for line in lines]
-    words = "; ".join(line[3:] for line in said if line.startswith("E: ")) or last_error(said)
-    if "No matching distribution" in words and any("connection broken by" in line for line in said):
-        words += "; the package index cannot be reached"  # which pip takes for one without it
-    return words or (said or ["it printed nothing"])[-1]
+    """Return what went wrong: the errors in a tool's last lines, or the last line."""
+    text = "\n".join(map(str.strip, lines))
+    errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
+    if not errors:
+        # the last error of apk or pip, with the lines that a colon at its end announces
+        errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
+    words = "; ".join(errors).replace("\n", " ")
+    if "No matching distribution" in words and "connection broken by" in text:
+        words += "; the package index cannot be reached"  # pip takes it for an empty index
+    return words or text.rpartition("\n")[2] or "it printed nothing"
 
 
-class Tool:
-    """An installer: it is run to its end, and while it runs the log says so.
+def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
+             environ: Mapping[str, str]) -> List[str]:
+    """Run an installer to its end, and return its last lines; log that it runs.
 
-    It has a session of its own, so that it and all that it starts can be ended together: when its
-    time is over, and when a signal ends us, whose exception passes through `run`. What it prints
-    goes into a temporary file, which it can neither fill nor keep open to hold us up.
+    Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
+    long. The tool's process group is ended after it, and also when a signal ends this process. The
+    output goes to a temporary file: a process that the tool leaves behind could keep a pipe open.
     """
+    import subprocess
+    import tempfile
 
-    def __init__(self, why: str, packages: Sequence[str], command: Sequence[str],
-                 environ: Mapping[str, str]) -> None:
-        self._name = command[2] if "-m" in command[1:2] else command[0]
-        self._why = f"{why}: {self._name}"
-        listed = hide_credentials(" ".join(packages))
-        is_short = len(listed) <= 200
-        self._packages = listed if is_short else listed[:200].rpartition(" ")[0] + " …"
-        self._command = command
-        self._environ = environ
+    def send(number: int) -> bool:
+        signal_group(process.pid, number)
+        return process.poll() is None
 
-    def run(self) -> List[str]:
-        """Return its last lines; PackageError if it cannot be run, takes too long, or fails."""
-        import subprocess
-        import tempfile
-
-        with contextlib.ExitStack() as stack:
-            try:
-                file = attempt(tempfile.TemporaryFile).value  # None where none can be written
-                file = file or os.fdopen(os.memfd_create("output"), "w+b")
-                self._output = stack.enter_context(file)
-                process = subprocess.Popen(
-                    self._command, env=dict(self._environ), stdin=subprocess.DEVNULL,
-                    stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True)
-            except OSError as error:
-                raise PackageError(f"{self._why} cannot be run: {error.strerror}") from None
-            stack.callback(stop_group, process)
-            self._wait(process)
-            if process.returncode:
-                raise self._failure(process.returncode)
-            return self.lines()
-
-    def lines(self) -> List[str]:
-        """Return the last lines of what it has printed, without credentials."""
-        output = self._output.fileno()
-        start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
-        *lines, last = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
-        whole = [line for line in (*lines[bool(start):], last) if line.strip()]
-        return [self._shown(line) for line in whole[-TOOL_LINES_LIMIT:]]
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for its end, and tell meanwhile that it runs."""
+    name = "pip" if command[0] == sys.executable else command[0]
+    listed = hide_credentials(" ".join(packages))
+    if len(listed) > 200:
+        listed = listed[:200].rpartition(" ")[0] + " …"
+    with contextlib.ExitStack() as stack:
+        try:
+            output = stack.enter_context(tempfile.TemporaryFile()).fileno()
+            process = subprocess.Popen(
+                command, env=environ, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise PackageError(f"{why}: {name} cannot be run: {error.strerror}") from None
+        stack.callback(end_all, send, TOOL_STOP_SECONDS)
         began = time.monotonic()
-        while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
-            seconds, last = time.monotonic() - began, "".join(self.lines()[-1:]).strip()
-            if seconds >= TOOL_SECONDS:
-                self._log_lines("did not end in time")
-                raise PackageError(
-                    f"{self._why} did not end within {TOOL_SECONDS:.0f} s for {self._packages}; "
-                    f"it last said: {last or 'nothing'}")
-            logger.info("%s has been running for %.0f s%s", self._name, seconds,
-                        last and f": {last}")
-
-    def _shown(self, line: bytes) -> str:
-        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
-        if len(line) > TOOL_LINE_LIMIT_BYTES:
-            # it may end in half a URL, whose password could not be told from the rest
-            text = text.rpartition(" ")[0] + " …"
-        return hide_credentials(text)
-
-    def _failure(self, code: int) -> PackageError:
-        self._log_lines("failed")
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TOOL_PROGRESS_SECONDS)
+            code, seconds, lines = process.returncode, time.monotonic() - began, last_lines(output)
+            if code is not None or seconds >= TOOL_SECONDS:
+                break
+            last = f": {lines[-1].strip()}" if lines else ""
+            logger.info("%s has been running for %.0f s%s", name, seconds, last)
+    if code == 0:
+        return lines
+    logger.error("%s failed:\n%s", name, "\n".join(lines) or "(it printed nothing)",
+                 extra=WITH_LINES)
+    how = f"did not end within {TOOL_SECONDS:.0f} s"
+    if code is not None:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-        return PackageError(f"{self._why} {how} for {self._packages}: {last_words(self.lines())}")
-
-    def _log_lines(self, what: str) -> None:
-        said = "\n".join(self.lines()) or "(it printed nothing)"
-        logger.error("%s %s:\n%s", self._name, what, said, extra=WITH_LINES)
-
-
-APT_INSTALL = (
-    "apt-get", "install", "-q", "-y", "--no-install-recommends",
-    # else an unknown name with a dot is a regular expression, which finds hundreds
-    "-o", "APT::Cmd::Pattern-Only=true",
-    # else it asks, and ends
-    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
-    "-o", "Dpkg::Use-Pty=0")
+    raise PackageError(f"{why}: {name} {how} for {listed}: {last_words(lines)}")
 
 
 def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
-    """Tell whether a package is installed, in the version that is asked for."""
+    """Return whether a package is installed, in the version that `name` asks for."""
     import subprocess
 
-    package, _, version = name.partition("=")
-    ask = {"apk": ["apk", "info", "--installed", name],
-           "apt-get": ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]}
-    said = attempt(lambda: subprocess.check_output(
-        ask[tool], env=dict(environ), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        timeout=TOOL_QUERY_SECONDS)).value  # None where it failed
-    wanted = ".*" if tool == "apk" else "(?m)^installed " + (re.escape(version) or ".*") + "$"
-    return said is not None and bool(re.search(wanted, said.decode("utf-8", "replace")))
-
-
-def run_os_tool(tool: str, names: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Install packages by apk, or by apt-get, whose lists an image comes without."""
-    commands: List[Sequence[str]] = [["apk", "add", "--no-cache", *names]]
+    command, wanted = ["apk", "info", "--installed", name], ""
     if tool == "apt-get":
-        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *names]]
-        environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in commands:
-        for line in Tool("OS_PACKAGES", names, command, environ).run():
-            if re.match("[EW]: ", line):  # a list is missing: apt-get takes that for a success
-                logger.warning("%s %s: %s", *command[:2], line)
+        package, _, version = name.partition("=")
+        command = ["dpkg-query", "-W", "-f=${db:Status-Status} ${Version}\n", package]
+        wanted = "(?m)^installed " + (re.escape(version) or ".*") + "$"
+    try:
+        said = subprocess.check_output(
+            command, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            errors="replace", timeout=TOOL_QUERY_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return bool(re.search(wanted, said))
+
+
+APT_INSTALL = (
+    "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
+    # do not read an unknown name with a dot as a regular expression, which could match hundreds
+    "-o", "APT::Cmd::Pattern-Only=true",
+    # keep changed configuration files without a question
+    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Install what is missing of comma-separated packages, by apk where there is one, or apt-get.
+    """Install the packages of a comma-separated list that are missing.
 
-    PackageError if neither is there, or it fails. An image that has all of them needs no root.
+    Raise PackageError if the image has neither apk nor apt-get, or if the tool fails. A tool needs
+    root, and is not run if no package is missing.
     """
     import shutil
 
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:  # apt-get would remove "name-"
+    names = list(filter(None, map(str.strip, text.split(","))))
+    for name in names:
+        # apt-get would remove the package of a name that ends with "-"
         if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
     if not names:
@@ -842,137 +799,116 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
     if not missing:
         return
     logger.info("installing OS packages with %s: %s", tool, " ".join(missing))
-    try:
-        run_os_tool(tool, missing, environ)
-    except PackageError as error:
-        if not os.geteuid():
-            raise
-        raise PackageError(
-            f"{error}; {tool} needs root, and this pod runs as user {os.geteuid()}") from None
+    commands = [["apk", "add", "--no-cache", *missing]]
+    if tool == "apt-get":
+        environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
+        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
+    for command in commands:
+        for line in run_tool("OS_PACKAGES", missing, command, environ):
+            if re.match("[EW]: ", line):  # apt-get succeeds though it cannot fetch a list
+                logger.warning("%s %s: %s", *command[:2], line)
 
 
-@functools.lru_cache(maxsize=None)
 def parse_requirement(text: str) -> Any:
-    """Read a requirement as pip does; None for what is none, as a path or a URL alone.
+    """Return a requirement as pip parses it, or None if it is not one.
 
-    Where neither pip nor `packaging` is there, nothing but a name can be read.
+    Paths and bare URLs are not, although pip installs them. Without pip, nothing can be parsed.
     """
-    for package in ("pip._vendor.packaging", "packaging"):
-        parser = attempt(importlib.import_module, f"{package}.requirements").value
-        if parser is not None:
-            return attempt(parser.Requirement, text).value
-    if not re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", text, re.ASCII):
+    try:
+        parser = importlib.import_module("pip._vendor.packaging.requirements")
+        return parser.Requirement(text)
+    except (ImportError, ValueError):
         return None
-    any_version = types.SimpleNamespace(contains=lambda version, _: True)
-    return types.SimpleNamespace(name=text, url="", extras=(), marker=None, specifier=any_version)
-
-
-def is_requirement(text: str) -> bool:
-    """Tell whether a text is a requirement, a path or a URL, which pip takes too, or an option."""
-    text = text.strip()
-    return bool(re.match(r"-|[./~]|[\w+]+://", text) or parse_requirement(text))
 
 
 def requirements_of(text: str, why: str) -> List[str]:
-    """Split comma-separated requirements (PEP 508); PackageError for what is none, and for options.
+    """Split comma-separated requirements (PEP 508).
 
-    A comma may also be part of one: between two versions, in brackets or quotes, in a URL.
+    A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
+    Raise PackageError, whose text begins with `why`, if one of them contains an option.
     """
+
+    def is_whole(part: str) -> bool:
+        # an option (refused below), a path, a URL, a bare name, or what pip can parse
+        part = part.strip()
+        return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
+
     found: List[str] = []
     for part in filter(str.strip, text.split(",")):
         last = found[-1] if found else ""
-        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_requirement(part))
-        if last and (goes_on or not is_requirement(last)):
+        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
+        if last and (goes_on or not is_whole(last)):
             found[-1] += "," + part
         else:
             found.append(part)
     requirements = [each.strip() for each in found]
     for requirement in requirements:
-        shown = f"{why} has {hide_credentials(requirement)!r}"
         if re.search(r"(^|\s)-", requirement):
-            raise PackageError(f"{shown}: options are not allowed, only requirements")
-        if re.search(r"[\r\n]", requirement):
-            raise PackageError(f"{shown}: requirements are parted by commas, not by line breaks")
+            raise PackageError(f"{why} has {hide_credentials(requirement)!r}: "
+                               f"options are not allowed, only requirements")
     return requirements
 
 
 def installed_version(name: str) -> Optional[str]:
-    """Return a distribution's version, however its name is spelled (PEP 503).
-
-    None if it is not there, or in part.
-    """
+    """Return the version of an installed distribution, or None."""
     import importlib.metadata
 
-    # Python 3.9 knows no more than that "_" is "-"
-    spellings = (name, re.sub(r"[-_.]+", "-", name))
-    # a broken one may raise anything
-    found = [attempt(importlib.metadata.version, spelling).value for spelling in spellings]
-    return next((version for version in found if isinstance(version, str)), None)
+    # Python 3.9 knows only some of the equivalent spellings of a name (PEP 503)
+    for spelling in (name, re.sub(r"[-_.]+", "-", name)):
+        # incomplete metadata can raise anything
+        version = attempt(importlib.metadata.version, spelling).value
+        if isinstance(version, str):
+            return version
+    return None
 
 
-def applies(wanted: Any, extra: str = "") -> bool:
-    """Tell whether a requirement that was read is for this Python, and for an extra or none."""
-    return not wanted.marker or bool(wanted.marker.evaluate({"extra": extra}))
-
-
-def is_lacking(wanted: Any) -> bool:
-    """Tell whether a requirement that was read is for this Python, and not met by what is here."""
-    if not applies(wanted):
-        return False
-    version = installed_version(wanted.name)
-    return version is None or not wanted.specifier.contains(version, True)
-
-
-def is_installed(requirement: str) -> bool:
-    """Tell whether what a requirement asks for is here for sure; anything more is for pip."""
+def is_met(requirement: str) -> Optional[bool]:
+    """Return whether this Python meets a requirement, or None if only pip can tell."""
     wanted = parse_requirement(requirement)
-    is_plain = wanted is not None and not wanted.url and not wanted.extras
-    return is_plain and attempt(is_lacking, wanted).value is False
+    if wanted is None:
+        return True if installed_version(requirement) else None  # a bare name, without pip
+    try:
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            return True  # the requirement is for other Pythons
+        version = installed_version(wanted.name)
+        if version is None or not wanted.specifier.contains(version, prereleases=True):
+            return False
+    except ValueError:  # a version or marker that cannot be compared
+        return None
+    return None if wanted.url or wanted.extras else True
 
 
 def lacking(requirements: Iterable[str]) -> List[str]:
-    """List the requirements that are not met for sure."""
-    return [each for each in requirements
-            if attempt(is_lacking, parse_requirement(each)).value is True]
+    """Return the requirements that are certainly not met."""
+    return [each for each in requirements if is_met(each) is False]
 
 
 class TargetFolder:
-    """Where pip installs what site-packages cannot take, for this process and its children.
+    """The temporary folder that pip fills if it cannot write site-packages.
 
-    There is none before `take_over`; it is removed when the process that owns it ends.
+    pip must not write them if they belong to the system. The folder is made when pip first needs
+    it; the process that owns it removes it at its end.
     """
 
     def __init__(self) -> None:
-        self.path = ""
-        self.may_be_made = True  # not by the command `install`, with whose process it would go
-        self.requirements: List[str] = []  # of all pip runs, since each resolves them anew
+        self.path = ""  # "" while there is none
+        self.may_be_made = True  # not by the command `install`, at whose end the folder would go
+        self.requirements: List[str] = []  # of all runs of pip: each resolves all of them
 
     def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
-        """Be the owner of a folder, which has these already."""
+        """Own a folder in which pip has installed some requirements."""
         import shutil
 
         self.path, self.requirements = path, list(requirements)
-        weakref.finalize(self, shutil.rmtree, path, True)  # forked workers forget it
-
-    def use(self, environ: MutableMapping[str, str]) -> None:
-        """Have it searched before site-packages, but after the standard library."""
-        if self.path not in sys.path:
-            names = list(map(os.path.basename, sys.path))
-            places = [names.index(name) for name in ("site-packages", "dist-packages")
-                      if name in names]
-            sys.path.insert(min(places, default=len(names)), self.path)
-        modules = list(filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)))
-        if self.path not in modules:
-            environ["PYTHONPATH"] = os.pathsep.join([*modules, self.path])
-            commands = (environ.get("PATH", os.defpath), os.path.join(self.path, "bin"))
-            environ["PATH"] = os.pathsep.join(commands)
+        # forked workers drop this finalizer
+        weakref.finalize(self, shutil.rmtree, path, True)
 
 
 target_folder = TargetFolder()
 
 
-def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
-    """Return the folder that pip is to fill, and the arguments that make it do so."""
+def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
+    """Return the folder that pip is to fill, and its arguments for that."""
     import sysconfig
     import tempfile
 
@@ -983,65 +919,62 @@ def pip_target(requirements: Sequence[str]) -> Tuple[str, List[str]]:
             os.access(paths[name], os.W_OK) for name in ("purelib", "platlib", "scripts")):
         return paths["purelib"], list(requirements)
     if not target_folder.may_be_made:
-        raise PackageError(f"{paths['purelib']} cannot be written, or belongs to the system; run "
-                           f"install as root, in a Python or environment of its own")
+        raise PackageError(
+            f"{why}: {paths['purelib']} cannot be written, or belongs to the system; run install "
+            f"as root, in a Python or environment of its own")
     if not target_folder.path:
-        path, error = attempt(tempfile.mkdtemp, "", "ais-packages-")
-        if error is not None:
+        try:
+            target_folder.take_over(tempfile.mkdtemp(prefix="ais-packages-"))
+        except OSError:
             raise PackageError(
-                f"neither {paths['purelib']} nor any folder for temporary files can be written; "
-                f"install it into the image, or give the pod a writable /tmp")
-        target_folder.take_over(path)
+                f"{why}: neither {paths['purelib']} nor any folder for temporary files can be "
+                f"written; install it into the image, or give the pod a writable /tmp") from None
     known = target_folder.requirements
     known += [requirement for requirement in requirements if requirement not in known]
     return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Have packages found that pip has put into a folder, by this process and its children."""
+    """Let this process and its children import what pip has installed into a folder."""
     import site
 
-    if folder == target_folder.path:
-        target_folder.use(environ)
-    site.addsitedir(folder)  # reads its .pth files, as a start of Python does
+    if folder == target_folder.path and folder not in sys.path:
+        # searched after the standard library, and before site-packages
+        names = [os.path.basename(path) for path in sys.path]
+        places = [names.index(name) for name in ("site-packages", "dist-packages") if name in names]
+        sys.path.insert(min(places, default=len(names)), folder)
+        modules = environ.get("PYTHONPATH")
+        environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
+        environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
+    site.addsitedir(folder)  # reads its .pth files, as Python does at its start
     importlib.invalidate_caches()
 
 
 def install_python_packages(text: str, why: str = "PACKAGES",
                             environ: MutableMapping[str, str] = os.environ) -> None:
-    """Install what is missing of comma-separated requirements, by one run of pip.
+    """Install comma-separated requirements by one run of pip, unless all are met.
 
-    `why` begins the PackageError of a failure. pip's own variables reach it; what it installs can
-    be imported at once.
+    What pip installs can be imported at once. pip's own variables apply, but for those that have it
+    install elsewhere. Raise PackageError, whose text begins with `why`, if that does not help.
     """
-    import importlib.util
-
     requirements = requirements_of(text, why)
-    if all(map(is_installed, requirements)):
+    if all(map(is_met, requirements)):
         return
-    shown = hide_credentials(" ".join(requirements))
-    try:
-        if importlib.util.find_spec("pip") is None:
-            raise PackageError("this Python has no pip (No module named pip); take an image that "
-                               "has it, or install the packages into the image")
-        folder, arguments = pip_target(requirements)
-    except PackageError as error:
-        raise PackageError(f"{why}: cannot install {shown}: {error}") from None
-    logger.info("installing Python packages: %s", shown)
+    folder, arguments = pip_target(requirements, why)
+    logger.info("installing Python packages: %s", hide_credentials(" ".join(requirements)))
     variables = {
         "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
     for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
-        variables.pop(name, None)  # what went elsewhere could not be imported
+        variables.pop(name, None)  # what goes elsewhere cannot be imported
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
-    Tool(why, requirements, command, variables).run()
+    run_tool(why, requirements, command, variables)
     use_packages_of(folder, environ)
     lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
         raise PackageError(
-            f"{why}: pip was content, but {lost} cannot be found here: its configuration (pip "
-            f"config list) has it install elsewhere or not at all, by target, prefix, root or "
-            f"dry-run")
+            f"{why}: pip succeeded, but {lost} cannot be found here: its configuration (pip config "
+            f"list) has it install elsewhere or not at all, by target, prefix, root or dry-run")
 
 
 def pip_command(requirements: Iterable[str]) -> str:
@@ -1880,35 +1813,30 @@ class ConnectionPool:
 
 
 # == 7. The ETL class contract ==
-# What users subclass: the SDK's names, attributes and methods (aistore/sdk/etl/webserver of SDK
-# 1.24 and 2.0), without its servers. An instance is made in a worker, after the fork, and lives as
-# long as that.
+# What users subclass: the SDK's classes, with their names, attributes and methods, but without its
+# servers (aistore/sdk/etl/webserver of SDK 1.24 and 2.0). A worker makes its instance after the
+# fork.
 
-
-REPORT_READY = b"R"
-REPORT_BEGUN = b"B"  # to serve a request, for the first time
-REPORT_ANSWERED = b"A"  # for the first time
-REPORT_STORY = b"S"  # a line of the traceback that belongs to a failed start, which follows
-REPORT_OPENED = b"O"  # a WebSocket connection
-REPORT_CLOSED = b"C"  # a WebSocket connection
-REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason follows
-REPORT_FAILED = b"F"  # an exit code, a space and the reason follow
-# a framework's name, a space, and 1 where it is to serve the class or 0 where it is imported
-REPORT_NEEDS = b"N"
+# A report of a worker to the supervisor is a line: one of these bytes, and text.
+REPORT_READY = b"R"  # the worker can serve
+REPORT_BEGUN = b"B"  # its first request has begun
+REPORT_ANSWERED = b"A"  # its first request is answered
+REPORT_OPENED = b"O"  # a WebSocket connection is open
+REPORT_CLOSED = b"C"  # a WebSocket connection is closed
+REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason
+REPORT_NEEDS = b"N"  # a framework, a space, and 1 if it must serve the class or 0 if not
+REPORT_STORY = b"S"  # a line of the traceback for the REPORT_FAILED that follows
+REPORT_FAILED = b"F"  # the start has failed: an exit code, a space and the reason
 
 
 class Framework(NamedTuple):
-    """A framework that a class may need: modules, and the requirements that bring them.
+    """A framework that a class may need."""
 
-    The first module is imported by classes, the others serve them. The bounds are those of
-    setup.cfg's extras.
-    """
-
-    server: str  # "": this runtime's own
-    modules: Mapping[str, str]
+    server: str  # what serves its applications; "" if this runtime does
+    modules: Mapping[str, str]  # module: requirement; classes import the first, the others serve
 
 
-FRAMEWORKS: Mapping[str, Framework] = {
+FRAMEWORKS: Mapping[str, Framework] = {  # with the requirements of setup.cfg's extras
     "fastapi": Framework("uvicorn", {
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
@@ -1916,24 +1844,20 @@ FRAMEWORKS: Mapping[str, Framework] = {
 }
 
 
-FRAMEWORK_OF: Dict[type, str] = {}  # of each base class that has an application: a key of these
-
-
 def framework_of(cls: type) -> str:
-    """Name the framework of an ETL class, "" where it has none."""
-    return next((FRAMEWORK_OF[base] for base in cls.__mro__ if base in FRAMEWORK_OF), "")
+    """Return the framework that an ETL class can use, or ""."""
+    if issubclass(cls, FastAPIServer):
+        return "fastapi"
+    return "flask" if issubclass(cls, FlaskServer) else ""
 
 
 class Share:
-    """One worker's share of the connections, in memory that all workers of a pod see.
+    """One worker's number of connections, in memory that all workers of a pod share.
 
-    The kernel wakes all workers for a connection, and the quickest would get most of them: the one
-    that is awake. So a worker that has more than another gives the others a moment. One that is
-    gone counts as having more than anybody.
+    The kernel wakes all workers for a new connection, and the quickest accepts it: usually the one
+    that is already running. A worker with more connections than another therefore leaves a new
+    connection to the others for a moment. An absent worker counts as having more than all others.
     """
-
-    ABSENT = 0xFFFFFFFF
-    COUNT_BYTES = 4
 
     def __init__(self, counts: memoryview, slot: int) -> None:
         self._counts = counts
@@ -1942,8 +1866,8 @@ class Share:
 
     @classmethod
     def allot(cls, workers: int) -> List[Share]:
-        """Make the shares of workers that are not there yet; forked ones have the same memory."""
-        counts = memoryview(mmap.mmap(-1, cls.COUNT_BYTES * workers)).cast("I")
+        """Make the shares of workers that are still to be forked."""
+        counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
         return [cls(counts, slot) for slot in range(workers)]
 
     def publish(self, connections: int) -> None:
@@ -1951,58 +1875,59 @@ class Share:
         self._counts[self._slot] = connections
 
     def leave(self) -> None:
-        """Tell the other workers that this one is not there."""
-        self.publish(self.ABSENT)
+        """Tell the other workers that this one is absent."""
+        self.publish(0xFFFFFFFF)
 
     @property
     def excess(self) -> int:
-        """How many connections this worker has more than the one that has least."""
+        """The connections that this worker has beyond those of the one with the fewest."""
         return self._counts[self._slot] - min(self._counts)
 
 
 class Current:
-    """What this process runs with: one value for all instances, filled by `main` before these."""
+    """The state of this process, set before an instance of the class is made."""
 
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
-    listener: Optional[socket.socket] = None  # the workers' shared socket, in a worker
-    reports: Optional[int] = None  # the pipe to the supervisor, in a worker
-    gate: Optional[int] = None  # a pipe that ends once the worker may serve, in a worker
-    share: Optional[Share] = None  # of the connections, in a worker
-    # whether a file is imported for its class: instances that it makes are not served
+    listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
+    reports: Optional[int] = None  # in a worker: the pipe to the supervisor
+    gate: Optional[int] = None  # in a worker: a pipe that ends when the worker may serve
+    share: Optional[Share] = None  # in a worker
+    # while a file is imported for its class: the instances that the file makes are not served
     is_loading = False
-    began = 0.0  # when this program did, in seconds since the system's start
+    began = 0.0  # when this program began, in seconds since the system's start
     output = 1  # the descriptor of the log
-    last_line = ""  # of the log, the reason of a failed start
+    last_line = ""  # of the log: the reason of a failed start
 
 
 def report(message: bytes) -> None:
-    """Tell the supervisor, if there is one; a message is shorter than what a pipe takes at once."""
+    """Send a line to the supervisor, if there is one."""
     if Current.reports is not None:
-        with contextlib.suppress(BrokenPipeError):  # it is gone, and this worker is about to be
+        with contextlib.suppress(BrokenPipeError):  # the supervisor is gone; this worker will be
+            # a pipe takes up to 4096 bytes as a whole
             os.write(Current.reports, message[:2000] + b"\n")
 
 
 def how_to_get(package: str) -> str:
-    """Tell how to get a package: in a pod, or on a laptop."""
+    """Return what the user has to do to get a package, in a pod or on a laptop."""
     is_laptop = Current.settings is not None and not Current.settings.is_pod
     return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
 
 
-# What the runtime keeps with an instance, in its `vars`, apart from the names that a class may use:
-# its session, the framework's application, and what answers that one's requests for objects
-SESSION, APP, ANSWER = "ais_runtime_min.session", "ais_runtime_min.app", "ais_runtime_min.answer"
+# The runtime keeps these in the `vars` of an instance, under names that no class can use: the
+# framework's application, and the function that answers its requests for objects.
+APP, ANSWER = "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
 def require_framework(server: Any) -> None:
-    """See to it that the framework serves a class; outside the runtime, the class does."""
+    """Raise FrameworkNeeded in a worker that serves a class without its framework."""
     is_served = Current.reports is not None and not Current.is_loading
     if is_served and not (Current.settings or Settings()).server:
         raise FrameworkNeeded(framework_of(type(server)), serves=True)
 
 
 def app_of(server: Any) -> Any:
-    """Return the application of an instance; where there is none, make it and have it prepared."""
+    """Return the application of an instance; make and prepare it at the first use."""
     kept, name = vars(server), framework_of(type(server))
     if kept.get(APP) is None:
         require_framework(server)
@@ -2041,17 +1966,10 @@ class ETLServer(ABC):
         self.logger.setLevel(settings.log_level)
         self.use_streaming = streams(type(self))
 
-    @property
+    @functools.cached_property
     def session(self) -> Any:
-        """A `requests.Session` for the class's own use, made when it is first touched."""
-        if vars(self).get(SESSION) is None:
-            vars(self)[SESSION] = self._build_session()
-        return vars(self)[SESSION]
-
-    @session.setter
-    def session(self, session: Any) -> None:
-        """Take a session of the class's own making."""
-        vars(self)[SESSION] = session
+        """A `requests.Session` for the class's own use, made at the first use."""
+        return self._build_session()
 
     def _build_session(self) -> Any:
         """Make the session, with certificates and token; ImportError without `requests`."""
@@ -2070,24 +1988,24 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Transform a whole object: its bytes, or its local path where `ETL_DIRECT_FQN` is on."""
+        """Transform an object: its bytes, or its local path if `ETL_DIRECT_FQN` is on."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
-        """Transform an object in pieces, in constant memory; the reader ends where it does."""
+        """Transform an object piece by piece; the reader ends where the object does."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def get_mime_type(self) -> str:
-        """Name the `Content-Type` of results."""
+        """Return the `Content-Type` of results."""
         return DEFAULT_MIME_TYPE
 
     @abstractmethod
     def start(self) -> None:
-        """Serve, until SIGTERM."""
+        """Serve until SIGTERM."""
 
     def client_put(self, url: str, data: bytes, headers: Dict[str, str],
                    timeout: Optional[float] = None) -> Any:
-        """Put bytes to another node; an override carries every delivery of this class."""
+        """Put bytes to another node. An override carries every delivery of the class."""
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
         body = bytes(data) if isinstance(data, (bytearray, memoryview)) else data
@@ -2099,7 +2017,7 @@ class ETLServer(ABC):
 
     def handle_direct_put_response(self, resp: Any, data: bytes,
                                    data_length: int = -1) -> Tuple[int, bytes, int]:
-        """Read a hop's answer: (status to pass on, body to pass on, bytes that were delivered)."""
+        """Return the status and body to pass on, and the number of delivered bytes."""
         if resp.status_code == HTTPStatus.NO_CONTENT:
             return HTTPStatus.NO_CONTENT, b"", int(resp.headers.get(HEADER_DIRECT_PUT_LENGTH, "0"))
         if resp.status_code == HTTPStatus.OK and not resp.content:
@@ -2107,17 +2025,17 @@ class ETLServer(ABC):
         return resp.status_code, resp.content, 0
 
     def sanitize_fqn(self, fqn: str) -> str:
-        """Decode a path from a query and make it absolute, without `..`."""
+        """Return the path of a query parameter: unquoted, absolute, without `..`."""
         return os.path.normpath("/" + os.fsdecode(unquote_to_bytes(fqn)).lstrip("/"))
 
     @staticmethod
     def close_reader(reader: Any) -> None:
-        """Close a reader; one that cannot be closed, or fails to, is let be."""
+        """Close the reader; ignore errors."""
         attempt(lambda: reader.close())
 
     @staticmethod
     def iter_and_close(output_iter: Iterator[bytes], reader: Any) -> Iterator[bytes]:
-        """Yield all of an iterator, then close the reader it read from."""
+        """Yield all items of an iterator, then close the reader that it reads."""
         try:
             yield from output_iter
         finally:
@@ -2125,12 +2043,15 @@ class ETLServer(ABC):
 
     @staticmethod
     def make_direct_put_headers(direct_put_length: int) -> Dict[str, str]:
-        """Make the header that tells how many bytes were delivered, none for 0."""
+        """Return the header that tells how many bytes were delivered; none for 0."""
         return {HEADER_DIRECT_PUT_LENGTH: str(direct_put_length)} if direct_put_length else {}
 
 
 def streams(cls: Type[ETLServer]) -> bool:
-    """Tell whether a class streams: `transform` wins; TypeError where it has neither."""
+    """Return whether a class overrides transform_stream() and not transform().
+
+    Raise TypeError if it overrides neither.
+    """
     if cls.transform is not ETLServer.transform:
         return False
     if cls.transform_stream is not ETLServer.transform_stream:
@@ -2139,9 +2060,9 @@ def streams(cls: Type[ETLServer]) -> bool:
 
 
 class ListeningServer(ETLServer):
-    """What the SDK's three bases have in common: an address, and `start`.
+    """The common part of the SDK's three bases: an address, and `start`.
 
-    PORT decides where the class does not ask for another port than the SDK's, 8000.
+    The port 8000 is the SDK's default and stands for PORT; a class that passes another gets it.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2150,43 +2071,46 @@ class ListeningServer(ETLServer):
         self.port = (Current.settings or Settings()).port if port == 8000 else port
 
     def start(self) -> None:
-        """Serve until SIGTERM: on the workers' socket, or outside the runtime on one of its own."""
+        """Serve until SIGTERM: a worker on the shared socket, others on their own."""
         serve_instance(self)
 
 
 class HTTPMultiThreadedServer(ListeningServer):
-    """The base of classes that many threads may call at once; `path` is the raw request path."""
+    """The base of classes that many threads may call at once.
+
+    `path` is the path of the request as it came.
+    """
 
     class RequestHandler(http.server.BaseHTTPRequestHandler):
-        """A name of the SDK's that payloads may refer to; a class that overrides it is refused."""
+        """A name that payloads can refer to; a class that overrides it is refused."""
 
 
 class LateApp:
-    """The application of an instance that is not served, made when something of it is used.
+    """The application of an instance that is not served, made when it is used.
 
-    Files for the SDK end with such lines, for uvicorn or gunicorn: `server = Mine()` and `app =
-    server.app`.
+    Files for the SDK end with `server = Mine()` and `app = server.app`, for uvicorn or gunicorn.
+    The command `serve` needs no framework for that.
     """
 
     def __init__(self, server: Any) -> None:
-        vars(self)["_made"] = functools.partial(app_of, server)
+        vars(self)["_app"] = functools.partial(app_of, server)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._made(), name)
+        return getattr(self._app(), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._made(), name, value)
+        setattr(self._app(), name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._made()(*args, **kwargs)
+        return self._app()(*args, **kwargs)
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer: one transform at a time, on the main thread.
+    """The base of FastAPIServer and FlaskServer, whose framework few classes need.
 
-    Their classes are served without any framework, unless they use `self.app` or override a hook.
-    Then the start is made once more with the framework installed, and the app is there from the
-    construction on, as the SDK has it.
+    Transforms run one at a time, on the main thread. The framework serves a class that overrides a
+    hook, or that uses `self.app` when it is constructed. This use raises FrameworkNeeded, and the
+    pod starts again: then the framework is there, and this constructor makes the application.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2196,28 +2120,28 @@ class FrameworkServer(ListeningServer):
 
     @property
     def app(self) -> Any:
-        """The framework's application; FrameworkNeeded where the class is served without one."""
+        """The framework's application, made at the first use."""
         if vars(self).get(APP) is None and Current.is_loading:
             return LateApp(self)
         return app_of(self)
 
     @app.setter
     def app(self, app: Any) -> None:
-        """Take an application of the class's own making."""
+        """Use an application that the class has made."""
         require_framework(self)
         vars(self)[APP] = app
 
 
 class FastAPIServer(FrameworkServer):
-    """The SDK's FastAPI base; `path` is decoded and without its first slash.
+    """The SDK's FastAPI base; `path` is decoded and has no slash at its beginning.
 
-    Hooks: _setup_app(), called when the app is made; startup_event() and shutdown_event();
-    _handle_request(), which answers requests for objects. A class that overrides one is served by
-    uvicorn.
+    Hooks: _setup_app(), called when the application is made; startup_event() and shutdown_event();
+    _handle_request(), which answers requests for objects. If a class overrides one of them, uvicorn
+    serves it.
     """
 
     def _setup_app(self) -> None:
-        """Prepare the app. Routes of objects come later: the class's own are found first."""
+        """Prepare the application; the routes of objects follow the class's own."""
         self.app.state.etl_server = self
         self.app.router.on_startup.append(self.startup_event)
         self.app.router.on_shutdown.append(self.shutdown_event)
@@ -2229,22 +2153,19 @@ class FastAPIServer(FrameworkServer):
         """Do nothing: a hook, called after the last request."""
 
     async def _handle_request(self, path: str, request: Any, is_get: bool) -> Any:
-        """Answer a request for an object by a response of Starlette's."""
+        """Answer a request for an object with a Starlette response."""
         return await vars(self)[ANSWER](path, request)
 
 
-FRAMEWORK_OF[FastAPIServer] = "fastapi"
-
-
 class FlaskServer(FrameworkServer):
-    """The SDK's Flask base; `path` is decoded and without its first slash.
+    """The SDK's Flask base; `path` is decoded and has no slash at its beginning.
 
-    Hooks: _register_routes(), called when the app is made; _health(); _handle_request(), which
-    answers requests for objects. A class that overrides one has its app served, by WSGI.
+    Hooks: _register_routes(), called when the application is made; _health(); _handle_request(),
+    which answers requests for objects. If a class overrides one of them, its application is served.
     """
 
     def _register_routes(self) -> None:
-        """Do nothing: the routes of objects come later, when the app is served."""
+        """Do nothing: the routes of objects are added when the application is served."""
 
     def _health(self) -> Any:
         """Answer a health probe."""
@@ -2253,15 +2174,12 @@ class FlaskServer(FrameworkServer):
         return flask.Response(b"Running", content_type="text/plain")
 
     def _handle_request(self, path: str) -> Any:
-        """Answer the current request, for an object, by a response of Flask's."""
+        """Answer the current request, which is for an object, with a Flask response."""
         return vars(self)[ANSWER](path)
 
 
-FRAMEWORK_OF[FlaskServer] = "flask"
-
-
 class CountingIterator:
-    """Pieces of bytes, counted as they pass; the count is in `bytes_sent`."""
+    """Pieces of bytes, whose length is counted in `bytes_sent` as they pass."""
 
     def __init__(self, inner: Iterator[bytes]) -> None:
         self._inner = inner
@@ -2274,7 +2192,7 @@ class CountingIterator:
 
 
 class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """A name of the SDK's that payloads may refer to; this runtime serves by another."""
+    """A server of the SDK that payloads can refer to; this runtime has another."""
 
     def __init__(self, server_address: Tuple[str, int], handler_class: Any,
                  etl_server: ETLServer) -> None:
@@ -2283,35 +2201,34 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 8. Loading the class ==
-# From the payload's text to a class that can be served. A pickle names the SDK's modules; the slim
-# image has none of them, so an import finder answers for them with what this file has.
+# From the payload's text to a class that can be served. A pickle refers to the SDK's modules, which
+# the slim image does not have: an import finder provides them, with the names of this file.
 
 FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's own tests look for this
-
 MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
-CONSTANTS = {  # of aistore.sdk.const: what ETL classes can have use for
+CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
-    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON, "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT":
-    RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-", "HEADER_CONTENT_LENGTH": "Content-Length",
-    "HEADER_CONTENT_TYPE": "Content-Type", "HEADER_TRANSFER_ENCODING": "Transfer-Encoding",
-    "HEADER_AUTHORIZATION": "Authorization", "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept",
-    "HEADER_USER_AGENT": "User-Agent", "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS":
-    QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN, "QPARAM_ETL_PIPELINE": "etl_pipeline",
-    "QPARAM_LATEST": QPARAM_LATEST, "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
-    "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path", "STATUS_OK": 200,
-    "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204, "STATUS_PARTIAL_CONTENT": 206,
-    "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307, "STATUS_BAD_REQUEST": 400,
-    "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403, "STATUS_LOCKED": 423,
-    "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502, "STATUS_SERVICE_UNAVAILABLE":
-    503, "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA": "AIS_CLIENT_CA", "AIS_CLIENT_CRT":
-    "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY", "AIS_SKIP_VERIFY": "AIS_SKIP_VERIFY",
-    "AIS_SKIP_VERIFY_CRT": "AIS_SKIP_VERIFY_CRT", "AIS_DIRECT_PUT_RETRIES":
-    "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE",
+    "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON,
+    "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-",
+    "HEADER_CONTENT_LENGTH": "Content-Length", "HEADER_CONTENT_TYPE": "Content-Type",
+    "HEADER_TRANSFER_ENCODING": "Transfer-Encoding", "HEADER_AUTHORIZATION": "Authorization",
+    "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept", "HEADER_USER_AGENT": "User-Agent",
+    "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS": QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN,
+    "QPARAM_ETL_PIPELINE": "etl_pipeline", "QPARAM_LATEST": QPARAM_LATEST,
+    "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
+    "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path",
+    "STATUS_OK": 200, "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204,
+    "STATUS_PARTIAL_CONTENT": 206, "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307,
+    "STATUS_BAD_REQUEST": 400, "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403,
+    "STATUS_LOCKED": 423, "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502,
+    "STATUS_SERVICE_UNAVAILABLE": 503, "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY",
     "UTF_ENCODING": "utf-8", "HTTP": "http://", "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
+    **{name: name for name in (
+        "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA", "AIS_SKIP_VERIFY", "AIS_SKIP_VERIFY_CRT",
+        "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
 }
 
-# Import name: the PyPI name to put into PACKAGES. The first line came to the default image with
-# aistore[etl].
+# Import name: PyPI name, to put into PACKAGES. The default image gets these with aistore[etl].
 DEFAULT_IMAGE = {
     "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
     "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
@@ -2321,8 +2238,8 @@ PYPI_NAMES = {
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
     "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
     "distutils": "setuptools", "pkg_resources": "setuptools"}
-# Base: names of the SDK's own servers that this runtime does not call, so that overriding one would
-# do nothing.
+
+# Methods of the SDK's servers that this runtime does not call: an override would have no effect.
 DELIVERY_INTERNALS = (
     "_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
     "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered",
@@ -2334,8 +2251,7 @@ INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
         "_open_sync_get_stream"),
     FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
 }
-# Base: names that are called where the framework serves the class, so that overriding one says that
-# it shall.
+# Methods that are called only if the framework serves the class: an override asks for that.
 HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     FastAPIServer: ("_setup_app", "startup_event", "shutdown_event", "_handle_request"),
     FlaskServer: ("_register_routes", "_health", "_handle_request"),
@@ -2343,24 +2259,25 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 
 def decode_payload(settings: Settings) -> bytes:
-    """Join and decode the payload's text, less the white space that editors and YAML leave."""
+    """Return the pickle that the payload encodes; PayloadError if it is not base64."""
     import binascii
 
     text = settings.payload
     if settings.payload_file:
         with open(settings.payload_file, encoding="utf-8", errors="replace") as file:
             text = file.read()
-    text = re.sub(r"[ \t\r\n]+", "", text)
-    is_alphabet = re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text)
-    pickled, error = attempt(binascii.a2b_base64, text)
-    if not is_alphabet or error is not None:
-        raise PayloadError(f"{FAILED} is not base64, or was cut: {error or 'other characters'}; "
-                           f"{MAKE_ANEW}")
-    return cast(bytes, pickled)
+    text = re.sub(r"[ \t\r\n]+", "", text)  # editors and YAML add white space
+    problem: object = "other characters"
+    if re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
+        try:
+            return binascii.a2b_base64(text)
+        except binascii.Error as error:
+            problem = error
+    raise PayloadError(f"{FAILED} is not base64, or was cut: {problem}; {MAKE_ANEW}")
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
-    """Pickle a class into the text of a payload, as the SDK's function of this name does."""
+    """Return the payload of a class, like the SDK's function of this name."""
     import base64
 
     import cloudpickle
@@ -2371,9 +2288,9 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 
 
 class HTTPException(Exception):
-    """Starlette's, which is all that many classes take of FastAPI, where that is not installed."""
+    """Starlette's exception, for classes that need nothing else of FastAPI."""
 
-    __module__ = "starlette.exceptions"  # by which its status is found
+    __module__ = "starlette.exceptions"  # `answer_for` looks for this, and uses the status
 
     def __init__(self, status_code: int, detail: Any = None,
                  headers: Optional[Mapping[str, str]] = None) -> None:
@@ -2385,81 +2302,68 @@ class HTTPException(Exception):
         return f"{self.status_code}: {self.detail}"
 
 
-# where payloads find it
-OF_HTTP_EXCEPTION = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
+# the modules from which a class can import HTTPException
+HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
 
 
 def is_here(package: str) -> bool:
-    """Tell whether a package is installed; a folder that is called as the SDK is does not count."""
+    """Return whether a package is installed; a mere folder named `aistore` is not."""
     spec = importlib.machinery.PathFinder.find_spec(package)
     return spec is not None and (package != "aistore" or spec.origin is not None)
 
 
 class LacksName(AttributeError):
-    """A module of the SDK that this file stands in for has no such name here."""
-
-    def __init__(self, module: str, name: str) -> None:
-        super().__init__(f"{module}.{name} is not here")
+    """A name is missing in a module that this file provides for the SDK."""
 
 
-def sdk_modules() -> Dict[str, Mapping[str, Any]]:
-    """List the SDK's modules that a payload may refer to, and what they hold here."""
-    transient = {"RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
-                 "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)}
-    webserver = "aistore.sdk.etl.webserver"
-    return {
-        "aistore": {}, "aistore.sdk": {},
-        "aistore.sdk.const": CONSTANTS,
-        "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
-                               "ETLDirectPutTransientError": ETLDirectPutTransientError},
-        "aistore.sdk.utils": {"parse_bool": parse_bool},
-        "aistore.sdk.etl": {"serialize_class": serialize_class},
-        webserver: {"serialize_class": serialize_class},
-        webserver + ".base_etl_server": {
-            "ETLServer": ETLServer, "CountingIterator": CountingIterator, **transient},
-        webserver + ".http_multi_threaded_server": {
-            "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
-            "ThreadedHTTPServer": ThreadedHTTPServer},
-        webserver + ".fastapi_server": {"FastAPIServer": FastAPIServer},
-        webserver + ".flask_server": {"FlaskServer": FlaskServer},
-        webserver + ".utils": {
-            "serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
-            "compose_etl_direct_put_url": compose_etl_direct_put_url},
-    }
+WEBSERVER = "aistore.sdk.etl.webserver"
+SDK_MODULES: Dict[str, Dict[str, Any]] = {  # what payloads can refer to: module, and its names
+    "aistore": {}, "aistore.sdk": {},
+    "aistore.sdk.const": CONSTANTS,
+    "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
+                           "ETLDirectPutTransientError": ETLDirectPutTransientError},
+    "aistore.sdk.utils": {"parse_bool": parse_bool},
+    "aistore.sdk.etl": {"serialize_class": serialize_class},
+    WEBSERVER: {"serialize_class": serialize_class},
+    WEBSERVER + ".base_etl_server": {
+        "ETLServer": ETLServer, "CountingIterator": CountingIterator,
+        "RETRY_BACKOFF_BASE": 2.0, "RETRY_BACKOFF_MAX": 30.0,
+        "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)},
+    WEBSERVER + ".http_multi_threaded_server": {
+        "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
+        "ThreadedHTTPServer": ThreadedHTTPServer},
+    WEBSERVER + ".fastapi_server": {"FastAPIServer": FastAPIServer},
+    WEBSERVER + ".flask_server": {"FlaskServer": FlaskServer},
+    WEBSERVER + ".utils": {
+        "serialize_class": serialize_class, "parse_etl_pipeline": parse_etl_pipeline,
+        "compose_etl_direct_put_url": compose_etl_direct_put_url},
+}
 
 
 class SDKNames:
-    """An import finder and loader that answers for the SDK's modules with the names of this file.
+    """An import finder and loader that provides the SDK's modules.
 
     The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
-    The others are ours only while the real SDK is not installed.
+    The other modules are the SDK's if it is installed.
     """
 
     def find_spec(self, name: str, path: Any = None,
                   target: Any = None) -> Optional[importlib.machinery.ModuleSpec]:
-        """Answer for `aistore` and what is below it."""
-        if name.partition(".")[0] != "aistore" or name not in sdk_modules():
-            return None
-        if name.startswith("aistore.sdk.etl.webserver") or not is_here("aistore"):
+        """Return the spec of a module that this file provides, or None."""
+        if name in SDK_MODULES and (name.startswith(WEBSERVER) or not is_here("aistore")):
             return importlib.machinery.ModuleSpec(name, cast(Any, self), is_package=True)
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Let the import system make a plain module."""
+        """Let the import system make an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with our names; any other is LacksName."""
-        vars(module).update(sdk_modules()[module.__name__])
+        """Fill a module with its names; raise LacksName when another name is looked up."""
 
         def missing(name: str) -> NoReturn:
-            raise LacksName(module.__name__, name)
+            raise LacksName(f"{module.__name__}.{name} is not here")
 
-        vars(module)["__getattr__"] = missing
-
-
-def stands_in(module: str) -> bool:
-    """Tell whether a module that is imported is one that this file stands in for."""
-    return isinstance(getattr(sys.modules.get(module), "__loader__", None), SDKNames)
+        vars(module).update(SDK_MODULES[module.__name__], __getattr__=missing)
 
 
 def install_sdk_names() -> None:
@@ -2469,7 +2373,7 @@ def install_sdk_names() -> None:
 
 
 def leave_late_modules() -> None:
-    """Let imports find modules themselves from now on, and no stand-ins."""
+    """Let imports find the modules themselves from now on, and not their stand-ins."""
     for name, stand_in in late_modules.items():
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
@@ -2477,37 +2381,40 @@ def leave_late_modules() -> None:
 
 
 class ForeignBytecode(Exception):
-    """Code that another minor version of Python compiled; running it could crash this one."""
+    """Another minor version of Python compiled this code; it could crash this one."""
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
-    """Tell 3.9 and 3.10 apart: 3.10's line table covers the bytecode to its end (PEP 626).
+    """Return whether 3.9 compiled code that 3.10 runs, or the other way round.
 
-    Behind code that is never reached 3.9's ends there too, but has an empty range, which 3.10's has
-    only on the way to a far line.
+    The line table of 3.10 covers the bytecode up to its end (PEP 626). That of 3.9 only does so if
+    unreachable code comes last, and then it has an empty range. In 3.10 an empty range is a step on
+    the way to a line that is far away.
     """
-    has_ranges = sys.version_info >= (3, 10)
-    table: bytes = getattr(code, "co_linetable" if has_ranges else "co_lnotab")
-    is_empty = any(not size and step not in (127, 129) for size, step in zip(table[::2], table[1::2]))
-    return (sum(table[::2]) == len(code.co_code) and not is_empty) != has_ranges
+    is_310 = sys.version_info >= (3, 10)
+    table: bytes = getattr(code, "co_linetable" if is_310 else "co_lnotab")
+    sizes, steps = table[::2], table[1::2]
+    has_gap = any(not size and step not in (127, 129) for size, step in zip(sizes, steps))
+    return (sum(sizes) == len(code.co_code) and not has_gap) != is_310
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
-    """Walk bytecode of 3.11 or later: instructions and their cache entries must be known here."""
+    """Return whether bytecode is not of this Python, which is 3.11 or later."""
     import opcode
 
-    # private; by number until 3.12, by name from 3.13
+    # private: a list by number up to 3.12, a mapping by name from 3.13 on
     entries: Any = getattr(opcode, "_inline_cache_entries")
     caches, resumed = 0, False
     for offset in range(0, len(code_bytes), 2):
         number = code_bytes[offset]
         name = opcode.opname[number]
         if caches:
+            # the compiler leaves the caches of an instruction empty
             if number or code_bytes[offset + 1]:
                 return True
             caches -= 1
             continue
-        # nothing that a compiler makes
+        # no compiler makes these
         if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
@@ -2516,24 +2423,20 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 
 
 def checked_code(*args: Any) -> types.CodeType:
-    """Make a code object; ForeignBytecode where this interpreter cannot have compiled it.
+    """Make a code object; raise ForeignBytecode if another Python compiled it.
 
-    A later Python may have other tables than those that are looked at. Where they are missing, or
-    this file's own code does not pass, nothing can be judged, and all passes. From 3.11 on the
-    bytes are judged before there is a code object: making one of foreign bytes, or reading them
-    back, may write beyond their end or crash.
+    From 3.11 on the bytes are checked first: to make a code object of foreign bytes, or to read
+    them back, can crash or write beyond their end. All code passes if a later Python lacks the
+    tables that the check uses, or has others, by which this function's code is foreign as well.
     """
     if sys.version_info >= (3, 11):
-        try:
-            is_foreign = (is_foreign_adaptive_code(args[6])
-                          and not is_foreign_adaptive_code(checked_code.__code__.co_code))
-        except (AttributeError, LookupError, TypeError):
-            is_foreign = False
-        if is_foreign:
-            raise ForeignBytecode
+        with contextlib.suppress(AttributeError, LookupError, TypeError):
+            own = checked_code.__code__.co_code
+            if is_foreign_adaptive_code(args[6]) and not is_foreign_adaptive_code(own):
+                raise ForeignBytecode
     try:
         code = types.CodeType(*args)
-    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 values, 3.11 and later 18
+    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 arguments, 3.11 and later 18
         raise ForeignBytecode from None
     if sys.version_info < (3, 11) and is_foreign_wordcode(code):
         raise ForeignBytecode
@@ -2541,42 +2444,41 @@ def checked_code(*args: Any) -> types.CodeType:
 
 
 def package_of(error: BaseException) -> str:
-    """Return the package that an import has failed for, "" where none is missing."""
+    """Return the missing package that made an import fail, or ""."""
     if isinstance(error, LacksName):
         return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    is_of_python = (name in sys.builtin_module_names
-                    or name in getattr(sys, "stdlib_module_names", ()))
-    return "" if not name or is_of_python or is_here(name) else name
+    of_python = getattr(sys, "stdlib_module_names", sys.builtin_module_names)  # from 3.10 on
+    return "" if not name or name in of_python or is_here(name) else name
 
 
 def other_cloudpickle(name: str) -> PackageError:
-    """Explain that the cloudpickle here lacks a name that the one that made the payload had."""
+    """Return the error for a cloudpickle that lacks a name which the payload needs."""
     here = installed_version("cloudpickle") or ""
+    maker, remedy = "another cloudpickle", MAKE_ANEW
     if re.match("[012][.]", here):
-        return PackageError(
-            f"{FAILED} was made by cloudpickle 3 or newer, and this image has {here}, which has no "
-            f"{name}: add cloudpickle>=3 to PACKAGES, and nothing that wants an older one")
-    return PackageError(f"{FAILED} was made by another cloudpickle than this image's, {here}, "
-                        f"which has no {name}; {MAKE_ANEW}")
+        maker = "cloudpickle 3 or newer"
+        remedy = "add cloudpickle>=3 to PACKAGES, and nothing that wants an older one"
+    return PackageError(f"{FAILED} was made by {maker}, and this image has {here}, which has no "
+                        f"{name}: {remedy}")
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class, refusing another Python's bytecode before any of it runs.
+    """Unpickle a class; raise ForeignBytecode before any such code runs.
 
-    A pickle does not say which Python made it. Code of another minor version may load without
-    complaint and then crash the interpreter, or compute nonsense, so each code object is looked at
-    as it is made.
+    A pickle does not tell which Python made it. Code of another minor version may load without an
+    error, and then crash the interpreter or compute nonsense. So each code object is checked when
+    it is made.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look up a global, with our own maker in the place of code objects' type."""
+        """Return a global; `_make_code` takes the place of the type of code objects."""
         package = module.partition(".")[0]
-        if name == "HTTPException" and module in OF_HTTP_EXCEPTION and not is_here(package):
+        if name == "HTTPException" and module in HTTP_EXCEPTION_MODULES and not is_here(package):
             return HTTPException
         try:
             found = super().find_class(module, name)
-        except AttributeError as error:
+        except AttributeError:
             if module == "__main__":
                 raise PayloadError(
                     f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
@@ -2584,13 +2486,17 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"itself") from None
             if package == "cloudpickle":
                 raise other_cloudpickle(name) from None
-            raise LacksName(module, name) if stands_in(module) else error from None
+            getattr(sys.modules[module], name)  # raises LacksName again, which pickle replaces
+            raise
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
-        """Make a code object; FrameworkNeeded where it imports a framework that is not here."""
+        """Make a code object; raise FrameworkNeeded if it imports a missing framework.
+
+        A function whose only import is `from fastapi import HTTPException` imports ours.
+        """
         import opcode
 
         code = checked_code(*args)
@@ -2600,7 +2506,7 @@ class PayloadUnpickler(pickle.Unpickler):
             framework = DEFAULT_IMAGE.get(package, "")
             if framework in FRAMEWORKS and not is_here(package):
                 takes_one = imports == 1 and ("HTTPException",) in code.co_consts
-                if module not in OF_HTTP_EXCEPTION or not takes_one:
+                if module not in HTTP_EXCEPTION_MODULES or not takes_one:
                     raise FrameworkNeeded(framework, serves=False)
                 names = [__name__ if name == module else name for name in code.co_names]
                 code = code.replace(co_names=tuple(names))
@@ -2608,20 +2514,20 @@ class PayloadUnpickler(pickle.Unpickler):
 
 
 def raise_framework_needed(error: Optional[BaseException]) -> None:
-    """Raise FrameworkNeeded where an import failed because a framework is not here."""
+    """Raise FrameworkNeeded if an import failed because a framework is missing."""
     framework = DEFAULT_IMAGE.get(package_of(error), "") if error is not None else ""
     if framework in FRAMEWORKS:
         raise FrameworkNeeded(framework, serves=False) from None
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
-    """Describe an exception of user code; of a package that is missing tell how to get it.
+    """Describe an exception of user code, and how to get a package that it lacks.
 
-    The type of the exception is told where its text alone says nothing, or if it is to be there.
+    The type is included if `has_type`, or if the text alone says too little.
     """
     kind, name, text = type(error).__name__, package_of(error), describe(error)
-    tells = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
-    if text != kind and (has_type or not tells):
+    says_much = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
+    if text != kind and (has_type or not says_much):
         text = f"{kind}: {text}"
     if not name:
         return text
@@ -2630,18 +2536,14 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
 
 
 def missing_module(error: BaseException, pickled: bytes) -> StartupError:
-    """Explain a module that the pickle refers to and that is not here: a package, or the user's."""
-    import pickletools
-
-    by_reference = {"PROTO", "FRAME", "SHORT_BINUNICODE", "BINUNICODE", "MEMOIZE", "GLOBAL",
-                    "STACK_GLOBAL", "STOP"}
+    """Return the error for a module that a pickle refers to and that is missing."""
     if package_of(error) == "cloudpickle":
         return PackageError(
             "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
     if isinstance(error, LacksName):
         return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
     name = getattr(error, "name", "")
-    if all(operation[0].name in by_reference for operation in pickletools.genops(pickled)):
+    if b"cloudpickle" not in pickled:  # a class that is pickled by value needs its functions
         return PayloadError(
             f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
             f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
@@ -2651,40 +2553,21 @@ def missing_module(error: BaseException, pickled: bytes) -> StartupError:
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
-    """List the names of a table that a class has in the place of its base's."""
+    """Return the names of a table that a class overrides."""
     return [name for base, names in table.items() if issubclass(cls, base) for name in names
             if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
 def server_for(cls: Type[ETLServer]) -> str:
-    """Tell which framework is to serve a class; "" where its construction will tell."""
+    """Return the framework that must serve a class; "" if its constructor will tell."""
     return framework_of(cls) if overridden(cls, HOOKS) else ""
 
 
-CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR = 0x20, 0x80, 0x200  # flags of code, as in inspect
-
-
-def refusal(cls: Type[ETLServer]) -> str:
-    """Tell why a class cannot be served as it is, "" where it can."""
-    ignored = overridden(cls, INTERNALS)
-    if ignored:
-        return (f"overrides {', '.join(ignored)}, which the SDK's own server calls and this "
-                f"runtime does not: override transform or transform_stream only")
-    for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
-                 "client_put", "handle_direct_put_response"):
-        flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
-        if flags & (CO_COROUTINE | CO_ASYNC_GENERATOR):
-            return f"has a {name}() that is async: it must be a plain function"
-        if flags & CO_GENERATOR and name != "transform_stream":
-            return f"has a {name}() that yields, as only transform_stream() may"
-    return ""
-
-
 def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
-    """Refuse what cannot be served, or has an override that would do nothing.
+    """Return a class if it can be served and all its overrides have an effect.
 
-    Called in the supervisor, before any worker is forked, so that the mistake is told once.
-    PayloadError, which begins with `failed`, or ClassError.
+    Otherwise raise ClassError, or PayloadError, whose text begins with `failed`. The supervisor
+    calls this before it forks workers, so that a mistake is reported once.
     """
     if not isinstance(cls, type) or not issubclass(cls, ETLServer):
         what = cls.__name__ if isinstance(cls, type) else f"no class but {type(cls).__name__!r}"
@@ -2695,56 +2578,61 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
         streams(cls)
     except TypeError as error:
         raise PayloadError(f"{failed} cannot be served: {error}") from None
-    reason = refusal(cls)
-    if reason:
-        raise ClassError(f"{cls.__name__} {reason}")
+    ignored = overridden(cls, INTERNALS)
+    if ignored:
+        raise ClassError(
+            f"{cls.__name__} overrides {', '.join(ignored)}, which the SDK's own server calls and "
+            f"this runtime does not: override transform or transform_stream only")
+    for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
+                 "client_put", "handle_direct_put_response"):
+        flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
+        if flags & 0x280:  # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect
+            raise ClassError(
+                f"{cls.__name__} has a {name}() that is async: it must be a plain function")
+        if flags & 0x20 and name != "transform_stream":  # CO_GENERATOR
+            raise ClassError(
+                f"{cls.__name__} has a {name}() that yields, as only transform_stream() may")
     return cls
 
 
-def user_traceback(error: BaseException) -> Optional[types.TracebackType]:
-    """Return an exception's traceback less the frames of this file; None if it has no other."""
-    kept, entry = [], error.__traceback__
+def user_exc_info(error: BaseException) -> Any:
+    """Return `exc_info` for a log record without this file's frames, or None."""
+    entries, entry = [], error.__traceback__
     while entry is not None:
-        # __file__ may be its bytecode
-        if entry.tb_frame.f_code.co_filename != user_traceback.__code__.co_filename:
-            kept.append(entry)
+        entries.append(entry)
         entry = entry.tb_next
-    result = None
-    for entry in reversed(kept):
-        result = types.TracebackType(result, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    return result
-
-
-def users_info(error: BaseException) -> Any:
-    """Return the `exc_info` of a log record: the part of a traceback that is the user's."""
-    frames = user_traceback(error)
-    return (type(error), error, frames) if frames else None
+    this_file = user_exc_info.__code__.co_filename  # __file__ can be the bytecode's
+    kept = None
+    for entry in reversed(entries):
+        if entry.tb_frame.f_code.co_filename != this_file:
+            kept = types.TracebackType(kept, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return (type(error), error, kept) if kept else None
 
 
 def log_user_error(what: str, error: BaseException) -> None:
-    """Log an exception of user code, with the part of its traceback that is the user's."""
-    logger.error("%s: %s", what, describe_of_user(error), exc_info=users_info(error))
+    """Log an exception of user code, with the user's part of its traceback."""
+    logger.error("%s: %s", what, describe_of_user(error), exc_info=user_exc_info(error))
 
 
 def with_story(failure: StartupError, what: str, error: BaseException) -> StartupError:
-    """Give a failure the traceback of the user's exception that is its reason."""
+    """Attach to a failure the traceback of the user's exception that caused it."""
     told = (what, " ".join(describe_of_user(error).split()))
     record = logging.LogRecord(
-        logger.name, logging.ERROR, "", 0, "%s: %s", told, users_info(error))
+        logger.name, logging.ERROR, "", 0, "%s: %s", told, user_exc_info(error))
     failure.story = logging.Formatter().format(record)
     return failure
 
 
 def load_etl_class(settings: Settings,
                    unpickler: Type[PayloadUnpickler] = PayloadUnpickler) -> Type[ETLServer]:
-    """Decode, unpickle and check the class of the payload; StartupError tells what to do.
+    """Return the class of the payload; raise a StartupError that says what to do.
 
-    The payload comes from whoever may start pods, and is run as code: it is trusted as the image
-    is.
+    Unpickling runs the payload as code. It comes from whoever may start pods, and is trusted like
+    the image.
     """
     pickled = decode_payload(settings)
     install_sdk_names()
-    attempt(importlib.import_module, "cloudpickle")  # where it is missing, unpickling says so
+    attempt(importlib.import_module, "cloudpickle")  # if this fails, unpickling raises it again
     leave_late_modules()
     cls, error = attempt(unpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
@@ -2758,11 +2646,8 @@ def load_etl_class(settings: Settings,
     if isinstance(error, (ModuleNotFoundError, LacksName)):
         raise missing_module(error, pickled)
     if error is not None:
-        import pickletools
-
         text = describe_of_user(error, has_type=True)
-        is_broken = attempt(collections.deque, pickletools.genops(pickled), 0).error is not None
-        if is_broken or isinstance(error, (pickle.UnpicklingError, EOFError)):
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):
             raise PayloadError(f"{FAILED} is no whole pickle: {text}; {MAKE_ANEW}")
         raise with_story(PayloadError(f"{FAILED} cannot be loaded: {text}"), "unpickling", error)
     return checked_class(cls)
@@ -7516,7 +7401,7 @@ def use_names_of_pods() -> None:
 
     These are the SDK's names where it has them, so that the default runtime finds them too.
     """
-    homes = {value: module for module, names in sdk_modules().items()
+    homes = {value: module for module, names in SDK_MODULES.items()
              for name, value in names.items() if callable(value) and value is getattr(
                  attempt(importlib.import_module, module).value, name, None)}
     for value in list(globals().values()):
@@ -7533,7 +7418,7 @@ def pickle_more(by_value: Set[str]) -> None:
             return wrapper.__qualname__
         return functools.lru_cache(**wrapper.cache_parameters()), (wrapper.__wrapped__,)
 
-    copyreg.pickle(type(parse_kept_fields), cache)
+    copyreg.pickle(type(functools.lru_cache(len)), cache)
     copyreg.pickle(cast(Any, type(threading.Lock())), lambda _: (threading.Lock, ()))
     copyreg.pickle(cast(Any, type(threading.RLock())), lambda _: (threading.RLock, ()))
 
@@ -7591,7 +7476,8 @@ def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
         wanted = parse_requirement(text)  # None without pip
         found = attempt(importlib.metadata.distribution,
                         wanted.name if wanted else re.split(r"[^\w.-]", text)[0]).value
-        is_for_us = applies(wanted, extra) if wanted else "extra" not in text
+        marker = wanted and wanted.marker
+        is_for_us = marker.evaluate({"extra": extra}) if marker else wanted or "extra" not in text
         if found is not None and is_for_us and (text, extra) not in done:
             done.add((text, extra))
             yield found
@@ -7631,9 +7517,9 @@ class ImportNotes(PayloadUnpickler):
         """Return the imports that fail here; but a pod installs frameworks itself."""
         import importlib.util
 
-        sdk = {} if is_here("aistore") else sdk_modules()
+        sdk = {} if is_here("aistore") else SDK_MODULES
         return sorted(
-            name for name in cls.imports
+            name for name in cls.imports - {__name__}
             if DEFAULT_IMAGE.get(name.partition(".")[0]) not in FRAMEWORKS
             and not (sdk[name] if name in sdk else attempt(importlib.util.find_spec, name).value))
 

@@ -217,14 +217,14 @@ def test_what_pip_installs_elsewhere_or_not_at_all_is_told_at_the_start(
     env = {"PACKAGES": "etl_probe<2", **offline(wheels), "PIP_CONFIG_FILE": str(tmp_path / "pip.conf")}
     done = start_in_vain(env, own_python)
     assert done.code == Exit.UNAVAILABLE
-    assert "pip was content, but etl_probe<2 cannot be found here" in done.last_line
+    assert "pip succeeded, but etl_probe<2 cannot be found here" in done.last_line
 
 
 def test_a_python_without_pip_is_told(tmp_path: Path) -> None:
     done = start_in_vain({"PACKAGES": "six>=1"}, make_environment(tmp_path / "bare", has_pip=False))
     assert done.code == Exit.UNAVAILABLE
-    assert "PACKAGES: cannot install six>=1: this Python has no pip" in done.last_line
-    assert "No module named pip" in done.last_line
+    assert "PACKAGES: pip failed with exit code 1 for six>=1: " in done.last_line
+    assert done.last_line.endswith("No module named pip")
     # what is there needs none
     site_packages, = (tmp_path / "bare").glob("lib/python*/site-packages")
     for name in ("some-thing", "other"):
@@ -364,8 +364,7 @@ def test_without_root_an_os_package_that_is_there_needs_none_and_another_is_told
     assert done.code == Exit.DATA, done.lines
     done = start_in_vain({"OS_PACKAGES": "busybox,ffmpeg", "PATH": path}, python)
     assert done.code == Exit.UNAVAILABLE
-    assert re.search(r"apk failed with exit code 9 for ffmpeg: ERROR: no root; "
-                     r"apk needs root, and this pod runs as user \d+$", done.last_line)
+    assert done.last_line.endswith("apk failed with exit code 9 for ffmpeg: ERROR: no root")
 
 
 @pytest.fixture
@@ -419,7 +418,7 @@ import tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc']
 try: install('etl_probe')
 except runtime.PackageError as error: print(error)""", offline(wheels))
     assert re.fullmatch(
-        "PACKAGES: cannot install etl_probe: neither .*site-packages nor any folder for temporary "
+        "PACKAGES: neither .*site-packages nor any folder for temporary "
         "files can be written; install it into the image, or give the pod a writable /tmp\n", said)
 
 

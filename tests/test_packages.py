@@ -88,10 +88,10 @@ def start_in_vain(
 
 
 def refusal_of(text: str) -> str:
-    """Return why OS packages cannot be installed, but for what a user who is not root is told."""
+    """Return why OS packages cannot be installed."""
     with pytest.raises(PackageError) as caught:
         install_os_packages(text)
-    return str(caught.value).partition("; apk needs root")[0]
+    return str(caught.value)
 
 
 # == What pip is asked for ==
@@ -129,7 +129,7 @@ def test_requirements_are_split_at_the_commas_between_them(
     monkeypatch.setattr(sys, "executable", tools.make("python", "exit 0"))
     wrong = []
     for text, requirements in REQUIREMENTS:
-        with pytest.raises(PackageError, match="pip was content, but .* cannot be found"):
+        with pytest.raises(PackageError, match="pip succeeded, but .* cannot be found"):
             install_python_packages(text)
         command, = tools.commands()
         assert command[:4] == ["python", "-m", "pip", "install"]
@@ -140,7 +140,7 @@ def test_requirements_are_split_at_the_commas_between_them(
     tools.assert_surroundings("PIP_ROOT_USER_ACTION=ignore")
 
 
-def test_options_and_line_breaks_among_the_requirements_are_refused() -> None:
+def test_options_among_the_requirements_are_refused() -> None:
     for text, refused in [
         ("-e .", "-e ."), ("-r/etc/passwd", "-r/etc/passwd"), ("numpy,-r file.txt", "-r file.txt"),
         ("numpy --index-url=https://host", "numpy --index-url=https://host"),
@@ -149,8 +149,6 @@ def test_options_and_line_breaks_among_the_requirements_are_refused() -> None:
         message = "^PACKAGES has '%s': options are not allowed" % re.escape(refused)
         with pytest.raises(PackageError, match=message):
             install_python_packages(text)
-    with pytest.raises(PackageError, match="^PACKAGES has .* parted by commas, not by line breaks"):
-        install_python_packages("numpy\npillow")
 
 
 def test_a_refusal_names_what_wants_the_package_and_hides_user_and_password_of_its_urls() -> None:
@@ -404,7 +402,7 @@ def test_a_tool_that_does_not_end_is_told_while_it_runs_and_then_ended_with_its_
     limits = {"TOOL_SECONDS": 3.0, "TOOL_STOP_SECONDS": 0.5, "TOOL_PROGRESS_SECONDS": 0.2}
     done = start_in_vain({"OS_PACKAGES": "ffmpeg"}, numbers={**QUICK_NUMBERS, **limits})
     assert done.code == Exit.UNAVAILABLE and time.monotonic() - began < 25
-    reason = "OS_PACKAGES: apk did not end within 3 s for ffmpeg; it last said: fetching it"
+    reason = "OS_PACKAGES: apk did not end within 3 s for ffmpeg: fetching it"
     assert done.last_line.startswith("ais_runtime_min: " + reason)
     assert re.search(r"apk has been running for \d+ s: fetching it\n", "\n".join(done.lines))
     assert (tmp_path / "told").exists(), "it was not asked to end"
