@@ -3299,23 +3299,23 @@ class Sources:
 
 
 # == 11. Stage 3, transforming ==
-# Where the class's code runs, and how much of it at once. A slot covers that code alone, never
-# reading or delivering.
+# Where the class's code runs, how much of it at once, and how much memory its objects may take
+# before. A slot covers the class's code alone, never reading an object or delivering a result.
 
 T = TypeVar("T")
 
 
 class ThreadSlots:
-    """Make calls on the threads that ask, at most `limit` at once."""
+    """Make calls on the threads that ask for them, at most `limit` at once."""
 
     def __init__(self, limit: int) -> None:
-        # a semaphore in C, at a tenth of threading's cost
+        # a semaphore that is written in C, at a tenth of the cost of threading's
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(limit):
             self._free.put(slot)
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function once a slot is free; its exception is the caller's."""
+        """Call the function once a slot is free; the caller gets its exception."""
         slot = self._free.get()
         try:
             return function(*args)
@@ -3324,56 +3324,49 @@ class ThreadSlots:
 
 
 class MainThread:
-    """Make calls on the thread that made the instance, one by one, in their order.
+    """Make calls on the thread that made this object, one by one, in the order of asking.
 
-    Other threads put calls into `calls` and have that thread woken by `wake`. It makes them one by
-    one, with `make_call`.
+    Other threads append their calls to `calls` and wake that thread by `wake`. Its loop makes them
+    by `make_call`, one at a time.
     """
 
     def __init__(self) -> None:
         self._ident = threading.get_ident()
         self.calls: Deque[Callable[[], None]] = collections.deque()
         self.wake: Callable[[], object] = lambda: None
-        self._lock = threading.Lock()  # of putting
+        self._lock = threading.Lock()  # held while a call is appended
 
     @property
     def is_here(self) -> bool:
-        """Whether this is that thread."""
+        """Whether the caller runs on that thread."""
         return threading.get_ident() == self._ident
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Have the main thread call a function; its exception is the caller's."""
+        """Have the main thread call the function, and wait; the caller gets its exception."""
         if self.is_here:
             return function(*args)
-        outcomes: List[Outcome] = []
-        done = threading.Lock()
-        done.acquire()
-
-        def call() -> None:
-            outcomes.append(attempt(function, *args))
-            done.release()
-
-        self.put(call)
-        done.acquire()
-        outcome = outcomes.pop()
+        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.put(lambda: outcomes.put(attempt(function, *args)))
+        value, error = outcomes.get()
         try:
-            if outcome.error is not None:
-                raise outcome.error
-            return cast(T, outcome.value)
+            if error is not None:
+                raise error
+            return cast(T, value)
         finally:
-            # its error's traceback has this frame: a cycle, which would keep the object in memory
-            del outcome
+            # The error's traceback refers to this frame, and the frame to the error. This cycle
+            # would keep the object in memory.
+            del error
 
     def put(self, call: Callable[[], None]) -> None:
-        """Have a function called that never raises, and do not wait for it."""
-        with self._lock:  # two that see each other's call must not both rely on the other
+        """Append a call that never raises, and return at once."""
+        with self._lock:  # or two threads could each see the other's call and not wake
             self.calls.append(call)
-            is_first = len(self.calls) == 1  # else the thread is awake, or being woken
+            is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
         if is_first:
             self.wake()
 
     def make_call(self) -> None:
-        """Make the first of the calls; the main thread does that."""
+        """Make the oldest call; for the main thread only."""
         self.calls.popleft()()
 
 
@@ -3381,29 +3374,30 @@ Slots = Union[ThreadSlots, MainThread]
 
 
 class Pace:
-    """Tell from the last calls whether calls are quick.
+    """Predict from the last calls of the class whether the next one is quick.
 
-    Handing a call to another thread costs as much as a quick one takes. So quick calls are made by
-    the leader. Once three in four of about the last sixteen were slow, or one took a hundred times
-    as long as a quick one may, calls are handed over for a hundred times as long as the last took.
+    To hand a call to another thread costs as much as a quick call takes, so the leader makes quick
+    calls itself. It hands calls over after one call that took a hundred times as long as a quick
+    one may, or when more than three in four of about the last sixteen were slow. It does so for a
+    hundred times as long as the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
-        self._slow = 0.0  # calls, of the last sixteen
+        self._slow = 0.0  # of about the last sixteen calls
         self._hands_over_until = 0.0
 
     def is_quick(self, now: float) -> bool:
-        """Whether the leader may make the next call; times are those of time.monotonic()."""
+        """Return whether the leader may make the next call itself."""
         return now >= self._hands_over_until
 
     def note(self, seconds: float, now: float) -> None:
-        """Take note of how long a call took."""
+        """Take into account how long a call took."""
         self._slow += (seconds >= QUICK_SECONDS) - self._slow / 16
         if self._slow > 12 or seconds > 100 * QUICK_SECONDS:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
-        """Have calls handed over, since one took so long; then four slow ones suffice."""
+        """Have calls handed over because one took so long; later four slow ones are enough."""
         self._slow = 11.0
         self._hands_over_until = now + 100 * seconds
 
@@ -3420,60 +3414,58 @@ def memory_limit(root: str = "/sys/fs/cgroup") -> int:
 
 
 class Room:
-    """Bound the memory of bodies that wait for their transforms.
+    """Bound the memory of bodies that wait for their transforms, `WAITING_LIMIT_BYTES` together.
 
-    Whoever came first is never made to wait: one body always fits, and no two wait for each other.
+    The body that came first never waits for room, so at least one body always makes progress.
     """
 
-    def __init__(self, limit_bytes: int, most_bytes: int = sys.maxsize) -> None:
-        self._limit = limit_bytes
-        self._most = most_bytes  # of one body
+    def __init__(self) -> None:
+        self._memory = memory_limit()
         self._total = 0
-        self._taken: Dict[object, int] = {}  # in the order of their coming
+        self._taken: Dict[object, int] = {}  # bytes by body, in the order of their coming
         self._change = threading.Condition()
 
-    def enter(self, body: object) -> None:
-        """Admit a body, which takes nothing yet."""
-        with self._change:
-            self._taken[body] = 0
-
     def check(self, size: int) -> None:
-        """Raise 413 for a size that no machine has."""
-        if size > self._most:
-            raise ObjectTooLarge(
-                f"the object has {size} bytes, more than the {self._most} of the container's memory")
+        """Raise ObjectTooLarge if the container's memory cannot hold so many bytes."""
+        if size > self._memory:
+            raise ObjectTooLarge(f"the object has {size} bytes, more than the {self._memory} of "
+                                 f"the container's memory")
 
     def take(self, body: object, count: int) -> None:
-        """Wait for room for more bytes and take it; 413 if no machine has so much."""
-        # a step of reading may be larger than what is left
-        if self._taken[body] + count > self._most + WRITE_BYTES:
-            raise ObjectTooLarge(
-                f"the object has more bytes than the container's memory, {self._most}")
+        """Wait until there is room for more bytes of a body, and take it.
+
+        Raises ObjectTooLarge if the body is larger than the container's memory.
+        """
         with self._change:
-            self._change.wait_for(
-                lambda: self._total + count <= self._limit or body is next(iter(self._taken)))
+            taken = self._taken.setdefault(body, 0)
+            # a body is read in steps, and the last step may reach beyond its end
+            if taken + count > self._memory + WRITE_BYTES:
+                raise ObjectTooLarge(
+                    f"the object has more bytes than the container's memory, {self._memory}")
+            self._change.wait_for(lambda: self._total + count <= WAITING_LIMIT_BYTES
+                                  or body is next(iter(self._taken)))
             self._total += count
             self._taken[body] += count
 
     def give_back(self, body: object, count: int) -> None:
-        """Give back some of what a body has taken."""
+        """Give back some of the room that a body has taken."""
         with self._change:
             self._total -= count
             self._taken[body] -= count
             self._change.notify_all()
 
     def leave(self, body: object) -> None:
-        """Give back all that a body has taken, if it is still here."""
+        """Give back all the room of a body; do nothing if that was done before."""
         with self._change:
             self._total -= self._taken.pop(body, 0)
             self._change.notify_all()
 
 
 class WaitingBody(io.RawIOBase):
-    """A body that is read into memory as there is room for it; `close` leaves the stream open.
+    """Read a body into memory as there is room for it; the stream stays open.
 
-    Room is taken for as much again as has come, so that a client which announces a lot and sends a
-    little holds little. Of a file all is there.
+    A client may announce a large body and send little of it. So each step takes at most as much
+    room as the bytes that have come. A file's bytes are all there, and take their room at once.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3481,15 +3473,18 @@ class WaitingBody(io.RawIOBase):
         self._room = room
         self._stream = stream
         self._count = 0
-        room.enter(self)
 
-    def close(self) -> None:
-        """Give the room back."""
-        super().close()
-        self._room.leave(self)
+    def load(self) -> ReceivedObject:
+        """Read to the end; the object keeps its room until its transform begins or it is closed."""
+        with contextlib.ExitStack() as on_failure:
+            leave = functools.partial(self._room.leave, self)
+            on_failure.callback(leave)
+            received = ReceivedObject(self.readall(), leave)
+            on_failure.pop_all()
+        return received
 
     def readable(self) -> bool:
-        """Tell that this can be read."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -3506,30 +3501,20 @@ class WaitingBody(io.RawIOBase):
 
     def readall(self) -> bytes:
         """Read to the end."""
-        if isinstance(self._stream, ObjectFile):
-            return read_whole(self._read_file, self._stream.size)
-        if isinstance(self._stream, BoundedReader):
-            self._stream.receive_flags = socket.MSG_WAITALL
-        return read_to_end(self, self._stream.size)
-
-    def _read_file(self, size: int) -> bytes:
-        """Read from a file in as few calls as possible: each may change threads."""
-        if size > WRITE_BYTES:
-            return read_to_end(self, size)
-        self._room.take(self, size)
-        return cast(ObjectFile, self._stream).read(size)
-
-    def before(self, function: Callable[..., T]) -> Callable[..., T]:
-        """Make a function that gives the room back and then calls another one."""
-        def call(*args: Any) -> T:
-            self._room.leave(self)
-            return function(*args)
-
-        return call
+        stream = self._stream
+        if isinstance(stream, ObjectFile):
+            read: Callable[[int], bytes] = functools.partial(read_to_end, self)
+            if stream.size <= WRITE_BYTES:  # by one call, since each may let another thread run
+                self._room.take(self, stream.size)
+                read = stream.read
+            return read_whole(read, stream.size)
+        if isinstance(stream, BoundedReader):
+            stream.receive_flags = socket.MSG_WAITALL
+        return read_to_end(self, stream.size)
 
 
 def as_bytes(output: Any, what: str) -> bytes:
-    """Return a result as bytes; TypeError names a type that cannot be one."""
+    """Return the class's output as bytes; raise TypeError if its type cannot be converted."""
     if type(output) is bytes:
         return output
     if isinstance(output, str):
@@ -3538,14 +3523,15 @@ def as_bytes(output: Any, what: str) -> bytes:
         return bytes(memoryview(output))
     except TypeError:
         hint = ": it must not be async" if hasattr(output, "__await__") else ""
-        attempt(getattr(output, "close", lambda: None))  # else Python complains of a coroutine
+        # or Python warns that a coroutine was never awaited
+        attempt(getattr(output, "close", lambda: None))
         raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
 
 
 class Transforms:
-    """Call the class, with what it expects, and take what it gives for bytes.
+    """Call the class with the arguments that it expects, and convert its output to bytes.
 
-    Arguments go by position, since users name them as they like. What `path` looks like depends on
+    Arguments go by position, since users name their parameters freely. How `path` looks depends on
     the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely
     on it.
     """
@@ -3553,11 +3539,10 @@ class Transforms:
     def __init__(self, server: ETLServer, slots: Slots) -> None:
         self._server = server
         self._slots = slots
-        self._decodes = isinstance(server, FrameworkServer)
-        self._memory = memory_limit()
-        self._room = Room(WAITING_LIMIT_BYTES, self._memory)
-        # its own: a message may wait for an object that is read
-        self.message_room = Room(WAITING_LIMIT_BYTES, self._memory)
+        self._gets_decoded_path = isinstance(server, FrameworkServer)
+        self._room = Room()
+        # messages have room of their own: a message may wait for an object that is being read
+        self.message_room = Room()
 
     @property
     def mime_type(self) -> str:
@@ -3565,28 +3550,24 @@ class Transforms:
         value = self._server.get_mime_type()
         if not isinstance(value, str):
             raise TypeError(f"get_mime_type() returned {type(value).__name__!r}, not str")
-        return str.__str__(value)  # a plain one, whatever a subclass makes of itself
+        return str.__str__(value)  # plain, whatever a subclass of str overrides
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
-        """Read the whole object, wait for a slot, transform it."""
-        args = (self._path(request), request.etl_args)
-        size = source.stream.size
-        if source.path or (size is not None and size <= READ_BYTES):
-            data = source.path or source.stream.readall()
-            output = self._slots.run(self._server.transform, data, *args)
-        else:
-            output = self._run_large(source.stream, *args)
-        return as_bytes(output, "transform() returned")
+        """Read the whole object, wait for a slot, and transform it.
 
-    def _run_large(self, stream: ObjectStream, *args: str) -> Any:
-        """Read an object as there is memory for it; 413 where there never will be."""
-        if isinstance(stream, ReceivedObject):
-            return self._slots.run(stream.before(self._server.transform), stream.getvalue(), *args)
-        if stream.size is not None and stream.size > self._memory:
-            raise ObjectTooLarge(f"the object has {stream.size} bytes, more than the "
-                                 f"{self._memory} of the container's memory")
-        with WaitingBody(self._room, stream) as body:
-            return self._slots.run(body.before(self._server.transform), body.readall(), *args)
+        Raises ObjectTooLarge if the object cannot be held in memory.
+        """
+        stream, transform = source.stream, self._server.transform
+        args = (self._path(request), request.etl_args)
+        if source.path or (stream.size is not None and stream.size <= READ_BYTES):
+            output = self._slots.run(transform, source.path or stream.readall(), *args)
+        else:
+            if not isinstance(stream, ReceivedObject):
+                self._room.check(stream.size or 0)
+                stream = WaitingBody(self._room, stream).load()
+            with stream:
+                output = self._slots.run(stream.before(transform), stream.getvalue(), *args)
+        return as_bytes(output, "transform() returned")
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
         """Transform in pieces; raise at the end if the object was not read whole."""
@@ -3602,9 +3583,10 @@ class Transforms:
             self._server.close_reader(output)
 
     def _path(self, request: ETLRequest) -> str:
-        """The object's path as the base class of the SDK gives it."""
-        is_decoded = self._decodes or request.raw_path in ("/ws", "/download")
-        return request.path if is_decoded else request.raw_path
+        """Return the object's path in the form that the base class of the SDK gives."""
+        if self._gets_decoded_path or request.raw_path in ("/ws", "/download"):
+            return request.path
+        return request.raw_path
 
 
 # == 12. Stage 4, delivering ==
@@ -4810,12 +4792,7 @@ class MessageReader:
         if frame.opcode == OP_CONTINUATION:
             raise MessageError("there is no message to be continued")
         stream = MessageStream(self._source, frame, self._take_control, self._room.check)
-        waiting = WaitingBody(self._room, stream)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(waiting.close)
-            received = ReceivedObject(waiting.readall(), waiting.close)
-            on_failure.pop_all()
-        return received
+        return WaitingBody(self._room, stream).load()
 
     def _take_control(self, opcode: int, payload: bytes) -> None:
         """Answer a ping; a close frame ends all, and a pong says nothing to us."""
