@@ -4014,8 +4014,8 @@ class Next(enum.Enum):
 class Connection:
     """One connection, served by one thread at a time.
 
-    Methods to override:  attend, work, dismiss, is_expired, expire; let_go, pause and close where
-    there is something to do
+    Methods to override:  attend, work, expire, dismiss; let_go, pause and close where there is
+    something to do
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what is
     wanted next. What they raise ends the connection. Times are those of time.monotonic().
@@ -4030,7 +4030,6 @@ class Connection:
         # each call of the class.
         self.server = server
         self.input = source
-        self.served = 0  # calls of the class, since the server last looked
         self.since = time.monotonic()  # when it became idle, or the first byte of what is here came
         self._calls_until = 0.0  # until when the thread that attends may call the class
 
@@ -4042,17 +4041,13 @@ class Connection:
         """Serve on, and wait for what that takes."""
         raise NotImplementedError
 
+    def expire(self, now: float) -> Next:
+        """End the connection if it is over or its client has taken too long; READ otherwise."""
+        raise NotImplementedError
+
     def dismiss(self) -> bool:
-        """Tell whether the connection may be closed because the pod stops."""
+        """Return whether the connection may be closed because the pod stops."""
         raise NotImplementedError
-
-    def is_expired(self, now: float) -> bool:
-        """Tell whether it is over, or its client has let it wait for too long."""
-        raise NotImplementedError
-
-    def expire(self) -> Next:
-        """End it for that."""
-        return Next.CLOSE
 
     def let_go(self) -> bool:
         """Let go of the thread that attends; return True if another one may go on."""
@@ -4105,9 +4100,9 @@ class LingeringConnection(Connection):
         """Tell whether the client has stopped sending: AIStore never closes what has failed."""
         return not is_ready(self.socket, select.POLLIN)
 
-    def is_expired(self, now: float) -> bool:
-        """Tell whether the client has gone on sending for too long."""
-        return now > self._deadline or self.server.is_late
+    def expire(self, now: float) -> Next:
+        """Close the connection if the client goes on sending for too long."""
+        return Next.CLOSE if now > self._deadline or self.server.is_late else Next.READ
 
 
 class Head(NamedTuple):
@@ -4302,13 +4297,10 @@ class HTTPConnection(Connection):
         """Tell whether no request has begun to come."""
         return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
-    def is_expired(self, now: float) -> bool:
-        """Tell whether the client has taken too long."""
-        limit = HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS
-        return now - self.since > limit
-
-    def expire(self) -> Next:
-        """Answer a head that did not come whole in time; close what is idle."""
+    def expire(self, now: float) -> Next:
+        """Close an idle connection, or answer 408 to a part of a head, when its time is over."""
+        if now - self.since <= (HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS):
+            return Next.READ
         if not self.input.ahead:
             return Next.CLOSE
         error = UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
@@ -4406,7 +4398,6 @@ class HTTPConnection(Connection):
         if loaded is None and (asked.fqn or asked.method != "PUT"):
             return False
         self._respond(framed, loaded)
-        self.served += 1
         self.server.turn += 1
         return True
 
@@ -5063,15 +5054,13 @@ class WebSocketConnection(Connection):
         self._flush(socket.MSG_DONTWAIT)
         return True
 
-    def is_expired(self, now: float) -> bool:
-        """Tell whether it is over, or the client has paused too long within an object."""
-        return self.is_over or (self._is_within_object and now - self.since > BODY_PAUSE_SECONDS)
-
-    def expire(self) -> Next:
-        """End the connection for that."""
+    def expire(self, now: float) -> Next:
+        """End a connection that is over, or whose client has paused too long within an object."""
         if self.is_over:
             return self._finish(())
-        return self._finish(self._ending_for(ShortBody("a message paused for too long")))
+        if self._is_within_object and now - self.since > BODY_PAUSE_SECONDS:
+            return self._finish(self._ending_for(ShortBody("a message paused for too long")))
+        return Next.READ
 
     def fail(self, error: BaseException) -> Next:
         """End the connection; what it has taken is answered before."""
@@ -5193,7 +5182,6 @@ class WebSocketConnection(Connection):
             self._flush()
         else:
             self._size += sum(len(reply.data) for reply in replies)
-            self.served += 1
             self.server.turn += 1
 
     def _go_on(self) -> None:
@@ -5495,13 +5483,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
         """Serve a readable connection and note the pace; return False if the lead is lost."""
-        began = time.monotonic()
+        began, turn = time.monotonic(), self.turn + 1
         may_call = may_call and self._pace.is_quick(began)
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
-        if connection.served and has_lead:
+        calls = self.turn - turn  # the leader alone counts them, and only where it may call
+        if may_call and has_lead and calls:
             now = time.monotonic()
-            self._pace.note((now - began) / connection.served, now)
-        connection.served = 0
+            self._pace.note((now - began) / calls, now)
         return has_lead
 
     def _take_turn(self, connection: Optional[Connection], term: int, serve: Callable[..., Any],
@@ -5642,13 +5630,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 if isinstance(connection, WebSocketConnection):  # whoever reads finds the end
                     attempt(connection.socket.shutdown, socket.SHUT_RD)
         for connection in self._registered():
-            if connection.is_expired(now):
-                has_lead = self._take_turn(connection, term, connection.expire)
-            elif self.is_draining:
-                has_lead = self._take_turn(connection, term, connection.attend, now, False)
-            else:
-                continue
-            if not has_lead:
+            if not self._take_turn(connection, term, connection.expire, now):
                 self._next_sweep = 0.0  # the thread that leads by now is to look at the rest
                 return
         self.service.close_idle()

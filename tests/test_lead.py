@@ -91,8 +91,8 @@ class Scripted(Connection):
     def dismiss(self) -> bool:
         return True
 
-    def is_expired(self, now: float) -> bool:
-        return self.is_over
+    def expire(self, now: float) -> Next:
+        return Next.CLOSE if self.is_over else Next.READ
 
     def pause(self) -> bool:
         return True
