@@ -3397,7 +3397,7 @@ class Pace:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
-        """Have calls handed over because one took so long; later four slow ones are enough."""
+        """Have calls handed over because one took so long; then four slow calls do so again."""
         self._slow = 11.0
         self._hands_over_until = now + 100 * seconds
 
@@ -3477,9 +3477,9 @@ class WaitingBody(io.RawIOBase):
     def load(self) -> ReceivedObject:
         """Read to the end; the object keeps its room until its transform begins or it is closed."""
         with contextlib.ExitStack() as on_failure:
-            leave = functools.partial(self._room.leave, self)
-            on_failure.callback(leave)
-            received = ReceivedObject(self.readall(), leave)
+            release = functools.partial(self._room.leave, self)
+            on_failure.callback(release)
+            received = ReceivedObject(self.readall(), release)
             on_failure.pop_all()
         return received
 
@@ -5358,7 +5358,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         # ends the process if the main thread is still held up at the end
         self.leave: Callable[[], object] = lambda: None
         self._listener: Optional[socket.socket] = listener
-        self._main = main_thread  # the one that calls `serve_forever`
+        self._main = main_thread or MainThread()  # the thread that calls `serve_forever`
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
         self.submit = self._pool.submit
@@ -5387,22 +5387,22 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         listener = cast(socket.socket, self._listener)
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
-        if self._main is not None:
-            self._main.wake = self._waker.wake
+        self._main.wake = self._waker.wake
         with contextlib.suppress(RuntimeError):  # without a deputy, a slow call holds all up
             threading.Thread(target=self._watch, name="deputy", daemon=True).start()
-        while not (self._drain_began and self._is_done):
+        while not self._is_done:
             self._lead(self._take_lead())
-            while self._main is not None and self._main.calls:  # while the deputy leads
+            while self._main.calls:  # the deputy leads meanwhile
                 self._main.make_call()
         self._has_ended = True
 
     @property
     def _is_done(self) -> bool:
-        """Whether a server that drains has nothing left to do, or no time left for it."""
-        if self._listener is None and not self.connections:
-            return True
-        return time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
+        """Whether the server has drained, or has no time left for that."""
+        if not self._drain_began:
+            return False
+        has_drained = self._listener is None and not self.connections
+        return has_drained or time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
 
     def _take_lead(self) -> int:
         """Make the calling thread the leader; return its term.
@@ -5436,7 +5436,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             error = attempt(self._lead, term, True).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)
-            if self._drain_began and self._is_done:
+            if self._is_done:
                 time.sleep(10 * LEAD_SECONDS)  # the leader may be about to return
                 if not self._has_ended:
                     self.leave()
@@ -5446,30 +5446,27 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
         The deputy does not call the class, since nobody watches the deputy.
         """
-        main_thread = None if is_deputy else self._main
+        calls = () if is_deputy else self._main.calls
         is_busy = threading.Event() if is_deputy else self._is_busy
-        may_call = not (is_deputy or self.service.is_streaming)
-        while self._term == term and not (self._drain_began and self._is_done):
+        while self._term == term and not self._is_done:
             is_busy.clear()
-            has_calls = main_thread is not None and main_thread.calls
-            events = self._selector.select(0 if has_calls else self._patience)
+            events = self._selector.select(0 if calls else self._patience)
             is_busy.set()
             looks_around = time.monotonic() >= self._next_sweep
             for key, _ in events:
                 if key.data is None:  # the listener or the waker
                     looks_around = True
-                elif not self._serve(key.data, term, may_call):
+                elif not self._serve(key.data, term, not is_deputy):
                     return
-            if main_thread is not None and main_thread.calls:
-                if not self._take_turn(None, term, main_thread.make_call):
-                    return
+            if calls and not self._take_turn(None, term, self._main.make_call):
+                return
             if looks_around:
                 self._look_around(events, term)
 
     def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
         """Serve a readable connection and note the pace; return False if the lead is lost."""
         began, turn = time.monotonic(), self.turn + 1
-        may_call = may_call and self._pace.is_quick(began)
+        may_call = may_call and not self.service.is_streaming and self._pace.is_quick(began)
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
         calls = self.turn - turn  # the leader alone counts them, and only where it may call
         if may_call and has_lead and calls:
@@ -5577,10 +5574,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Return whether half of the threads are busy, so that no connection may use several."""
         return self._pool.busy > THREAD_LIMIT // 2
 
-    # -- what the leader does beside serving --
+    # -- the leader's other duties --
 
     def _look_around(self, events: Sequence[Tuple[selectors.SelectorKey, int]], term: int) -> None:
-        """See to signals and wake-ups, new connections, and connections whose time is over."""
+        """Handle signals and wake-ups, new connections, and connections whose time is over."""
         ready = [key.fileobj for key, _ in events if key.data is None]
         with self._lock:
             if self._term != term:  # the events are for the thread that leads now
