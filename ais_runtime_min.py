@@ -4091,7 +4091,7 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
 
 
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
-    """Log an answer at DEBUG; `began` is the request's time by time.monotonic()."""
+    """Log an answer at DEBUG; `began` is when the request came, by time.monotonic()."""
     milliseconds = 1000 * (time.monotonic() - began)
     what = f"{method} {path}" if method else "no request"
     logger.debug("%s: %d, %d bytes in %.1f ms", what, status, size, milliseconds)
