@@ -3336,14 +3336,9 @@ class MainThread:
         self.wake: Callable[[], object] = lambda: None
         self._lock = threading.Lock()  # held while a call is appended
 
-    @property
-    def is_here(self) -> bool:
-        """Whether the caller runs on that thread."""
-        return threading.get_ident() == self._ident
-
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Have the main thread call the function, and wait; the caller gets its exception."""
-        if self.is_here:
+        if threading.get_ident() == self._ident:
             return function(*args)
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self.put(lambda: outcomes.put(attempt(function, *args)))
@@ -4017,7 +4012,7 @@ class Head(NamedTuple):
 
 
 # of a request that could not be parsed: where the next one begins cannot be told
-UNKNOWN_HEAD = Head("", "", False, {"connection": "close"})
+UNKNOWN_HEAD = Head("unknown", "request", False, {"connection": "close"})
 
 
 def parse_head(data: bytes) -> Head:
@@ -4093,8 +4088,7 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
     """Log an answer at DEBUG; `began` is when the request came, by time.monotonic()."""
     milliseconds = 1000 * (time.monotonic() - began)
-    what = f"{method} {path}" if method else "no request"
-    logger.debug("%s: %d, %d bytes in %.1f ms", what, status, size, milliseconds)
+    logger.debug("%s %s: %d, %d bytes in %.1f ms", method, path, status, size, milliseconds)
 
 
 def log_cut(name: str, error: BaseException) -> None:
@@ -5448,7 +5442,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """
         calls = () if is_deputy else self._main.calls
         is_busy = threading.Event() if is_deputy else self._is_busy
-        while self._term == term and not self._is_done:
+        while self._term == term:
             is_busy.clear()
             events = self._selector.select(0 if calls else self._patience)
             is_busy.set()
@@ -5462,6 +5456,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
             if looks_around:
                 self._look_around(events, term)
+                if self._is_done:
+                    return
 
     def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
         """Serve a readable connection and note the pace; return False if the lead is lost."""
