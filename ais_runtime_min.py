@@ -3459,8 +3459,8 @@ class Room:
 class WaitingBody(io.RawIOBase):
     """Read a body into memory as there is room for it; the stream stays open.
 
-    A client may announce a large body and send little of it. So each step takes at most as much
-    room as the bytes that have come. A file's bytes are all there, and take their room at once.
+    A client may announce a large body and send little of it. So a step of reading takes room for
+    `READ_BYTES`, or for as many bytes as have come so far. A file takes its room at once.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
