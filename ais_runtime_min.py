@@ -3124,23 +3124,23 @@ class Sources:
 
 
 # == 11. Stage 3, transforming ==
-# Where the class's code runs, and how much of it at once. A slot covers that code alone, never
-# reading or delivering.
+# Where the class's code runs, how much of it at once, and how much memory its objects may take
+# before. A slot covers the class's code alone, never reading an object or delivering a result.
 
 T = TypeVar("T")
 
 
 class ThreadSlots:
-    """Make calls on the threads that ask, at most `limit` at once."""
+    """Make calls on the threads that ask for them, at most `limit` at once."""
 
     def __init__(self, limit: int) -> None:
-        # a semaphore in C, at a tenth of threading's cost
+        # a semaphore that is written in C, at a tenth of the cost of threading's
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(limit):
             self._free.put(slot)
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function once a slot is free; its exception is the caller's."""
+        """Call the function once a slot is free; the caller gets its exception."""
         slot = self._free.get()
         try:
             return function(*args)
@@ -3149,56 +3149,44 @@ class ThreadSlots:
 
 
 class MainThread:
-    """Make calls on the thread that made the instance, one by one, in their order.
+    """Make calls on the thread that made this object, one by one, in the order of asking.
 
-    Other threads put calls into `calls` and have that thread woken by `wake`. It makes them one by
-    one, with `make_call`.
+    Other threads append their calls to `calls` and wake that thread by `wake`. Its loop makes them
+    by `make_call`, one at a time.
     """
 
     def __init__(self) -> None:
         self._ident = threading.get_ident()
         self.calls: Deque[Callable[[], None]] = collections.deque()
         self.wake: Callable[[], object] = lambda: None
-        self._lock = threading.Lock()  # of putting
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this is that thread."""
-        return threading.get_ident() == self._ident
+        self._lock = threading.Lock()  # held while a call is appended
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Have the main thread call a function; its exception is the caller's."""
-        if self.is_here:
+        """Have the main thread call the function, and wait; the caller gets its exception."""
+        if threading.get_ident() == self._ident:
             return function(*args)
-        outcomes: List[Outcome] = []
-        done = threading.Lock()
-        done.acquire()
-
-        def call() -> None:
-            outcomes.append(attempt(function, *args))
-            done.release()
-
-        self.put(call)
-        done.acquire()
-        outcome = outcomes.pop()
+        outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.put(lambda: outcomes.put(attempt(function, *args)))
+        value, error = outcomes.get()
         try:
-            if outcome.error is not None:
-                raise outcome.error
-            return cast(T, outcome.value)
+            if error is not None:
+                raise error
+            return cast(T, value)
         finally:
-            # its error's traceback has this frame: a cycle, which would keep the object in memory
-            del outcome
+            # The error's traceback refers to this frame, and the frame to the error. This cycle
+            # would keep the object in memory.
+            del error
 
     def put(self, call: Callable[[], None]) -> None:
-        """Have a function called that never raises, and do not wait for it."""
-        with self._lock:  # two that see each other's call must not both rely on the other
+        """Append a call that never raises, and return at once."""
+        with self._lock:  # or two threads could each see the other's call and not wake
             self.calls.append(call)
-            is_first = len(self.calls) == 1  # else the thread is awake, or being woken
+            is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
         if is_first:
             self.wake()
 
     def make_call(self) -> None:
-        """Make the first of the calls; the main thread does that."""
+        """Make the oldest call; for the main thread only."""
         self.calls.popleft()()
 
 
@@ -3206,29 +3194,30 @@ Slots = Union[ThreadSlots, MainThread]
 
 
 class Pace:
-    """Tell from the last calls whether calls are quick.
+    """Predict from the last calls of the class whether the next one is quick.
 
-    Handing a call to another thread costs as much as a quick one takes. So quick calls are made by
-    the leader. Once three in four of about the last sixteen were slow, or one took a hundred times
-    as long as a quick one may, calls are handed over for a hundred times as long as the last took.
+    To hand a call to another thread costs as much as a quick call takes, so the leader makes quick
+    calls itself. It hands calls over after one call that took a hundred times as long as a quick
+    one may, or when more than three in four of about the last sixteen were slow. It does so for a
+    hundred times as long as the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
-        self._slow = 0.0  # calls, of the last sixteen
+        self._slow = 0.0  # of about the last sixteen calls
         self._hands_over_until = 0.0
 
     def is_quick(self, now: float) -> bool:
-        """Whether the leader may make the next call; times are those of time.monotonic()."""
+        """Return whether the leader may make the next call itself."""
         return now >= self._hands_over_until
 
     def note(self, seconds: float, now: float) -> None:
-        """Take note of how long a call took."""
+        """Take into account how long a call took."""
         self._slow += (seconds >= QUICK_SECONDS) - self._slow / 16
         if self._slow > 12 or seconds > 100 * QUICK_SECONDS:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
-        """Have calls handed over, since one took so long; then four slow ones suffice."""
+        """Have calls handed over because one took so long; then four slow calls do so again."""
         self._slow = 11.0
         self._hands_over_until = now + 100 * seconds
 
@@ -3245,60 +3234,58 @@ def memory_limit(root: str = "/sys/fs/cgroup") -> int:
 
 
 class Room:
-    """Bound the memory of bodies that wait for their transforms.
+    """Bound the memory of bodies that wait for their transforms, `WAITING_LIMIT_BYTES` together.
 
-    Whoever came first is never made to wait: one body always fits, and no two wait for each other.
+    The body that came first never waits for room, so at least one body always makes progress.
     """
 
-    def __init__(self, limit_bytes: int, most_bytes: int = sys.maxsize) -> None:
-        self._limit = limit_bytes
-        self._most = most_bytes  # of one body
+    def __init__(self) -> None:
+        self._memory = memory_limit()
         self._total = 0
-        self._taken: Dict[object, int] = {}  # in the order of their coming
+        self._taken: Dict[object, int] = {}  # bytes by body, in the order of their coming
         self._change = threading.Condition()
 
-    def enter(self, body: object) -> None:
-        """Admit a body, which takes nothing yet."""
-        with self._change:
-            self._taken[body] = 0
-
     def check(self, size: int) -> None:
-        """Raise 413 for a size that no machine has."""
-        if size > self._most:
-            raise ObjectTooLarge(
-                f"the object has {size} bytes, more than the {self._most} of the container's memory")
+        """Raise ObjectTooLarge if the container's memory cannot hold so many bytes."""
+        if size > self._memory:
+            raise ObjectTooLarge(f"the object has {size} bytes, more than the {self._memory} of "
+                                 f"the container's memory")
 
     def take(self, body: object, count: int) -> None:
-        """Wait for room for more bytes and take it; 413 if no machine has so much."""
-        # a step of reading may be larger than what is left
-        if self._taken[body] + count > self._most + WRITE_BYTES:
-            raise ObjectTooLarge(
-                f"the object has more bytes than the container's memory, {self._most}")
+        """Wait until there is room for more bytes of a body, and take it.
+
+        Raises ObjectTooLarge if the body is larger than the container's memory.
+        """
         with self._change:
-            self._change.wait_for(
-                lambda: self._total + count <= self._limit or body is next(iter(self._taken)))
+            taken = self._taken.setdefault(body, 0)
+            # a body is read in steps, and the last step may reach beyond its end
+            if taken + count > self._memory + WRITE_BYTES:
+                raise ObjectTooLarge(
+                    f"the object has more bytes than the container's memory, {self._memory}")
+            self._change.wait_for(lambda: self._total + count <= WAITING_LIMIT_BYTES
+                                  or body is next(iter(self._taken)))
             self._total += count
             self._taken[body] += count
 
     def give_back(self, body: object, count: int) -> None:
-        """Give back some of what a body has taken."""
+        """Give back some of the room that a body has taken."""
         with self._change:
             self._total -= count
             self._taken[body] -= count
             self._change.notify_all()
 
     def leave(self, body: object) -> None:
-        """Give back all that a body has taken, if it is still here."""
+        """Give back all the room of a body; do nothing if that was done before."""
         with self._change:
             self._total -= self._taken.pop(body, 0)
             self._change.notify_all()
 
 
 class WaitingBody(io.RawIOBase):
-    """A body that is read into memory as there is room for it; `close` leaves the stream open.
+    """Read a body into memory as there is room for it; the stream stays open.
 
-    Room is taken for as much again as has come, so that a client which announces a lot and sends a
-    little holds little. Of a file all is there.
+    A client may announce a large body and send little of it. So a step of reading takes room for
+    `READ_BYTES`, or for as many bytes as have come so far. A file takes its room at once.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3306,15 +3293,18 @@ class WaitingBody(io.RawIOBase):
         self._room = room
         self._stream = stream
         self._count = 0
-        room.enter(self)
 
-    def close(self) -> None:
-        """Give the room back."""
-        super().close()
-        self._room.leave(self)
+    def load(self) -> ReceivedObject:
+        """Read to the end; the object keeps its room until its transform begins or it is closed."""
+        with contextlib.ExitStack() as on_failure:
+            release = functools.partial(self._room.leave, self)
+            on_failure.callback(release)
+            received = ReceivedObject(self.readall(), release)
+            on_failure.pop_all()
+        return received
 
     def readable(self) -> bool:
-        """Tell that this can be read."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -3331,30 +3321,20 @@ class WaitingBody(io.RawIOBase):
 
     def readall(self) -> bytes:
         """Read to the end."""
-        if isinstance(self._stream, ObjectFile):
-            return read_whole(self._read_file, self._stream.size)
-        if isinstance(self._stream, BoundedReader):
-            self._stream.receive_flags = socket.MSG_WAITALL
-        return read_to_end(self, self._stream.size)
-
-    def _read_file(self, size: int) -> bytes:
-        """Read from a file in as few calls as possible: each may change threads."""
-        if size > WRITE_BYTES:
-            return read_to_end(self, size)
-        self._room.take(self, size)
-        return cast(ObjectFile, self._stream).read(size)
-
-    def before(self, function: Callable[..., T]) -> Callable[..., T]:
-        """Make a function that gives the room back and then calls another one."""
-        def call(*args: Any) -> T:
-            self._room.leave(self)
-            return function(*args)
-
-        return call
+        stream = self._stream
+        if isinstance(stream, ObjectFile):
+            read: Callable[[int], bytes] = functools.partial(read_to_end, self)
+            if stream.size <= WRITE_BYTES:  # by one call, since each may let another thread run
+                self._room.take(self, stream.size)
+                read = stream.read
+            return read_whole(read, stream.size)
+        if isinstance(stream, BoundedReader):
+            stream.receive_flags = socket.MSG_WAITALL
+        return read_to_end(self, stream.size)
 
 
 def as_bytes(output: Any, what: str) -> bytes:
-    """Return a result as bytes; TypeError names a type that cannot be one."""
+    """Return the class's output as bytes; raise TypeError if its type cannot be converted."""
     if type(output) is bytes:
         return output
     if isinstance(output, str):
@@ -3363,14 +3343,15 @@ def as_bytes(output: Any, what: str) -> bytes:
         return bytes(memoryview(output))
     except TypeError:
         hint = ": it must not be async" if hasattr(output, "__await__") else ""
-        attempt(getattr(output, "close", lambda: None))  # else Python complains of a coroutine
+        # or Python warns that a coroutine was never awaited
+        attempt(getattr(output, "close", lambda: None))
         raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
 
 
 class Transforms:
-    """Call the class, with what it expects, and take what it gives for bytes.
+    """Call the class with the arguments that it expects, and convert its output to bytes.
 
-    Arguments go by position, since users name them as they like. What `path` looks like depends on
+    Arguments go by position, since users name their parameters freely. How `path` looks depends on
     the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely
     on it.
     """
@@ -3378,11 +3359,10 @@ class Transforms:
     def __init__(self, server: ETLServer, slots: Slots) -> None:
         self._server = server
         self._slots = slots
-        self._decodes = isinstance(server, FrameworkServer)
-        self._memory = memory_limit()
-        self._room = Room(WAITING_LIMIT_BYTES, self._memory)
-        # its own: a message may wait for an object that is read
-        self.message_room = Room(WAITING_LIMIT_BYTES, self._memory)
+        self._gets_decoded_path = isinstance(server, FrameworkServer)
+        self._room = Room()
+        # messages have room of their own: a message may wait for an object that is being read
+        self.message_room = Room()
 
     @property
     def mime_type(self) -> str:
@@ -3390,28 +3370,24 @@ class Transforms:
         value = self._server.get_mime_type()
         if not isinstance(value, str):
             raise TypeError(f"get_mime_type() returned {type(value).__name__!r}, not str")
-        return str.__str__(value)  # a plain one, whatever a subclass makes of itself
+        return str.__str__(value)  # plain, whatever a subclass of str overrides
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
-        """Read the whole object, wait for a slot, transform it."""
-        args = (self._path(request), request.etl_args)
-        size = source.stream.size
-        if source.path or (size is not None and size <= READ_BYTES):
-            data = source.path or source.stream.readall()
-            output = self._slots.run(self._server.transform, data, *args)
-        else:
-            output = self._run_large(source.stream, *args)
-        return as_bytes(output, "transform() returned")
+        """Read the whole object, wait for a slot, and transform it.
 
-    def _run_large(self, stream: ObjectStream, *args: str) -> Any:
-        """Read an object as there is memory for it; 413 where there never will be."""
-        if isinstance(stream, ReceivedObject):
-            return self._slots.run(stream.before(self._server.transform), stream.getvalue(), *args)
-        if stream.size is not None and stream.size > self._memory:
-            raise ObjectTooLarge(f"the object has {stream.size} bytes, more than the "
-                                 f"{self._memory} of the container's memory")
-        with WaitingBody(self._room, stream) as body:
-            return self._slots.run(body.before(self._server.transform), body.readall(), *args)
+        Raises ObjectTooLarge if the object cannot be held in memory.
+        """
+        stream, transform = source.stream, self._server.transform
+        args = (self._path(request), request.etl_args)
+        if source.path or (stream.size is not None and stream.size <= READ_BYTES):
+            output = self._slots.run(transform, source.path or stream.readall(), *args)
+        else:
+            if not isinstance(stream, ReceivedObject):
+                self._room.check(stream.size or 0)
+                stream = WaitingBody(self._room, stream).load()
+            with stream:
+                output = self._slots.run(stream.before(transform), stream.getvalue(), *args)
+        return as_bytes(output, "transform() returned")
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
         """Transform in pieces; raise at the end if the object was not read whole."""
@@ -3427,9 +3403,10 @@ class Transforms:
             self._server.close_reader(output)
 
     def _path(self, request: ETLRequest) -> str:
-        """The object's path as the base class of the SDK gives it."""
-        is_decoded = self._decodes or request.raw_path in ("/ws", "/download")
-        return request.path if is_decoded else request.raw_path
+        """Return the object's path in the form that the base class of the SDK gives."""
+        if self._gets_decoded_path or request.raw_path in ("/ws", "/download"):
+            return request.path
+        return request.raw_path
 
 
 # == 12. Stage 4, delivering ==
@@ -3841,118 +3818,6 @@ class Service:
 # serves a connection: the leader of the server, which must not wait, or a thread of its pool.
 
 
-class Next(enum.Enum):
-    """What a connection wants next: all that a server has to know of a protocol."""
-
-    READ = enum.auto()  # to be served by the leader once more has come
-    THREAD = enum.auto()  # to be served by a thread that may wait
-    PAUSE = enum.auto()  # nothing, until it asks again by itself
-    UPGRADE = enum.auto()  # to speak WebSocket from now on
-    LINGER = enum.auto()  # to be closed as soon as its client has stopped sending
-    CLOSE = enum.auto()
-    RESET = enum.auto()  # to be closed so that half an answer is not taken for a whole one
-    NOTHING = enum.auto()  # another thread serves it by now
-
-
-class Connection:
-    """One connection, served by one thread at a time.
-
-    Methods to override:  attend, work, dismiss, is_expired, expire; let_go, pause and close where
-    there is something to do
-
-    `attend` serves what has come and never waits; `work` serves and may wait. Both return what is
-    wanted next. What they raise ends the connection. Times are those of time.monotonic().
-    """
-
-    is_over = False  # whether it is to be ended by the next sweep, although nothing may have come
-
-    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
-        self.socket = connection
-        # The Server of section 16; the protocols use its service, application, settle, submit,
-        # sweep_soon, may_upgrade, is_crowded, is_draining, is_late, and count up its `turn` with
-        # each call of the class.
-        self.server = server
-        self.input = source
-        self.served = 0  # calls of the class, since the server last looked
-        self.since = time.monotonic()  # when it became idle, or the first byte of what is here came
-        self._calls_until = 0.0  # until when the thread that attends may call the class
-
-    def attend(self, now: float, may_call: bool) -> Next:
-        """Serve what has come without waiting; call the class only if `may_call`."""
-        raise NotImplementedError
-
-    def work(self) -> Next:
-        """Serve on, and wait for what that takes."""
-        raise NotImplementedError
-
-    def dismiss(self) -> bool:
-        """Tell whether the connection may be closed because the pod stops."""
-        raise NotImplementedError
-
-    def is_expired(self, now: float) -> bool:
-        """Tell whether it is over, or its client has let it wait for too long."""
-        raise NotImplementedError
-
-    def expire(self) -> Next:
-        """End it for that."""
-        return Next.CLOSE
-
-    def let_go(self) -> bool:
-        """Let go of the thread that attends; return True if another one may go on."""
-        self._calls_until = 0.0
-        return False
-
-    def pause(self) -> bool:
-        """Pause until it asks again; return False if it need not pause any more."""
-        return False
-
-    def fail(self, error: BaseException) -> Next:
-        """Tell how to end the connection, which has failed."""
-        level = logging.DEBUG if isinstance(error, OSError) else logging.ERROR
-        logger.log(level, "connection: %s", describe(error))
-        forget_traceback(error)
-        return Next.CLOSE
-
-    def close(self) -> None:
-        """Let go of what it holds; its server closes the socket."""
-
-    def receive(self) -> bool:
-        """Receive what has come, without waiting; return False at the connection's end."""
-        try:
-            return self.input.fill(socket.MSG_DONTWAIT)
-        except BlockingIOError:  # readable no more, or never was
-            return True
-
-
-class LingeringConnection(Connection):
-    """A connection whose last answer has left while its client may still send.
-
-    Closing it now would reset it, and the reset could take the answer from the client. So what
-    comes is read and forgotten for a while.
-    """
-
-    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
-        super().__init__(connection, server, source)
-        source.take(source.ahead)
-        self._bytes_left = LINGER_LIMIT_BYTES
-        self._deadline = self.since + DRAIN_SECONDS
-        attempt(connection.shutdown, socket.SHUT_WR)  # a client that is gone shows in `attend`
-
-    def attend(self, now: float, may_call: bool) -> Next:
-        """Read and forget what has come."""
-        is_open = self.receive()
-        self._bytes_left -= len(self.input.take(self.input.ahead))
-        return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
-
-    def dismiss(self) -> bool:
-        """Tell whether the client has stopped sending: AIStore never closes what has failed."""
-        return not is_ready(self.socket, select.POLLIN)
-
-    def is_expired(self, now: float) -> bool:
-        """Tell whether the client has gone on sending for too long."""
-        return now > self._deadline or self.server.is_late
-
-
 class Head(NamedTuple):
     """The head of a request, parsed; field names are in lower case."""
 
@@ -3963,7 +3828,7 @@ class Head(NamedTuple):
 
     @property
     def wants_close(self) -> bool:
-        """Whether the client will send nothing more on this connection."""
+        """Whether this is the last request of its connection (RFC 9112, 9.3)."""
         connection = self.fields.get("connection")
         if connection is None:
             return self.is_http_1_0
@@ -3971,11 +3836,12 @@ class Head(NamedTuple):
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
 
 
-UNKNOWN_HEAD = Head("", "", False, {})  # of a request that could not be parsed
+# of a request that could not be parsed: where the next one begins cannot be told
+UNKNOWN_HEAD = Head("unknown", "request", False, {"connection": "close"})
 
 
 def parse_head(data: bytes) -> Head:
-    """Parse the lines of a head; UnframedRequest for what is not plain HTTP/1."""
+    """Parse the lines of a head; raise UnframedRequest unless they are plain HTTP/1."""
     line, _, rest = data.decode("latin-1").partition("\r\n")
     if rest.count("\n") > HEAD_LIMIT_FIELDS:
         raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
@@ -3986,16 +3852,15 @@ def parse_head(data: bytes) -> Head:
     if major != "1":
         raise UnframedRequest(f"HTTP/{major}.{minor} is not spoken here", 505)
     fields = parse_fields(rest)
-    host = fields.get("host")
-    if host is None and minor != "0":
+    if "host" not in fields and minor != "0":
         raise UnframedRequest("the Host field is missing")
-    if host and not HOST.fullmatch(host):
+    if not HOST.fullmatch(fields.get("host", "")):
         raise UnframedRequest("the Host field is malformed")
     return Head(method, target, minor == "0", fields)
 
 
 def body_of(head: Head, source: ConnectionInput) -> MessageBody:
-    """Tell how a body ends (RFC 9112, 6.3); UnframedRequest if that is ambiguous."""
+    """Return a request's body (RFC 9112, 6.3); raise UnframedRequest if its end is ambiguous."""
     coding, length = head.fields.get("transfer-encoding"), head.fields.get("content-length")
     if coding is None:
         if length is None:
@@ -4012,50 +3877,44 @@ def body_of(head: Head, source: ConnectionInput) -> MessageBody:
 
 
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-METHOD_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?: |\Z)")
+METHOD_BEGINNING = re.compile(TOKEN + rb"(?: |\Z)")
 
 
 def check_partial_head(source: ConnectionInput) -> None:
-    """Raise UnframedRequest where what is here can never become a head, or is too long for one."""
+    """Raise UnframedRequest if the buffered bytes cannot become a head, or are too long for one."""
     if source.ahead >= HEAD_LIMIT_BYTES:
         is_in_request_line = source.find(b"\n", HEAD_LIMIT_BYTES) < 0
         raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
     beginning = source.peek(HEAD_LIMIT_BYTES)
     if BARE_LINE_FEED.search(beginning):
         raise UnframedRequest("a line of the head does not end in CRLF")
-    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):  # of TLS, for one
+    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):  # for example TLS
         raise UnframedRequest("this is not HTTP")
 
 
-# an answer's time as RFC 9110, 5.6.7 wants it, in any locale
+# seconds since the epoch in the form of RFC 9110, 5.6.7, in any locale
 http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
 
-@functools.lru_cache(maxsize=64)
-def status_line(status: int) -> str:
-    """Write an answer's first line, also for a status that a user's code made up."""
-    return f"HTTP/1.1 {int(status)} {http.client.responses.get(status, 'Unknown')}\r\n"
-
-
 @functools.lru_cache(maxsize=1024)
 def field_line(name: str, value: str) -> str:
-    """Write one header field; a value of user code's cannot break out of its line."""
+    """Write one header field; a value from a user's code cannot break out of its line."""
     return UNPRINTABLE.sub("?", f"{name}: {value}") + "\r\n"
 
 
 def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """Write an answer's head."""
-    lines = [field_line(name, value) for name, value in fields]
+    """Write the head of an answer; a user's code may have made up the status."""
+    reason = http.client.responses.get(status, "Unknown")
     date = http_date(int(time.time()))
-    return "".join([status_line(status), "Date: ", date, "\r\n", *lines, "\r\n"]).encode("latin-1")
+    lines = "".join(itertools.starmap(field_line, fields))
+    return f"HTTP/1.1 {int(status)} {reason}\r\nDate: {date}\r\n{lines}\r\n".encode("latin-1")
 
 
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
-    """Log what a request came to, and when it began by time.monotonic(); at DEBUG alone."""
+    """Log an answer at DEBUG; `began` is when the request came, by time.monotonic()."""
     milliseconds = 1000 * (time.monotonic() - began)
-    what = f"{method} {path}" if method else "no request"
-    logger.debug("%s: %d, %d bytes in %.1f ms", what, status, size, milliseconds)
+    logger.debug("%s %s: %d, %d bytes in %.1f ms", method, path, status, size, milliseconds)
 
 
 def log_cut(name: str, error: BaseException) -> None:
@@ -4072,14 +3931,14 @@ WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes
 
 
 def upgrade_answer(fields: Mapping[str, str]) -> Answer:
-    """Answer a handshake (RFC 6455, 4.2); RequestError if it is none or not for us."""
+    """Answer a handshake (RFC 6455, 4.2); raise RequestError if it cannot be accepted."""
     import binascii
     import hashlib
 
     upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-    words = {word.strip().lower() for word in fields.get("connection", "").split(",")}
+    options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
     protocols = {protocol.strip().lower() for protocol in fields.get("upgrade", "").split(",")}
-    if "websocket" not in protocols or "upgrade" not in words:
+    if "websocket" not in protocols or "upgrade" not in options:
         raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED, upgrade)
     if fields.get("sec-websocket-version") != "13":
         raise RequestError("only version 13 of WebSocket is spoken here",
@@ -4093,101 +3952,200 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
                   (*upgrade.items(), ("Sec-WebSocket-Accept", accept)))
 
 
+class Next(enum.Enum):
+    """What a connection wants next: all that a server has to know of a protocol."""
+
+    READ = enum.auto()  # to be served by the leader when it is readable
+    THREAD = enum.auto()  # to be served by a thread of the pool, which may wait
+    PAUSE = enum.auto()  # not to be served before it calls `settle` itself
+    UPGRADE = enum.auto()  # to become a connection of WebSocket
+    LINGER = enum.auto()  # to be closed when its client stops sending
+    CLOSE = enum.auto()
+    NOTHING = enum.auto()  # another thread serves it already
+
+
+class Connection:
+    """One connection, served by one thread at a time.
+
+    Methods to override:  attend, work, expire, dismiss; let_go, pause and close where the defaults
+    do not fit
+
+    `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
+    connection wants next. An exception ends the connection. Times are those of time.monotonic().
+    """
+
+    is_over = False  # whether the next sweep must end it, even if nothing more comes
+    is_cut = False  # whether an answer has begun that ends by the end of the connection
+    _serving = "connection"  # the name of the object that is being answered
+
+    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
+        self.socket = connection
+        # The Server of section 16. Protocols use its service, application, settle, submit,
+        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late, and add one to its `turn`
+        # for each call of the class within `attend`.
+        self.server = server
+        self.input = source
+        self.since = time.monotonic()  # when it became idle, or the first buffered byte came
+        self._calls_until = 0.0  # until when the thread that attends may call the class
+
+    def attend(self, now: float, may_call: bool) -> Next:
+        """Serve what has come without waiting; call the class only if `may_call`."""
+        raise NotImplementedError
+
+    def work(self) -> Next:
+        """Serve what has come, and wait where that is necessary."""
+        raise NotImplementedError
+
+    def expire(self, now: float) -> Next:
+        """End the connection if it is over or its client has taken too long; READ otherwise."""
+        raise NotImplementedError
+
+    def dismiss(self) -> bool:
+        """Return whether the connection may be closed because the pod stops."""
+        raise NotImplementedError
+
+    def let_go(self) -> bool:
+        """Call the class no more in this turn; return whether another thread can go on now."""
+        self._calls_until = 0.0
+        return False
+
+    def pause(self) -> bool:
+        """Return whether the connection still has to pause."""
+        return False
+
+    def fail(self, error: BaseException) -> Next:
+        """Log an error of serving; return how the connection ends."""
+        if isinstance(error, OSError):  # the client's doing
+            logger.debug("%s: %s", self._serving, error)
+        else:
+            log_cut(self._serving, error)
+        forget_traceback(error)
+        return Next.CLOSE
+
+    def close(self) -> None:
+        """Release what the connection holds; the server closes the socket."""
+
+    def receive(self) -> bool:
+        """Receive what has come, without waiting; return False at the connection's end."""
+        try:
+            return self.input.fill(socket.MSG_DONTWAIT)
+        except BlockingIOError:  # the selector may report a socket that has nothing to read
+            return True
+
+
+class LingeringConnection(Connection):
+    """A connection whose last answer has been sent while its client may still send.
+
+    Closing it at once would reset it, and the client might lose the answer. So incoming bytes are
+    read and discarded for a while.
+    """
+
+    def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
+        super().__init__(connection, server, source)
+        source.take(source.ahead)
+        self._bytes_left = LINGER_LIMIT_BYTES
+        self._deadline = self.since + DRAIN_SECONDS
+        with contextlib.suppress(OSError):  # `attend` finds out that the client is gone
+            connection.shutdown(socket.SHUT_WR)
+
+    def attend(self, now: float, may_call: bool) -> Next:
+        """Read and discard what has come."""
+        is_open = self.receive()
+        self._bytes_left -= len(self.input.take(self.input.ahead))
+        return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
+
+    def expire(self, now: float) -> Next:
+        """Close the connection if the client goes on sending for too long."""
+        return Next.CLOSE if now > self._deadline or self.server.is_late else Next.READ
+
+    def dismiss(self) -> bool:
+        """Return whether the client sends nothing now: AIStore never closes what has failed."""
+        return not is_ready(self.socket, select.POLLIN)
+
+
 HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
 
 
-class Framed(NamedTuple):
-    """A request whose head is here, and what it asks for or its answer."""
+class HTTPRequest(NamedTuple):
+    """A request whose head has come.
+
+    `asked` is the object that it asks for, its answer if that is known already, or a call of the
+    class's WSGI application.
+    """
 
     head: Head
     body: MessageBody
-    asked: Union[ETLRequest, Answer, Callable[[MessageBody], Answer]]  # the last of an application
+    asked: Union[ETLRequest, Answer, Callable[[MessageBody], Answer]]
 
 
 class HTTPConnection(Connection):
-    """A connection of HTTP/1.1, and 1.0.
+    """A connection of HTTP/1.1 or 1.0.
 
-    `BaseHTTPRequestHandler`'s parser is not used: it is lenient where two readers could differ on
+    `BaseHTTPRequestHandler`'s parser is not used: it is lenient where two readers could disagree on
     where a request ends.
     """
 
     def __init__(self, connection: socket.socket, server: Any) -> None:
         super().__init__(connection, server, ConnectionInput(connection))
-        self._waits = False  # whether the thread that serves it may wait
-        self._todo: Optional[Framed] = None  # a request that waits for a thread
-        # of an answer, what the leader could not send without waiting
-        self._unsent: Sequence[Any] = ()
-        self._wish = Next.READ  # what is to become of the connection once all is sent
-        self._is_cut = False  # whether an answer has begun whose end only the connection's can tell
-        self._serving = "connection"  # the object of the request that is being answered
-        self._size = 0  # of the answer's body, as far as it was sent
+        self._may_wait = False  # whether a thread of the pool serves it, and not the leader
+        self._todo: Optional[HTTPRequest] = None  # a request that is not yet answered
+        self._unsent: Sequence[Any] = ()  # parts that the leader could not send without waiting
+        self._wish = Next.READ  # what the connection wants when all is sent
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         set_timeout(connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
         set_timeout(connection, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
 
     def attend(self, now: float, may_call: bool) -> Next:
-        """Serve the requests that have come, as far as nothing has to be waited for."""
+        """Answer the requests that have come, up to the first that must wait for something."""
         if not self.input.ahead:
             self.since = now
         if not self.receive():
             return Next.CLOSE
-        self._waits, self._calls_until = False, now + TURN_SECONDS if may_call else 0.0
+        self._may_wait, self._calls_until = False, now + TURN_SECONDS if may_call else 0.0
         return self._serve_all()
 
     def work(self) -> Next:
-        """Send the rest of an answer, then serve the requests that are here."""
-        self._waits = True
+        """Send the rest of an answer, then answer the requests that have come."""
+        self._may_wait = True
         unsent, self._unsent = self._unsent, ()
         send_parts(self.socket, unsent)
         return self._serve_all()
 
-    def dismiss(self) -> bool:
-        """Tell whether no request has begun to come."""
-        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
-
-    def is_expired(self, now: float) -> bool:
-        """Tell whether the client has taken too long."""
-        limit = HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS
-        return now - self.since > limit
-
-    def expire(self) -> Next:
-        """Answer a head that did not come whole in time; close what is idle."""
+    def expire(self, now: float) -> Next:
+        """Close an idle connection, or answer 408 to a part of a head, when its time is over."""
+        if now - self.since <= (HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS):
+            return Next.READ
         if not self.input.ahead:
             return Next.CLOSE
         error = UnframedRequest(f"the head took more than {HEAD_TIMEOUT_SECONDS:.0f} s", 408)
-        self._waits, self._todo = False, self._refused(error)
+        self._may_wait, self._todo = False, self._refused(error)
         return self._serve_all()
 
-    def fail(self, error: BaseException) -> Next:
-        """Log what went wrong; a stream without chunks must end by a reset."""
-        if isinstance(error, OSError):
-            logger.debug("%s: %s", self._serving, error)
-        else:
-            log_cut(self._serving, error)
-        forget_traceback(error)
-        return Next.RESET if self._is_cut else Next.CLOSE
+    def dismiss(self) -> bool:
+        """Return whether no request has begun to come."""
+        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
     def _serve_all(self) -> Next:
-        """Serve the requests that are here, one after the other, as far as this thread may."""
+        """Answer the requests that have come, one by one; the leader stops before it must wait."""
         while self._wish is Next.READ and not self._unsent:
-            framed = self._todo or (self._next_request() if self.input.ahead else None)
-            if framed is None:
+            request = self._todo or (self._next_request() if self.input.ahead else None)
+            if request is None:
                 break
-            self._todo = framed
-            if self._waits:
-                self._respond(framed)
-            elif not self._serve_at_once(framed):
+            self._todo = request
+            if self._may_wait:
+                self._respond(request)
+            elif not self._respond_at_once(request):
                 return Next.THREAD
             self._todo = None
         return Next.THREAD if self._unsent else self._wish
 
     # -- reading --
 
-    def _next_request(self) -> Optional[Framed]:
-        """Take the next request from what is here; None where its head is not here as a whole."""
+    def _next_request(self) -> Optional[HTTPRequest]:
+        """Take the next request from the buffer; return None if its head is not complete."""
         source = self.input
-        # an empty line before a request is to be skipped (RFC 9112, 2.2)
+        # an empty line before a request is skipped (RFC 9112, 2.2)
         while source.find(b"\r\n", 2) == 0:
             source.take(2)
         try:
@@ -4200,22 +4158,27 @@ class HTTPConnection(Connection):
             body = body_of(head, source)
         except UnframedRequest as error:
             return self._refused(error)
-        # a client may wait to be told to send its body (RFC 9110, 10.1.1)
+        # the client may wait for an invitation to send the body (RFC 9110, 10.1.1)
         expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
-        source.invite = self._send_continue if expects and not source.ahead else None
+        source.invite = None
+        if expects and not source.ahead:
+            source.invite = functools.partial(self._send, b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            return Framed(head, body, self._understand(head, body))
+            return HTTPRequest(head, body, self._understand(head, body))
         except RequestError as error:
-            return Framed(head, body, error_answer(error.status, str(error), error.headers))
+            return HTTPRequest(head, body, error_answer(error.status, str(error), error.headers))
 
-    def _refused(self, error: UnframedRequest) -> Framed:
-        """Make what stands for a request that cannot be framed; nothing behind it can be read."""
-        logger.warning("request of %s: %s", attempt(self.socket.getpeername).value, error)
+    def _refused(self, error: UnframedRequest) -> HTTPRequest:
+        """Return a stand-in for a request that cannot be framed, and log the error."""
+        client: Any = None
+        with contextlib.suppress(OSError):  # the client may be gone
+            client = self.socket.getpeername()
+        logger.warning("request of %s: %s", client, error)
         answer = error_answer(error.status, str(error), error.headers)
-        return Framed(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
+        return HTTPRequest(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
 
     def _understand(self, head: Head, body: MessageBody) -> Any:
-        """Tell what a request asks for, or answer it if the class is not needed for that."""
+        """Return what a request asks for, or its answer if that does not take the class."""
         if self.server.application is not None:
             asked = self.server.application.asked(head, self.socket)
             if asked is not None:
@@ -4235,122 +4198,110 @@ class HTTPConnection(Connection):
 
     # -- answering --
 
-    def _serve_at_once(self, framed: Framed) -> bool:
-        """Answer a request without waiting; return False if something is missing."""
-        _, body, asked = framed
+    def _respond_at_once(self, request: HTTPRequest) -> bool:
+        """Answer a request on the leader; return False if that would have to wait."""
+        body, asked = request.body, request.asked
         if body.size is None or body.size > self.input.ahead:
             return False
         if isinstance(asked, Answer):
-            self._respond(framed)
+            self._respond(request)
             return True
         may_call = body.size <= READ_BYTES and time.monotonic() <= self._calls_until
         if not may_call or not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
-        loaded = self.server.service.load(asked) if asked.fqn else None
-        if loaded is None and (asked.fqn or asked.method != "PUT"):
+        loaded = None
+        if asked.fqn:
+            loaded = self.server.service.load(asked)
+            if loaded is None:
+                return False
+        elif asked.method != "PUT":
             return False
-        self._respond(framed, loaded)
-        self.served += 1
+        self._respond(request, loaded)
         self.server.turn += 1
         return True
 
-    def _respond(self, framed: Framed,
+    def _respond(self, request: HTTPRequest,
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
-        """Answer one request, for an object that was `loaded` already or with its body."""
-        head, body, answer = framed
-        self._size, began = 0, time.monotonic()
-        if isinstance(answer, ETLRequest):
-            self._serving = answer.name
-            answer = self.server.service.answer(*(loaded or (answer, body)))
-        elif not isinstance(answer, Answer):
+        """Answer one request; its object is `loaded`, or else the body or another source."""
+        (head, body, asked), began = request, time.monotonic()
+        if isinstance(asked, ETLRequest):
+            self._serving = asked.name
+            answer = self.server.service.answer(*(loaded or (asked, body)))
+        else:
             self._serving = head.target.partition("?")[0]
-            answer = answer(body)
-        try:
-            with answer:
-                if isinstance(answer.body, bytes) and not body.is_at_end:
-                    self._drain(body)
-                keeps = self._keeps(answer, head, body)
-                self._write(answer, head, keeps)
-                keeps = keeps and body.is_at_end  # an application may have left some of it
-        finally:
-            if logger.isEnabledFor(logging.DEBUG):
-                path = head.target.partition("?")[0]
-                log_request(head.method, path, answer.status, self._size, began)
+            answer = asked if isinstance(asked, Answer) else asked(body)
+        with answer:
+            if isinstance(answer.body, bytes) and not body.is_at_end:
+                self._drain(body)
+            keeps = self._keeps(answer, head, body)
+            size = self._write(answer, head, keeps)
+        if logger.isEnabledFor(logging.DEBUG):
+            log_request(head.method, self._serving, answer.status, size, began)
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._wish = Next.UPGRADE
-        elif not keeps:
+        elif not (keeps and body.is_at_end):  # an application may have left some of the body
             has_all = body.is_at_end and head is not UNKNOWN_HEAD
             self._wish = Next.CLOSE if has_all else Next.LINGER
 
     def _drain(self, body: MessageBody) -> None:
-        """Read what an error has left of a small body."""
-        self.input.invite, waits = None, self.input.invite is not None
-        if waits or (body.size or 0) > DRAIN_LIMIT_BYTES:
+        """Discard the rest of a small body after an error, so that the connection can be kept."""
+        if self.input.invite is not None or (body.size or 0) > DRAIN_LIMIT_BYTES:
             return
         set_timeout(self.socket, socket.SO_RCVTIMEO, DRAIN_SECONDS)
-        attempt(body.drain, DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
+        with contextlib.suppress(RequestError):  # the body remembers it
+            body.drain(DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
         set_timeout(self.socket, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
 
     def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
-        """Tell whether the connection can serve another request after this answer.
+        """Return whether the connection can serve another request after this answer.
 
-        Where a body was not read to its end, an error was found before: rather than reading on, a
-        whole object perhaps, or guessing whether a client that waits for "100 Continue" will still
-        send it (RFC 9110, 10.1.1), we close.
+        A body that was not read to its end belongs to an early error. Then the connection ends:
+        the rest may be a whole object, and a client that expects "100 Continue" may or may not
+        send it (RFC 9110, 10.1.1).
         """
-        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
-            return True
-        if head is UNKNOWN_HEAD or head.wants_close:
-            return False
-        if self.server.is_draining:
+        is_upgrade = answer.status == HTTPStatus.SWITCHING_PROTOCOLS
+        if head.wants_close or (self.server.is_draining and not is_upgrade):
             return False
         if isinstance(answer.body, bytes):
             return body.is_at_end and body.failure is None
         return not head.is_http_1_0  # a stream reads the body to its end, or is cut
 
-    def _write(self, answer: Answer, head: Head, keeps: bool) -> None:
-        """Send an answer, whose head tells the client whether the connection can be used again.
+    def _write(self, answer: Answer, head: Head, keeps: bool) -> int:
+        """Send an answer; return the number of bytes in its body.
 
-        A body in pieces that fails shows by the missing last chunk, or by a reset.
+        If a body in pieces fails, the client sees that the last chunk is missing, or a reset.
         """
         is_chunked = answer.is_open and not head.is_http_1_0
         fields = [*answer.headers, *answer.framing(is_chunked)]
         if not keeps or head.is_http_1_0:
             fields.append(("Connection", "keep-alive" if keeps else "close"))
         text, last = answer_head(answer.status, fields), b"0\r\n\r\n" if is_chunked else b""
+        size = 0
         if head.method == "HEAD":
             self._send(text)
         elif isinstance(answer.body, bytes):
-            self._size = len(answer.body)
+            size = len(answer.body)
             self._send(text, last or answer.body)
         else:
-            # which cannot come within the answer
-            self.input.send_invitation()
-            self._is_cut = not is_chunked
-            self._send_pieces(text, answer.body, last)
-            self._is_cut = False
-
-    def _send_pieces(self, text: bytes, pieces: Iterable[bytes], last: bytes) -> None:
-        """Send a head, and pieces of a body as they come; in chunks, if there is to be a last."""
-        for piece in pieces:
-            self._size += len(piece)
-            size = b"%x\r\n" % len(piece) if last else b""
-            self._send(text + size, piece, b"\r\n" if last else b"")
-            text = b""
-        if text or last:
+            self.input.send_invitation()  # it cannot come within the answer
+            self.is_cut = not is_chunked
+            for piece in answer.body:
+                size += len(piece)
+                chunk = (b"%x\r\n" % len(piece), piece, b"\r\n") if is_chunked else (piece,)
+                self._send(text, *chunk)
+                text = b""
             self._send(text, last)
+            self.is_cut = False
+        return size
 
     def _send(self, *parts: bytes) -> None:
-        """Send parts; on the thread that leads, what the client takes without waiting."""
-        if self._waits:
+        """Send parts; the leader sends only what the client takes without waiting."""
+        if self._may_wait:
             return send_parts(self.socket, parts)
         try:
             self._unsent = send_some(self.socket, parts, socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._unsent = parts
-
-    def _send_continue(self) -> None:
-        self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 # == 15. WebSocket: one connection ==
@@ -4636,12 +4587,7 @@ class MessageReader:
         if frame.opcode == OP_CONTINUATION:
             raise MessageError("there is no message to be continued")
         stream = MessageStream(self._source, frame, self._take_control, self._room.check)
-        waiting = WaitingBody(self._room, stream)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(waiting.close)
-            received = ReceivedObject(waiting.readall(), waiting.close)
-            on_failure.pop_all()
-        return received
+        return WaitingBody(self._room, stream).load()
 
     def _take_control(self, opcode: int, payload: bytes) -> None:
         """Answer a ping; a close frame ends all, and a pong says nothing to us."""
@@ -4912,15 +4858,13 @@ class WebSocketConnection(Connection):
         self._flush(socket.MSG_DONTWAIT)
         return True
 
-    def is_expired(self, now: float) -> bool:
-        """Tell whether it is over, or the client has paused too long within an object."""
-        return self.is_over or (self._is_within_object and now - self.since > BODY_PAUSE_SECONDS)
-
-    def expire(self) -> Next:
-        """End the connection for that."""
+    def expire(self, now: float) -> Next:
+        """End a connection that is over, or whose client has paused too long within an object."""
         if self.is_over:
             return self._finish(())
-        return self._finish(self._ending_for(ShortBody("a message paused for too long")))
+        if self._is_within_object and now - self.since > BODY_PAUSE_SECONDS:
+            return self._finish(self._ending_for(ShortBody("a message paused for too long")))
+        return Next.READ
 
     def fail(self, error: BaseException) -> Next:
         """End the connection; what it has taken is answered before."""
@@ -5042,7 +4986,6 @@ class WebSocketConnection(Connection):
             self._flush()
         else:
             self._size += sum(len(reply.data) for reply in replies)
-            self.served += 1
             self.server.turn += 1
 
     def _go_on(self) -> None:
@@ -5104,12 +5047,11 @@ class WebSocketConnection(Connection):
 
 # == 16. Server ==
 # A listening socket, its connections of both protocols, and a pool of threads. One thread leads: it
-# waits for all connections together and serves what is quick where it stands. What would wait, the
-# pool serves.
+# selects over all connections, and serves what is quick itself. The pool serves what must wait.
 
 
 class ThreadPool:
-    """Threads that are made as needed, up to a limit, and kept until the process ends.
+    """Threads that are started as needed, up to a limit, and kept until the process ends.
 
     A job is a function and its argument; it must not raise.
     """
@@ -5119,11 +5061,11 @@ class ThreadPool:
         self._jobs: queue.SimpleQueue[Tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
-        self._is_short = False  # whether the system had no other thread when one was asked for
-        self.busy = 0  # jobs that are begun or wait
+        self._is_short = False  # whether the last thread could not be started
+        self.busy = 0  # jobs that run or wait
 
     def submit(self, function: Callable[[Any], None], argument: Any) -> None:
-        """Take a job; RuntimeError where there is no thread at all and none can be started."""
+        """Take a job; raise RuntimeError if there is no thread and none can be started."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
                 self._start_thread()
@@ -5132,19 +5074,20 @@ class ThreadPool:
 
     def _start_thread(self) -> None:
         """Start another thread; if the system has none left, the others do its work."""
-        thread = threading.Thread(target=self._serve, name="etl", daemon=True)
-        error = attempt(thread.start).error
-        if error is None:
+        try:
+            threading.Thread(target=self._serve, name="etl", daemon=True).start()
+        except (RuntimeError, MemoryError) as error:
+            if not self._is_short:
+                logger.error("%d threads serve connections, and another cannot be started: %s",
+                             self._threads, error)
+            self._is_short = True
+            if not self._threads:
+                raise
+        else:
+            self._is_short = False
             self._threads += 1
-        elif not self._is_short:
-            logger.error("%d threads serve connections, and another cannot be started: %s",
-                         self._threads, error)
-        self._is_short = error is not None
-        if error is not None and not self._threads:
-            raise error
 
     def _serve(self) -> None:
-        """Do one job after the other, forever."""
         while True:
             error = attempt(*self._jobs.get()).error
             if error is not None:
@@ -5155,27 +5098,27 @@ class ThreadPool:
 
 
 class Waker:
-    """Wakes the thread that waits for `readable`, from other threads and by signals.
+    """Wakes the thread that selects on `readable`, from other threads and by signals.
 
-    The interpreter runs handlers on the main thread alone, which may wait for a lock just then and
-    not hear of a signal that another thread has taken. So the signal's number goes down the pipe
-    that is waited for.
+    The interpreter runs signal handlers on the main thread alone, which may be computing or waiting
+    for a lock. So the interpreter also writes the signal's number to a socket, which the selecting
+    thread reads.
     """
 
     def __init__(self) -> None:
         self.readable, self._writable = socket.socketpair()
         self.readable.setblocking(False)
         self._writable.setblocking(False)
-        self.signals: FrozenSet[int] = frozenset()  # none, once they are no business of this one
-        self._forking = threading.local()  # the signals that a thread had masked before it forked
+        self.signals: FrozenSet[int] = frozenset()  # that `take` looks for
+        self._forking = threading.local()  # the signals that a thread had blocked before its fork
 
     def wake(self) -> None:
         """Wake the thread."""
-        with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+        with contextlib.suppress(BlockingIOError):  # many wake-ups wait already
             self._writable.send(b"\0")
 
     def wake_on(self, signals: Iterable[int], handle: Callable[[], None]) -> None:
-        """Have signals wake the thread, and be handled. Call it on the main thread."""
+        """Have signals wake the thread and call `handle`; for the main thread only."""
         self.signals = frozenset(signals)
         signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
         for number in signals:
@@ -5183,11 +5126,11 @@ class Waker:
         os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
                             after_in_child=self._leave)
 
-    # What a process gets that the class has forked is for that, from its first moment on: signals
-    # wait until it has let go.
+    # A signal to a process that the class has forked must not stop this one. So signals are blocked
+    # during a fork, until the child has default handlers and no longer writes to the socket.
 
     def _before_fork(self) -> None:
-        # before a handler of the class can raise
+        # two calls: a handler of the class may raise within the second
         self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
@@ -5201,25 +5144,26 @@ class Waker:
         self._after_fork()
 
     def take(self) -> bool:
-        """Take the wake-ups; return True if a signal was among them."""
+        """Take the wake-ups; return whether one of the signals was among them."""
         try:
-            came = self.readable.recv(READ_BYTES)
-        except BlockingIOError:  # a thread that led before was faster
+            numbers = self.readable.recv(READ_BYTES)
+        except BlockingIOError:  # a former leader has taken them
             return False
-        return bool(self.signals.intersection(came))  # users have alarms, which come here too
+        return bool(self.signals.intersection(numbers))  # a class may use other signals
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """Serve the connections of a listening socket; idle ones hold no thread.
 
     The thread of `serve_forever` leads: it selects over the listener and all connections, and
-    serves them by `attend`. A connection that would have to wait goes to a thread of the pool,
-    which serves it by `work` and registers it again. The leader cannot know which calls of the
-    class are quick, so a deputy watches it: where one thing holds it up for `LEAD_SECONDS`, the
-    deputy leads, calling no class, until the leader is back.
+    serves them by `attend`. A connection that must wait goes to a thread of the pool, which serves
+    it by `work` and then registers it with the selector again. Calls of the class may turn out to
+    be slow. So a deputy watches the leader: when one thing has held the leader up for
+    `LEAD_SECONDS`, the deputy leads, without calling the class, until the leader is back.
 
-    Where the class must be called on the main thread, that one leads, and makes the calls of other
-    threads in between.
+    If the class must be called on the main thread, that thread leads, and makes the calls of other
+    threads between its turns. A *turn* serves one connection or makes one such call. A *term* is
+    the time in which one thread leads; a thread whose term is over begins no turn.
     """
 
     def __init__(self, listener: socket.socket, service: Service,
@@ -5227,78 +5171,72 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], cast(Any, None))
         self.service = service
         self.application: Any = None  # a WSGIApplication, if the class has one
-        # Whether the pod stops: what has begun to come is answered, and nothing more.
-        self.is_draining = False
-        self.is_late = False  # whether clients that still send are not waited for any more
+        self.is_draining = False  # whether the pod stops, and only begun requests are answered
+        self.is_late = False  # whether a client that still sends is no longer waited for
         self.connections: Set[Connection] = set()
+        self.ready: Callable[[], object] = lambda: None  # called before the first request
+        # ends the process if the main thread is still held up at the end
+        self.leave: Callable[[], object] = lambda: None
         self._listener: Optional[socket.socket] = listener
-        self._main = main_thread
+        self._main = main_thread or MainThread()  # the thread that calls `serve_forever`
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
         self.submit = self._pool.submit
         self._share = Current.share or Share.allot(1)[0]
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
-        self._patience = SWEEP_SECONDS  # for something to do, before the leader looks at the time
+        self._patience = SWEEP_SECONDS  # between two sweeps
         self._next_sweep = 0.0
         self._drain_began = 0.0
-        self._is_busy = threading.Event()  # whether the leader has something to do
-        self._has_ended = False  # whether `serve_forever` is done
-        self._lock = threading.Lock()  # of the selector and of the three below:
-        self._term = 0  # goes up with each change of the leader
-        self._is_in_turn = False  # whether the leader does something that may take long
-        self._current: Optional[Connection] = None  # what it serves
-        self.turn = 0  # goes up with each thing that the leader does
-        self.ready: Callable[[], object] = lambda: None  # called before the first request
-        # ends a process whose main thread is still held up then
-        self.leave: Callable[[], object] = lambda: None
+        self._is_busy = threading.Event()  # set while the leader is not selecting
+        self._has_ended = False  # whether `serve_forever` has returned
+        # guards the selector and the four below
+        self._lock = threading.RLock()
+        self._term = 0  # counts the changes of the leader
+        self._is_in_turn = False
+        self._current: Optional[Connection] = None  # the connection that the leader serves
+        self.turn = 0  # counts turns, and calls of the class within them
 
     # -- the lead --
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Lead the server until `drain`, then until what has begun is answered."""
-        self._publish()  # that it is there: its first connection may be the last of all workers'
+        """Lead the server until `drain`, then until all begun requests are answered."""
+        self._publish()  # a worker that seems absent would leave its first connection to others
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
         self.ready()
         listener = cast(socket.socket, self._listener)
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
-        main_thread = self._main_here()
-        if main_thread is not None:
-            main_thread.wake = self._waker.wake
-        may_call = main_thread is self._main and not self.service.is_streaming
-        attempt(threading.Thread(target=self._watch, name="deputy", daemon=True).start)
-        while not (self._drain_began and self._is_done):
-            self._lead(self._take_lead(), may_call, self._is_busy)
-            while main_thread is not None and main_thread.calls:
-                main_thread.make_call()
+        self._main.wake = self._waker.wake
+        with contextlib.suppress(RuntimeError):  # without a deputy, a slow call holds all up
+            threading.Thread(target=self._watch, name="deputy", daemon=True).start()
+        while not self._is_done:
+            self._lead(self._take_lead())
+            while self._main.calls:  # the deputy leads meanwhile
+                self._main.make_call()
         self._has_ended = True
-
-    def _main_here(self) -> Optional[MainThread]:
-        """Return the main thread's calls if this is the thread that makes them."""
-        return self._main if self._main is not None and self._main.is_here else None
 
     @property
     def _is_done(self) -> bool:
-        """Whether the server, which drains, has drained or has no time left for that."""
-        if self._listener is None and not self.connections:
-            return True
-        return time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
+        """Whether the server has drained, or has no time left for that."""
+        if not self._drain_began:
+            return False
+        has_drained = self._listener is None and not self.connections
+        return has_drained or time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
 
     def _take_lead(self) -> int:
-        """Lead, on the thread of `serve_forever`; return the term."""
-        with self._lock:
-            term = self._change_leader()
-        self._waker.wake()  # the deputy is to watch again
-        return term
+        """Make the calling thread the leader; return its term.
 
-    def _change_leader(self) -> int:
-        """Begin another term, under the lock; what the leader serves just now stays its own."""
-        if self._current is not None:
-            self._selector.unregister(self._current.socket)
-        self._is_in_turn, self._current = False, None
-        self._term += 1
-        return self._term
+        A connection that the former leader serves just now stays with that thread.
+        """
+        with self._lock:
+            if self._current is not None:
+                self._selector.unregister(self._current.socket)
+            self._is_in_turn, self._current = False, None
+            self._term += 1
+            term = self._term
+        self._waker.wake()  # a deputy that leads notices that its term is over
+        return term
 
     def _watch(self) -> None:
         """Be the deputy: lead whenever one thing holds the leader up."""
@@ -5310,54 +5248,60 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 if not self._is_in_turn or self.turn != turn:
                     continue
                 held = self._current
-                term = self._change_leader()
+                term = self._take_lead()
                 self._pace.hand_over(LEAD_SECONDS, time.monotonic())
                 goes_on = held is not None and held.let_go()  # before its turn can end
             if goes_on:
                 self.settle(cast(Connection, held), Next.THREAD)
-            error = attempt(self._lead, term, False, threading.Event()).error
+            error = attempt(self._lead, term, True).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)
-            if self._drain_began and self._is_done:
-                time.sleep(10 * LEAD_SECONDS)  # the leader may just be on its way
+            if self._is_done:
+                time.sleep(10 * LEAD_SECONDS)  # the leader may be about to return
                 if not self._has_ended:
                     self.leave()
 
-    def _lead(self, term: int, may_call: bool, is_busy: threading.Event) -> None:
-        """Serve what is readable, until another thread has the lead or all is over.
+    def _lead(self, term: int, is_deputy: bool = False) -> None:
+        """Serve what is readable until the term is over or the server is done.
 
-        The class is called only if it may be: whoever calls it must be watched, by `is_busy`.
+        The deputy does not call the class, since nobody watches the deputy.
         """
-        main_thread = self._main_here()
-        while self._term == term and not (self._drain_began and self._is_done):
+        calls = () if is_deputy else self._main.calls
+        is_busy = threading.Event() if is_deputy else self._is_busy
+        while self._term == term:
             is_busy.clear()
-            has_calls = main_thread is not None and main_thread.calls
-            ready = self._selector.select(0 if has_calls else self._patience)
+            events = self._selector.select(0 if calls else self._patience)
             is_busy.set()
-            for key, _ in ready:
-                if key.data and not self._serve(key.data, term, may_call):
+            looks_around = time.monotonic() >= self._next_sweep
+            for key, _ in events:
+                if key.data is None:  # the listener or the waker
+                    looks_around = True
+                elif not self._serve(key.data, term, not is_deputy):
                     return
-            if main_thread is not None and main_thread.calls:
-                if not self._take_turn(None, term, main_thread.make_call):
+            if calls and not self._take_turn(None, term, self._main.make_call):
+                return
+            if looks_around:
+                self._look_around(events, term)
+                if self._is_done:
                     return
-            self._look_around(ready, term)
 
     def _serve(self, connection: Connection, term: int, may_call: bool) -> bool:
         """Serve a readable connection and note the pace; return False if the lead is lost."""
-        began = time.monotonic()
-        may_call = may_call and self._pace.is_quick(began)
+        began, turn = time.monotonic(), self.turn + 1
+        may_call = may_call and not self.service.is_streaming and self._pace.is_quick(began)
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
-        if connection.served and has_lead:
+        calls = self.turn - turn  # the leader alone counts them, and only where it may call
+        if may_call and has_lead and calls:
             now = time.monotonic()
-            self._pace.note((now - began) / connection.served, now)
-        connection.served = 0
+            self._pace.note((now - began) / calls, now)
         return has_lead
 
     def _take_turn(self, connection: Optional[Connection], term: int, serve: Callable[..., Any],
                    *args: Any) -> bool:
-        """Serve a registered connection and settle it, or do what has none.
+        """Call `serve` for a registered connection, or for none; return False if the lead is lost.
 
-        Returns False if the lead is lost, without having done it if it was lost before.
+        Does nothing if the lead was lost before. If it is lost meanwhile, the connection is no
+        longer registered, and this thread settles it.
         """
         with self._lock:
             if self._term != term:
@@ -5376,7 +5320,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return has_lead
 
     def _wish_after(self, connection: Connection, serve: Callable[..., Next], *args: Any) -> Next:
-        """Serve a connection and return its wish, or how it ends if that fails."""
+        """Serve a connection; return what it wants next, or how it ends if serving fails."""
         try:
             wish = serve(*args)
         except Exception as error:
@@ -5387,18 +5331,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     # -- connections --
 
-    def _add(self, connection: socket.socket) -> None:
-        """Serve a connection of HTTP."""
-        made, error = attempt(HTTPConnection, connection, self)
-        if error is not None:
-            logger.debug("a connection was gone at once: %s", error)
-            return connection.close()
-        self.connections.add(cast(Connection, made))
-        self._publish()
-        self.settle(cast(Connection, made), Next.READ)
-
     def settle(self, connection: Connection, wish: Next) -> None:
-        """Do with a connection what it wants; it must not be registered."""
+        """Do what a connection wants; it must not be registered with the selector."""
         if wish is Next.READ:
             connection.since = time.monotonic()
             with self._lock:
@@ -5406,31 +5340,37 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             if connection.is_over:
                 self.sweep_soon()
         elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
-            if attempt(self.process_request, connection, None).error is not None:
-                self._close(connection)  # there is no thread: its client tries again
-        elif wish is Next.UPGRADE:
-            self._replace(connection, WebSocketConnection)
-        elif wish is Next.LINGER:
-            self._replace(connection, LingeringConnection)
-        elif wish in (Next.CLOSE, Next.RESET):
-            self._close(connection, is_reset=wish is Next.RESET)
+            try:
+                self.process_request(connection, None)
+            except (RuntimeError, MemoryError):  # there is no thread: the client tries again
+                self._close(connection)
+        elif wish in (Next.UPGRADE, Next.LINGER):
+            # a client must not see the end of WebSocket before the supervisor hears of it
+            connection.close()
+            kind = WebSocketConnection if wish is Next.UPGRADE else LingeringConnection
+            successor = kind(connection.socket, self, connection.input)
+            self.connections.add(successor)
+            self.connections.discard(connection)
+            self.settle(successor, Next.THREAD if successor.input.ahead else Next.READ)
+        elif wish is Next.CLOSE:
+            self._close(connection)
 
-    def _replace(self, connection: Connection, kind: Type[Connection]) -> None:
-        """Go on with a connection as one of another kind."""
-        connection.close()  # the supervisor hears of that before the client
-        successor = kind(connection.socket, self, connection.input)
-        self.connections.add(successor)
-        self.connections.discard(connection)
-        self.settle(successor, Next.THREAD if successor.input.ahead else Next.READ)
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a thread of the pool serve a connection."""
+        self.submit(self._work, request)
 
-    def _close(self, connection: Connection, is_reset: bool = False) -> None:
-        """Close a connection, by a reset if half an answer could look like a whole one."""
+    def _work(self, connection: Connection) -> None:
+        self.settle(connection, self._wish_after(connection, connection.work))
+
+    def _close(self, connection: Connection) -> None:
+        """Close a connection, by a reset if a cut answer could be taken for a whole one."""
         connection.close()
         self.connections.discard(connection)
         self._publish()
-        if is_reset:
+        if connection.is_cut:
             at_once = struct.pack("ii", True, 0)
-            attempt(connection.socket.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            with contextlib.suppress(OSError):  # the client may be gone
+                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
             self.close_request(connection.socket)
         else:
             self.shutdown_request(connection.socket)
@@ -5448,28 +5388,21 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._waker.wake()
 
     def may_upgrade(self) -> bool:
-        """Tell whether another connection may become one of WebSocket."""
+        """Return whether another connection may become one of WebSocket."""
         count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
         return not self.is_draining and count < WEBSOCKET_LIMIT
 
     def is_crowded(self) -> bool:
-        """Tell whether half of the threads are busy: then no connection is to have several."""
+        """Return whether half of the threads are busy, so that no connection may use several."""
         return self._pool.busy > THREAD_LIMIT // 2
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Have a thread of the pool go on with a connection."""
-        self.submit(self._work, request)
-
-    def _work(self, connection: Connection) -> None:
-        self.settle(connection, self._wish_after(connection, connection.work))
-
-    # -- what the leader does beside serving --
+    # -- the leader's other duties --
 
     def _look_around(self, events: Sequence[Tuple[selectors.SelectorKey, int]], term: int) -> None:
-        """See to signals and wake-ups, to new connections, and to those whose time is over."""
+        """Handle signals and wake-ups, new connections, and connections whose time is over."""
         ready = [key.fileobj for key, _ in events if key.data is None]
         with self._lock:
-            if self._term != term:  # what has come is for the thread that leads by now
+            if self._term != term:  # the events are for the thread that leads now
                 return
             if self._waker.readable in ready and self._waker.take():
                 self.is_draining = True
@@ -5483,22 +5416,16 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._sweep(now, term)
 
     def _sweep(self, now: float, term: int) -> None:
-        """End connections whose time is over; in a drain all that are idle."""
+        """End connections whose time is over, and during a drain all that are idle."""
         late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
         if self.is_draining and not self.is_late and now > late:
             self.is_late = True
             for connection in list(self.connections):
-                if isinstance(connection, WebSocketConnection):  # whoever reads finds the end
+                if isinstance(connection, WebSocketConnection):  # the reading thread sees the end
                     attempt(connection.socket.shutdown, socket.SHUT_RD)
         for connection in self._registered():
-            if connection.is_expired(now):
-                has_lead = self._take_turn(connection, term, connection.expire)
-            elif self.is_draining:
-                has_lead = self._take_turn(connection, term, connection.attend, now, False)
-            else:
-                continue
-            if not has_lead:
-                self._next_sweep = 0.0  # the thread that leads by now is to look at the rest
+            if not self._take_turn(connection, term, connection.expire, now):
+                self._next_sweep = 0.0  # the thread that leads now sweeps the rest
                 return
         self.service.close_idle()
 
@@ -5507,32 +5434,38 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             return [key.data for key in self._selector.get_map().values() if key.data is not None]
 
     def _accept_some(self, excess: int, term: int) -> None:
-        """Accept one connection, and more while no other worker has fewer by `excess`."""
+        """Accept a connection, and more until another worker has fewer by more than `excess`."""
         if self._share.excess > excess:
-            time.sleep(YIELD_SECONDS)
+            time.sleep(YIELD_SECONDS)  # another worker may be faster then
         for _ in range(CROWD_LIMIT):
-            if not self._accept(term):
-                return
-            if self._share.excess > excess:
+            if not self._accept(term) or self._share.excess > excess:
                 return
 
     def _accept(self, term: int) -> bool:
-        """Accept a connection; False if there was none, or no room for one."""
+        """Accept a connection; return False if none waits, or none can be opened."""
         listener = self._listener
-        if listener is None:  # another thread, which leads by now, has begun to drain
+        if listener is None:  # another thread leads now, and has begun to drain
             return False
         try:
             connection, _ = listener.accept()
         except BlockingIOError:  # another worker was faster
             return False
         except OSError as error:
-            if error.errno == errno.EBADF:  # closed just now, as above
+            if error.errno == errno.EBADF:  # another thread has closed the listener just now
                 return False
             logger.error("a connection could not be accepted: %s", error)
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
                 self._make_room(term)
             return False
-        self._add(connection)
+        try:
+            made = HTTPConnection(connection, self)
+        except OSError as error:
+            logger.debug("a connection was gone at once: %s", error)
+            connection.close()
+            return True
+        self.connections.add(made)
+        self._publish()
+        self.settle(made, Next.READ)
         return True
 
     def _make_room(self, term: int) -> None:
@@ -5540,9 +5473,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         def retire(connection: Connection) -> Next:  # unless a request has come meanwhile
             return Next.CLOSE if connection.dismiss() else Next.READ
 
-        idle = sorted((connection for connection in self._registered()
-                       if isinstance(connection, HTTPConnection) and connection.dismiss()),
-                      key=lambda connection: connection.since)
+        idle = [connection for connection in self._registered()
+                if isinstance(connection, HTTPConnection) and connection.dismiss()]
+        idle.sort(key=lambda connection: connection.since)
         for connection in idle[:min(CROWD_LIMIT, len(idle) // 4 + 1)]:
             self._take_turn(connection, term, retire, connection)
         if not idle:
@@ -5551,11 +5484,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     # -- the end --
 
     def drain_on(self, signals: Iterable[int]) -> None:
-        """Have signals drain the server. Call it on the main thread."""
+        """Have signals drain the server; for the main thread only."""
         self._waker.wake_on(signals, self.drain)
 
     def drain(self) -> None:
-        """Stop accepting; connections finish what has begun to come, idle ones close."""
+        """Stop accepting; requests that have begun to come are answered, idle connections close."""
         self.is_draining = True
         self._waker.wake()
 
@@ -5566,9 +5499,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._listener = None
 
     def _begin_drain(self, term: int) -> None:
-        """Accept who was let in by the system and not yet by us, and nobody else."""
+        """Accept the connections that the system has let in, and then close the listener."""
         with self._lock:
-            if self._drain_began:  # a thread that led before was faster
+            if self._drain_began:  # a former leader was faster
                 return
             self._drain_began = time.monotonic()
         self._patience, self._next_sweep = DRAIN_LOOK_SECONDS, 0.0

@@ -91,8 +91,8 @@ class Scripted(Connection):
     def dismiss(self) -> bool:
         return True
 
-    def is_expired(self, now: float) -> bool:
-        return self.is_over
+    def expire(self, now: float) -> Next:
+        return Next.CLOSE if self.is_over else Next.READ
 
     def pause(self) -> bool:
         return True
@@ -272,7 +272,7 @@ def test_a_signal_is_heard_while_the_main_thread_computes(start_runtime: StartRu
     source = source.replace("time.sleep(", "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 1 + int(4e6) * int(")
     runtime = start_runtime(make_payload(source.replace("or 0))", "or 0)))"), "Nap"), {"NUM_WORKERS": "1"})
     with ThreadPoolExecutor(1) as clients, runtime.connect(1) as idle:
-        slow = clients.submit(runtime.request, "PUT", "/b/slow?etl_args=1", b"x")
+        slow = clients.submit(runtime.request, "PUT", "/b/slow?etl_args=2", b"x")
         time.sleep(0.5)
         runtime.process.terminate()
         assert idle.recv(1) == b"" and not slow.done()
