@@ -4605,9 +4605,9 @@ class Frame(NamedTuple):
 
 
 def parse_frame(head: bytes) -> Optional[Frame]:
-    """Parse the head of a frame (RFC 6455, 5.2 and 5.5); return None if it is incomplete.
+    """Parse the head of a frame (RFC 6455, 5.2 and 5.5); None if it is incomplete.
 
-    Raises CloseConnection as soon as the bytes show that no client may send them.
+    Raises CloseConnection for a frame that no client may send, as soon as that shows.
     """
     if len(head) < 2:
         return None
@@ -4769,17 +4769,17 @@ class PendingObject:
 
 
 class ObjectExchange:
-    """AIStore's protocol on one connection: messages make objects, and each object gets a reply.
+    """AIStore's protocol on one connection: messages to objects, objects to replies.
 
     An object is one message of JSON and, if that has no `fqn`, a second message with the bytes. It
-    is *pending* until its reply is sent. One thread at a time passes messages to `take`. This
-    thread answers a quick object itself if it may call the class. Should the object take long after
-    all, `let_go` allows another thread to pass the messages behind it. All other objects are
-    answered on threads that `submit(function, argument)` finds.
+    is *pending* until its reply is sent. One thread at a time passes messages to `take`. If this
+    thread may call the class, it answers an object itself while no other is pending. If that takes
+    long, `let_go` allows another thread to pass the messages behind the object. All other objects
+    are answered on other threads, by `submit(function, argument)`.
 
     `send(replies, waits)` is called in the order of the objects, on any thread but never on two at
     once. `waits` tells whether it may wait for the client. It must not raise. `told()` is called
-    after another thread than that of `take` has answered an object.
+    each time another thread has answered an object.
 
     The protocol has no word for failure. The reply for a failed object follows from what a target
     (AIStore 5.0) makes of each message:
@@ -4798,8 +4798,8 @@ class ObjectExchange:
         self._send = send
         self._submit = submit
         self._told = told
-        self._awaited: Optional[ETLRequest] = None  # the next message has the bytes of its object
-        self._is_broken = False  # a failure closes the connection: objects behind it are lost
+        self._awaited: Optional[ETLRequest] = None  # the next message has its object's bytes
+        self._is_broken = False  # whether a failure closes the connection: what follows is lost
         self.pending: Deque[PendingObject] = collections.deque()
         self._is_inline = False  # whether the thread of `take` answers the only pending object
         self._is_sending = False
@@ -4866,10 +4866,10 @@ class ObjectExchange:
         return taken
 
     def let_go(self) -> bool:
-        """Allow another thread to take messages, if the thread of `take` answers an object."""
+        """Let another thread call `take` while a call answers an object; False if none does."""
         with self._lock:
-            was_here, self._is_inline = self._is_inline, False
-        return was_here
+            was_inline, self._is_inline = self._is_inline, False
+        return was_inline
 
     def _answer_inline(self, taken: PendingObject) -> bool:
         """Answer the only pending object; return False if `let_go` was called meanwhile."""
@@ -4931,7 +4931,7 @@ class ObjectExchange:
         return self._failure(request, answer, content)
 
     def _failure(self, request: ETLRequest, answer: Answer, content: bytes) -> Reply:
-        """Make the reply for a failed object: the one that reaches the user."""
+        """Log a failure and make its reply, by the rules in the docstring of the class."""
         try:
             detail = json.loads(content)["detail"]
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -4960,7 +4960,7 @@ class WebSocketConnection(Connection):
     that are made in one turn are sent together.
 
     The connection ends if the client closes it or just goes away, as AIStore does; after a failed
-    object; or when the pod stops. The objects that have come are answered before.
+    object; or when the pod stops. The objects that have come are answered first.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -4968,11 +4968,11 @@ class WebSocketConnection(Connection):
         with contextlib.suppress(OSError):  # macOS fails if the client is gone
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
-        # the last frames, from when on nothing more is read
+        # the last frames; once they are known, nothing more is read
         self._ending: Optional[Sequence[bytes]] = None
         self._is_paused = False
-        self._parts: List[bytes] = []  # of frames that are to be sent
-        self._size = 0  # bytes of the results among the parts, about
+        self._queue: List[bytes] = []  # parts of frames that are to be sent
+        self._size = 0  # bytes of the results in the queue, roughly
         self._lock = threading.Lock()  # of the three above
         self._sending = threading.Lock()  # held while something is sent
         report(REPORT_OPENED)
@@ -4987,7 +4987,7 @@ class WebSocketConnection(Connection):
         return self._end([close_frame(CLOSE_GOING_AWAY)] if self.server.is_draining else [])
 
     def work(self) -> Next:
-        """Send what is kept, then take messages, large ones too, or end."""
+        """Send what is queued, then take messages, large ones too, or end."""
         self._calls_until = 0.0
         if self._ending and not self.is_over:
             self._put(self._ending)
@@ -5004,7 +5004,7 @@ class WebSocketConnection(Connection):
         return True
 
     def is_expired(self, now: float) -> bool:
-        """Tell whether it is over, or the client has paused too long within an object."""
+        """Return whether it is over, or the client has paused too long within an object."""
         return self.is_over or (self._is_within_object and now - self.since > BODY_PAUSE_SECONDS)
 
     def expire(self) -> Next:
@@ -5014,11 +5014,11 @@ class WebSocketConnection(Connection):
         return self.fail(ShortBody("an object paused for too long"))
 
     def fail(self, error: BaseException) -> Next:
-        """End the connection because of an error; the objects that have come are answered before.
+        """End the connection for an error; the objects that have come are answered first.
 
-        An error within an object must not look like the end of a whole one to the target.
+        A close frame alone would leave the target waiting for the object that the error concerns.
         """
-        if self._ending is not None:
+        if self._ending is not None:  # the end itself has failed
             return super().fail(error)
         if isinstance(error, CloseConnection):
             if str(error):
@@ -5059,6 +5059,7 @@ class WebSocketConnection(Connection):
 
     @property
     def _must_pause(self) -> bool:
+        """Whether replies must leave before the connection takes messages again, or ends."""
         if not self._objects.pending:
             return False
         return self._ending is not None or self._objects.is_full or self.server.is_crowded()
@@ -5086,7 +5087,7 @@ class WebSocketConnection(Connection):
         return self._end() if self.is_over else Next.PAUSE
 
     def _next_message(self) -> Union[bytes, Frame, None]:
-        """Take the next small message, or return the head of a large one; None if neither is here.
+        """Take the next small message, or return the head of a large one; None if neither has come.
 
         Control frames before it are answered.
         """
@@ -5132,24 +5133,24 @@ class WebSocketConnection(Connection):
     def _take_control(self, opcode: int, payload: bytes) -> None:
         """Answer a ping, if possible without waiting; raise CloseConnection for a close frame.
 
-        While much is kept for a client that does not read, a pong replaces the one before it (RFC
-        6455, 5.5.3). Pongs need no answer.
+        While much is queued for a client that does not read, a pong replaces the one before it (RFC
+        6455, 5.5.3). A pong needs no answer.
         """
         if opcode == OP_CLOSE:
             raise CloseConnection("", parse_close(payload))
         if opcode == OP_PING:
             pong = [frame_head(OP_PONG, len(payload)), payload]
             with self._lock:
-                is_full = len(self._parts) > BATCH_LIMIT_PARTS
-                if is_full and bytes(self._parts[-2][:1]) == pong[0][:1]:
-                    del self._parts[-2:]
-                self._parts += pong
+                is_full = len(self._queue) > BATCH_LIMIT_PARTS
+                if is_full and bytes(self._queue[-2][:1]) == pong[0][:1]:
+                    del self._queue[-2:]
+                self._queue += pong
             self._flush(socket.MSG_DONTWAIT)
 
     # -- sending --
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
-        """Send replies, or keep them if this thread must not wait."""
+        """Send replies, or queue them if this thread must not wait."""
         parts: List[bytes] = []
         for reply in replies:
             if self.is_over:  # the client is gone, or a failure before it closes the connection
@@ -5163,7 +5164,7 @@ class WebSocketConnection(Connection):
         self._put(parts)
         if waits:
             self._flush()
-        else:
+        else:  # the leader has called the class
             self.served += 1
             self.server.turn += 1
 
@@ -5183,19 +5184,19 @@ class WebSocketConnection(Connection):
             self.server.sweep_soon()
 
     def _put(self, parts: Sequence[bytes]) -> None:
-        """Keep whole frames to be sent."""
+        """Queue whole frames."""
         with self._lock:
-            self._parts += parts
+            self._queue += parts
 
     def _flush(self, flags: int = 0) -> bool:
-        """Send what is kept; with MSG_DONTWAIT, return False if something is left."""
-        if not self._parts or not self._sending.acquire(blocking=not flags):
-            return not self._parts
+        """Send what is queued; with MSG_DONTWAIT, return False if something is left."""
+        if not self._queue or not self._sending.acquire(blocking=not flags):
+            return not self._queue
         rest: Sequence[Any] = ()
         try:
-            while self._parts:
+            while self._queue:
                 with self._lock:
-                    rest, self._parts, self._size = self._parts, [], 0
+                    rest, self._queue, self._size = self._queue, [], 0
                 while rest:
                     rest = send_some(self.socket, rest, flags)
         except OSError as error:
@@ -5206,9 +5207,9 @@ class WebSocketConnection(Connection):
                     self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads
         finally:
             with self._lock:
-                self._parts[:0] = rest
+                self._queue[:0] = rest
             self._sending.release()
-        return not self._parts
+        return not self._queue
 
 
 # == 16. Server ==
