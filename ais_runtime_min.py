@@ -4544,15 +4544,13 @@ CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
 
 class CloseConnection(RequestError):
-    """The connection must be closed with `code`.
+    """The connection must be closed; `status` is the code of the close frame.
 
     The text tells how the client violates the protocol. It is empty if the client has sent a close
     frame.
     """
 
-    def __init__(self, detail: str, code: int = CLOSE_PROTOCOL) -> None:
-        super().__init__(detail)
-        self.code = code
+    status = CLOSE_PROTOCOL
 
 
 def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
@@ -5023,16 +5021,15 @@ class WebSocketConnection(Connection):
         if isinstance(error, CloseConnection):
             if str(error):
                 logger.warning("a WebSocket connection is closed: %s", error)
-            return self._end([close_frame(error.code, str(error))])
+            return self._end([close_frame(error.status, str(error))])
         if isinstance(error, (ShortBody, OSError)):
             if not self.server.is_late:
                 logger.debug("a WebSocket connection broke off: %s", error)
                 return self._end()
             error = RequestError("the pod is stopping")
         reason = self.server.service.settings.redact(describe(error))
-        trace = None if isinstance(error, RequestError) else error
         logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason,
-                     exc_info=trace)
+                     exc_info=None if isinstance(error, RequestError) else error)
         forget_traceback(error)
         code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
         return self._end(self._breaking_frames(code, reason))
@@ -5125,8 +5122,8 @@ class WebSocketConnection(Connection):
             on_failure.pop_all()
         if taken is None:
             return Next.THREAD
-        goes_on = Next.THREAD if self.input.ahead else Next.READ
-        self.server.settle(self, Next.PAUSE if self._must_pause else goes_on)
+        wish = Next.THREAD if self.input.ahead else Next.READ
+        self.server.settle(self, Next.PAUSE if self._must_pause else wish)
         self._objects.answer(taken)
         return Next.NOTHING
 
@@ -5153,7 +5150,7 @@ class WebSocketConnection(Connection):
         """Send replies, or queue them if this thread must not wait."""
         parts: List[bytes] = []
         for reply in replies:
-            if self.is_over:  # the client is gone, or a failure before it closes the connection
+            if self.is_over:  # the client has gone, or a failed object ends the connection
                 break
             if reply.opcode == OP_CLOSE:
                 parts += self._breaking_frames(CLOSE_FAILED, reply.data.decode("utf-8"))
@@ -5177,7 +5174,8 @@ class WebSocketConnection(Connection):
         """Go on after a pause, or end, now that a reply has left."""
         with self._lock:
             goes_on = self._is_paused and not self._must_pause
-            self._is_paused = self._is_paused and not goes_on
+            if goes_on:
+                self._is_paused = False
         if goes_on:
             self.server.settle(self, Next.THREAD)
         elif self.is_over:
