@@ -4305,40 +4305,33 @@ class HTTPConnection(Connection):
 
 
 # == 15. WebSocket: one connection ==
-# Frames to messages (RFC 6455, the server's side, no extensions); messages to objects and their
-# results, AIStore's own protocol (ext/etl/websocket_comm.go); and connections, which join the two.
+# Frames (RFC 6455, the server's side, no extensions); AIStore's protocol, which pairs messages to
+# objects (ext/etl/websocket_comm.go); and the connection that joins the two.
 
-OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
-OPCODES = (OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG)
+OPCODES = (0, 1, 2, 8, 9, 10)
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = OPCODES
 FRAME_HEAD_LIMIT_BYTES = 14
-# what stands in a frame's head where its size does not fit: where that ends, and the least it may
-# be
+# 7-bit lengths that announce a longer length field: where that ends, and its least valid value
 EXTENDED_SIZES = {126: (4, 126), 127: (10, 1 << 16)}
 CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1001, 1002, 1005
 CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
-# that may be sent, of IANA's; 3000 to 4999 too
+# IANA's codes that an endpoint may send; 3000 to 4999 are free for use
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
 
-class MessageError(RequestError):
-    """What comes is not WebSocket as RFC 6455 wants it: the connection is closed with `code`."""
+class CloseConnection(RequestError):
+    """The connection must be closed; `status` is the code of the close frame.
 
-    def __init__(self, detail: str, code: int = CLOSE_PROTOCOL) -> None:
-        super().__init__(detail)
-        self.code = code
+    The text tells how the client violates the protocol. It is empty if the client has sent a close
+    frame.
+    """
 
-
-class Closed(Exception):
-    """The client has sent a close frame, with `code`."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
+    status = CLOSE_PROTOCOL
 
 
 def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
-    """Write the head of a frame that we send, which has no mask (RFC 6455, 5.2)."""
+    """Return the head of a frame from a server, which has no mask (RFC 6455, 5.2)."""
     first = opcode | (0x80 if is_last else 0)
     if size < 126:
         return bytes((first, size))
@@ -4348,109 +4341,99 @@ def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
 
 
 def cut_reason(reason: str) -> str:
-    """Cut a reason to what fits into a frame that closes, of whole characters."""
+    """Cut a reason to the whole characters that fit into a close frame."""
     return reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore")
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """Write a frame that closes."""
+    """Return a close frame; CLOSE_NO_CODE stands for one without a payload."""
     payload = b"" if code == CLOSE_NO_CODE else struct.pack("!H", code)
     payload += cut_reason(reason).encode()
     return frame_head(OP_CLOSE, len(payload)) + payload
 
 
 def parse_close(payload: bytes) -> int:
-    """Take the code from a close frame (RFC 6455, 5.5.1 and 7.4), or MessageError."""
+    """Return the code of a close frame (RFC 6455, 5.5.1 and 7.4).
+
+    Raises CloseConnection if the payload is malformed.
+    """
     if not payload:
         return CLOSE_NO_CODE
     code = int.from_bytes(payload[:2], "big")
     if len(payload) < 2 or not (code in CLOSE_CODES or 3000 <= code <= 4999):
-        raise MessageError("the code of a close frame is malformed")
-    if attempt(payload[2:].decode, "utf-8").error is not None:
-        raise MessageError("the reason of a close frame is no UTF-8", CLOSE_BAD_TEXT)
+        raise CloseConnection("the code of a close frame is malformed")
+    try:
+        payload[2:].decode("utf-8")
+    except UnicodeDecodeError:
+        raise CloseConnection("the reason of a close frame is no UTF-8", CLOSE_BAD_TEXT) from None
     return code
 
 
 class Frame(NamedTuple):
-    """The head of a frame that a client has sent; sizes are in bytes."""
+    """The head of a frame from a client."""
 
     is_last: bool
     opcode: int
-    size: int  # of the payload
+    size: int  # bytes of the payload
     mask: bytes
-    head_size: int
-
-    @property
-    def is_control(self) -> bool:
-        """Whether the frame is no part of a message."""
-        return self.opcode >= OP_CLOSE
+    head_size: int  # bytes
 
 
 def parse_frame(head: bytes) -> Optional[Frame]:
-    """Parse the head of a frame (RFC 6455, 5.2 and 5.5); None where it is not here as a whole.
+    """Parse the head of a frame (RFC 6455, 5.2 and 5.5); None if it is incomplete.
 
-    Raises MessageError for what no client may send, as soon as that shows.
+    Raises CloseConnection for a frame that no client may send, as soon as that shows.
     """
     if len(head) < 2:
         return None
     opcode, size = head[0] & 0x0F, head[1] & 0x7F
     if head[0] & 0x70:
-        raise MessageError("a reserved bit is set, and no extension was agreed on")
+        raise CloseConnection("a reserved bit is set, and no extension was agreed on")
     if opcode not in OPCODES:
-        raise MessageError(f"the opcode {opcode} is reserved")
+        raise CloseConnection(f"the opcode {opcode} is reserved")
     if not head[1] & 0x80:
-        raise MessageError("a client's frame has no mask")
+        raise CloseConnection("a client's frame has no mask")
     if opcode >= OP_CLOSE and not (head[0] & 0x80 and size <= CONTROL_LIMIT_BYTES):
-        raise MessageError("a control frame is too long or fragmented")
+        raise CloseConnection("a control frame is too long or fragmented")
     start, least = EXTENDED_SIZES.get(size, (2, 0))
     if len(head) < start + 4:
         return None
     size = int.from_bytes(head[2:start], "big") if least else size
     if not least <= size < 1 << 63:
-        raise MessageError("the length of a frame is malformed")
+        raise CloseConnection("the length of a frame is malformed")
     return Frame(head[0] >= 0x80, opcode, size, head[start:start + 4], start + 4)
 
 
-def next_frame(source: ConnectionInput) -> Frame:
-    """Take the head of a frame, and wait for it; ShortBody where the connection ends before."""
-    while True:
-        frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
-        if frame is not None:
-            source.take(frame.head_size)
-            return frame
-        if not source.fill():
-            raise ShortBody("a message ended early")
-
-
 def unmasked(data: Any, mask: bytes) -> bytes:
-    """Undo the mask of data (RFC 6455, 5.3), as one whole number."""
+    """Return data without its mask (RFC 6455, 5.3): XOR both as large numbers."""
     size = len(data)
     pad = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
 
 
 def unmask_by_numbers(data: memoryview, mask: bytes) -> None:
-    """Undo the mask of data where it lies."""
+    """Remove the mask in place."""
     data[:] = unmasked(data, mask)
 
 
 def unmasking_by_openssl() -> Callable[[memoryview, bytes], None]:
-    """Make a function that undoes masks in the C of OpenSSL; raise where there is none.
+    """Return a function that removes masks in place by OpenSSL.
 
-    That is nine times as fast as by numbers, and the OpenSSL is the one that Python's hashlib is
-    linked to. Output feedback (NIST SP 800-38A, 6.4) encrypts a block again and again, and XORs
-    data with what comes out. By a cipher that leaves the block as it is, that is one block over and
-    over: what RFC 6455 does with a mask.
+    It is nine times as fast as arithmetic. Output feedback (NIST SP 800-38A, 6.4) encrypts a block
+    again and again, and XORs data with the results. With a cipher that returns its input, the data
+    is XORed with the same block over and over, as RFC 6455 does with a mask. The OpenSSL is the one
+    that hashlib is linked to. Raises an exception if it cannot be used.
     """
     import _hashlib
     import ctypes
 
-    # of openssl/modes.h; found in what the module is linked to
+    # declared in openssl/modes.h
     encrypt = ctypes.CDLL(_hashlib.__file__).CRYPTO_ofb128_encrypt
     address = ctypes.c_void_p
     encrypt.argtypes = [address, address, ctypes.c_size_t, address, address, address, address]
     encrypt.restype = None
-    # called with the block, the block, and the key: how many bytes to move
+    # the cipher is called with a block, the same block for its output, and the key, which is NULL
+    # here: memmove then copies no bytes
     identity = ctypes.cast(ctypes.memmove, address)
 
     def unmask_by_openssl(data: memoryview, mask: bytes) -> None:
@@ -4461,194 +4444,126 @@ def unmasking_by_openssl() -> Callable[[memoryview, bytes], None]:
     trial = bytearray(range(37))
     unmask_by_openssl(memoryview(trial), b"mask")
     if trial != unmasked(bytes(range(37)), b"mask"):
-        raise NotImplementedError("OpenSSL's output feedback is another")
+        raise NotImplementedError("OpenSSL's output feedback gives another result")
     return unmask_by_openssl
 
 
 @functools.lru_cache(maxsize=None)
 def fastest_unmasking() -> Callable[[memoryview, bytes], None]:
-    """Return the faster of these functions, if this interpreter has it."""
-    by_openssl, error = attempt(unmasking_by_openssl)
-    if error is None:
-        return cast(Callable[[memoryview, bytes], None], by_openssl)
-    logger.debug("large WebSocket messages are unmasked by numbers: %s", describe(error))
-    return unmask_by_numbers
+    """Return the fastest function of this interpreter that removes masks in place."""
+    try:
+        return unmasking_by_openssl()
+    except (ImportError, AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
+        logger.debug("large WebSocket messages are unmasked by numbers: %s", describe(error))
+        return unmask_by_numbers
 
 
 class MessageStream(BodyStream):
-    """The payload of one message, of all its fragments.
+    """The payload of one message, joined from all its fragments.
 
-    Control frames between these go to `control`; `admit` is called with the bytes that are known to
-    come, and may object.
+    `frame` is the head of the first fragment, already taken from `source`. Control frames between
+    fragments are passed to `control`. `check` is called with the number of bytes that the client
+    has announced so far; it raises ObjectTooLarge if that is too much.
     """
 
     def __init__(self, source: ConnectionInput, frame: Frame,
-                 control: Callable[[int, bytes], None], admit: Callable[[int], None]) -> None:
+                 control: Callable[[int, bytes], None], check: Callable[[int], None]) -> None:
         super().__init__()
         self._source = source
         self._control = control
-        self._admit = admit
-        self._is_text = frame.opcode == OP_TEXT
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._announced = self._left = 0
-        self._is_last, self._mask = False, b""
+        self._check = check
+        self._decoder = codecs.getincrementaldecoder("utf-8")() if frame.opcode == OP_TEXT else None
         self.size = frame.size if frame.is_last else None
-        self._begin_frame(frame)
+        self._begin_fragment(frame)
+
+    def _begin_fragment(self, frame: Frame) -> None:
+        self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
+        self._check(self.count + frame.size)
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes of the payload, 0 at its end."""
-        try:
-            while not self._left and not self._is_last:
-                self._begin_fragment()
-            if not self._left:
+        while not self._left:
+            if self._is_last:
                 return 0
-            view = memoryview(buffer)[:self._left]
-            count = self._source.readinto(view, 0 if self._is_text else socket.MSG_WAITALL)
-        except OSError as error:
-            raise ShortBody(f"a message broke off: {describe(error)}") from None
+            self._read_head()
+        view = memoryview(buffer)[:self._left]
+        # MSG_WAITALL saves system calls, but text is checked as it comes
+        count = self._source.readinto(view, 0 if self._decoder else socket.MSG_WAITALL)
         if not count:
             raise ShortBody("a message ended early")
         unmask = fastest_unmasking() if count > UNMASK_BYTES else unmask_by_numbers
         unmask(view[:count], self._mask)
-        turn = count % 4
-        self._mask = self._mask[turn:] + self._mask[:turn]
+        used = count % 4
+        self._mask = self._mask[used:] + self._mask[:used]
         self._left -= count
         self._check_text(view[:count])
         return count
 
-    def _begin_frame(self, frame: Frame) -> None:
-        self._is_last, self._left, self._mask = frame.is_last, frame.size, frame.mask
-        self._announced += frame.size
-        self._admit(self._announced)
-
-    def _begin_fragment(self) -> None:
-        """Go on with the message's next frame; a control frame before it is answered."""
-        frame = next_frame(self._source)
-        if frame.is_control:
-            if not self._source.need(frame.size):
-                raise ShortBody("a frame ended early")
-            payload = unmasked(self._source.take(frame.size), frame.mask)
-            return self._control(frame.opcode, payload)
-        if frame.opcode != OP_CONTINUATION:
-            raise MessageError("a message begins within another")
-        self._begin_frame(frame)
-        self._check_text(b"")
+    def _read_head(self) -> None:
+        """Read the head of the next fragment, or a control frame before it."""
+        source = self._source
+        frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
+        while frame is None:
+            if not source.fill():
+                raise ShortBody("a message ended early")
+            frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
+        source.take(frame.head_size)
+        if frame.opcode >= OP_CLOSE:
+            if not source.need(frame.size):
+                raise ShortBody("a control frame ended early")
+            self._control(frame.opcode, unmasked(source.take(frame.size), frame.mask))
+        elif frame.opcode != OP_CONTINUATION:
+            raise CloseConnection("a message begins within another")
+        else:
+            self._begin_fragment(frame)
+            self._check_text(b"")
 
     def _check_text(self, data: Any) -> None:
-        """See to it that text is UTF-8, as soon as it is not: the end may be far."""
-        if self._is_text:
+        """Raise CloseConnection as soon as text is not UTF-8: the end of the message may be far."""
+        if self._decoder is not None:
             try:
-                self._decode(bytes(data), self._is_last and not self._left)
+                self._decoder.decode(bytes(data), self._is_last and not self._left)
             except UnicodeDecodeError:
-                raise MessageError("a text is no UTF-8", CLOSE_BAD_TEXT) from None
-
-
-class MessageReader:
-    """Read whole messages, one at a time; answer control frames by `send`.
-
-    A message that is not small takes room in memory that the worker's connections share, until its
-    transform begins. Text is taken for its bytes: AIStore sends none, and there is nothing else
-    that it could mean.
-
-    Both methods raise Closed at a close frame, and MessageError where the connection must be
-    closed.
-    """
-
-    def __init__(self, source: ConnectionInput, room: Room, send: Callable[..., None]) -> None:
-        self._source = source
-        self._room = room
-        self._send = send
-        self.needs_read = False  # whether what comes next must be read by `read`
-
-    def small(self) -> Optional[bytes]:
-        """Take the next message if it is small and here as a whole."""
-        source = self._source
-        while True:
-            frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
-            if frame is None:
-                self.needs_read = False
-                return None
-            is_plain = frame.is_last and frame.opcode >= OP_BINARY
-            self.needs_read = not is_plain or frame.size > UNMASK_BYTES
-            if self.needs_read or source.ahead < frame.head_size + frame.size:
-                return None
-            source.take(frame.head_size)
-            payload = unmasked(source.take(frame.size), frame.mask)
-            if frame.opcode == OP_BINARY:
-                return payload
-            self._take_control(frame.opcode, payload)
-
-    def read(self) -> ReceivedObject:
-        """Read the message that begins now; ShortBody where the connection ends within it.
-
-        Raises ObjectTooLarge where there will never be memory for it.
-        """
-        frame = next_frame(self._source)
-        if frame.opcode == OP_CONTINUATION:
-            raise MessageError("there is no message to be continued")
-        stream = MessageStream(self._source, frame, self._take_control, self._room.check)
-        return WaitingBody(self._room, stream).load()
-
-    def _take_control(self, opcode: int, payload: bytes) -> None:
-        """Answer a ping; a close frame ends all, and a pong says nothing to us."""
-        if opcode == OP_PING:
-            self._send(frame_head(OP_PONG, len(payload)), payload)
-        elif opcode == OP_CLOSE:
-            raise Closed(parse_close(payload))
+                raise CloseConnection("a text is no UTF-8", CLOSE_BAD_TEXT) from None
 
 
 class Reply(NamedTuple):
-    """What goes back for an object: its result, the length delivered, or a failure."""
+    """The answer for an object: its result, the length of a delivery, or a failure."""
 
-    opcode: int  # OP_BINARY, OP_TEXT, or OP_CLOSE
-    data: bytes  # of a failure, the reason
-
-
-def reason_of(body: bytes) -> str:
-    """Take the reason from the body of an answer that tells a failure."""
-    value = attempt(json.loads, body).value
-    detail = value.get("detail") if isinstance(value, dict) else None
-    text = detail if isinstance(detail, str) else body.decode("utf-8", "replace")
-    return " ".join(text.split())
+    opcode: int  # OP_BINARY, OP_TEXT or OP_CLOSE
+    data: bytes  # for a failure, the reason
 
 
-def is_bound_elsewhere(pipeline: str) -> bool:
-    """Tell whether the last hop of a pipeline is an object at its target."""
-    return bool(attempt(is_final, pipeline.rpartition(",")[2].strip()).value)
-
-
-class Exchanged:
-    """One object of an exchange: understood, and answered in its time."""
+class PendingObject:
+    """An object that has come and whose reply has not been sent."""
 
     def __init__(self, request: ETLRequest, body: ReceivedObject) -> None:
         self.request = request
         self.body = body
-        self.size = body.size  # bytes in memory: the object's, then its result's
         self.reply: Optional[Reply] = None
 
 
 class ObjectExchange:
-    """AIStore's protocol on one connection: pair messages, have objects answered.
+    """AIStore's protocol on one connection: messages to objects, objects to replies.
 
-    An object is one message of JSON, and if that has no `fqn`, a second one with the bytes.
-    Messages go in by `take`, on one thread at a time. Replies come out by `send`, one for each
-    object and in their order, on any thread but never two at once; it is told whether it may wait
-    for the client, and must not raise. `submit` has a function called with an argument on another
-    thread, and `told` is called when a pending object has been answered.
+    An object is one message of JSON and, if that has no `fqn`, a second message with the bytes. It
+    is *pending* until its reply is sent. One thread at a time passes messages to `take`. If this
+    thread may call the class, it answers an object itself while no other is pending. If that takes
+    long, `let_go` allows another thread to pass the messages behind the object. All other objects
+    are answered on other threads, by `submit(function, argument)`.
 
-    A quick object is answered on the thread of `take`, where that may call the class. Any other is
-    *pending*: a thread answers it, and whoever finds the first one answered sends the replies that
-    are ready. If an object that is answered on the thread of `take` turns out to take long,
-    `let_go` makes it pending as well, and another thread takes messages.
+    `send(replies, waits)` is called in the order of the objects, on any thread but never on two at
+    once. `waits` tells whether it may wait for the client. It must not raise. `told()` is called
+    each time another thread has answered an object.
 
-    The protocol has no word for failure; what a failed object is answered follows from what a
-    target (AIStore 5.0) makes of each answer:
+    The protocol has no word for failure. The reply for a failed object follows from what a target
+    (AIStore 5.0) makes of each message:
 
-    * an object bound for another target: a binary message, which the target takes for that object's
-      failure
-    * any other: the connection must be closed, which fails the object; all behind it is lost. With
-      ETL_WS_FAILURE=empty it is the text that tells a delivery: the object is empty or missing, and
-      the job goes on
+    * An object bound for another target: a binary message, which the target takes for the failure
+      of this object.
+    * Any other object: the connection must be closed, which fails the object. All objects behind it
+      are lost. With ETL_WS_FAILURE=empty the reply is the text of a delivery instead: the object is
+      empty or missing, and the job goes on.
     """
 
     def __init__(self, service: Service, send: Callable[[Sequence[Reply], bool], None],
@@ -4658,15 +4573,12 @@ class ObjectExchange:
         self._send = send
         self._submit = submit
         self._told = told
-        self._awaited: Optional[ETLRequest] = None  # an object whose bytes are the next message
-        # what the thread of `take` answers, and is not pending
-        self._current: Optional[Exchanged] = None
-        # what other threads answer, or have answered
-        self.pending: Deque[Exchanged] = collections.deque()
-        self._bytes = 0  # of those
+        self._awaited: Optional[ETLRequest] = None  # the next message has its object's bytes
+        self._is_broken = False  # whether a failure closes the connection: what follows is lost
+        self.pending: Deque[PendingObject] = collections.deque()
+        self._is_inline = False  # whether the thread of `take` answers the only pending object
         self._is_sending = False
-        self._is_broken = False  # whether a failure has ended it: nothing behind it can be answered
-        self._lock = threading.Lock()  # of pending, _current, _bytes and _is_sending
+        self._lock = threading.Lock()  # of the three above
 
     @property
     def is_between_objects(self) -> bool:
@@ -4675,116 +4587,113 @@ class ObjectExchange:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much is pending that nothing more is to be taken; one object always is."""
-        count = len(self.pending)
-        return count >= AHEAD_LIMIT_MESSAGES or (count > 0 and self._bytes >= AHEAD_LIMIT_BYTES)
+        """Whether so much is pending that no further message is to be taken."""
+        with self._lock:
+            sizes = [len(each.reply.data) if each.reply else each.body.size
+                     for each in self.pending]
+        return len(sizes) >= AHEAD_LIMIT_MESSAGES or sum(sizes) >= AHEAD_LIMIT_BYTES
 
     @property
     def next_name(self) -> str:
-        """What log lines call that of which the next message is a part."""
+        """The name in log lines of the object that the next message belongs to."""
         return "a control message" if self._awaited is None else self._awaited.name
 
-    def take(self, message: Union[bytes, ReceivedObject], may_call: bool,
-             submit: Optional[Callable[[Callable[[Any], None], Any], None]] = None) -> bool:
-        """Take a message, and answer its object here if that is quick and `may_call`.
+    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
+        """Take a message; if it completes an object, have the object answered.
 
-        `submit` is used for this object in the place of the exchange's own.
-        Returns False if the object was let go meanwhile, and another thread takes the messages
-        behind it. Raises BadRequest where no control message was understood, after which none can
-        be.
+        Returns False if `let_go` was called meanwhile: another thread takes messages now.
+        """
+        taken = self.pair(message)
+        if taken is None:
+            return True
+        request = taken.request
+        if may_call and len(self.pending) == 1 and not request.pipeline:
+            loaded = self._service.load(request) if request.fqn else (request, taken.body)
+            if loaded is not None:
+                taken.request, taken.body = loaded
+                return self._answer_inline(taken)
+        self._hand_over(taken)
+        return True
+
+    def pair(self, message: Union[bytes, ReceivedObject]) -> Optional[PendingObject]:
+        """Take a message; return the object that it completes, for `answer`, or None.
+
+        Raises BadRequest for a control message that makes no sense: then nothing behind it does.
         """
         request, self._awaited = self._awaited, None
         if request is None:
-            request, message = self._read_control(message), b""
+            if isinstance(message, ReceivedObject):
+                with message:
+                    message = message.getvalue()
+            try:
+                value = json.loads(message)
+            except (ValueError, RecursionError):
+                value = None
+            request = ETLRequest.from_message(value)
             if not request.fqn:
                 self._awaited = request
-                return True
-        if isinstance(message, bytes):
-            message = ReceivedObject(message)
-        if may_call and not self.pending and not request.pipeline:
-            loaded = self._service.load(request) if request.fqn else (request, message)
-            if loaded is not None and loaded[1].size <= WRITE_BYTES:
-                return self._answer_here(Exchanged(*loaded))
-        exchanged = Exchanged(request, message)
+                return None
+            message = b""
+        body = ReceivedObject(message) if isinstance(message, bytes) else message
+        taken = PendingObject(request, body)
         with self._lock:
-            self.pending.append(exchanged)
-            self._bytes += exchanged.size
-        # there is no other thread
-        if attempt(submit or self._submit, self._run, exchanged).error is not None:
-            self._run(exchanged)
-        return True
-
-    def _read_control(self, message: Union[bytes, ReceivedObject]) -> ETLRequest:
-        """Understand the first message of an object; BadRequest."""
-        if isinstance(message, ReceivedObject):
-            with message:
-                message = message.getvalue()
-        return ETLRequest.from_message(attempt(json.loads, message).value)
+            self.pending.append(taken)
+        return taken
 
     def let_go(self) -> bool:
-        """Make the object pending that `take` answers; return False if there is none."""
+        """Let another thread call `take` while a call answers an object; False if none does."""
         with self._lock:
-            current, self._current = self._current, None
-            if current is None:
-                return False
-            self.pending.append(current)  # there was nothing before it
-            self._bytes += current.size
-            return True
+            was_inline, self._is_inline = self._is_inline, False
+        return was_inline
 
-    def _answer_here(self, exchanged: Exchanged) -> bool:
-        """Answer an object on this thread; False if it was let go meanwhile."""
-        self._current = exchanged
-        reply = self._reply_to(exchanged)
+    def _answer_inline(self, taken: PendingObject) -> bool:
+        """Answer the only pending object; return False if `let_go` was called meanwhile."""
+        self._is_inline = True
+        reply = self._reply_to(taken)
         with self._lock:
-            is_ours = self._current is exchanged
-            self._current = None
-        if is_ours:
-            self._send_in_turn([reply], waits=False)
-        elif attempt(self._submit, lambda reply: self._keep(exchanged, reply), reply).error:
-            # else another thread does: this one must not wait for a client
-            self._keep(exchanged, reply)
-        return is_ours
+            is_inline, self._is_inline = self._is_inline, False
+            if is_inline:
+                self.pending.popleft()
+        if is_inline:
+            self._send([reply], False)
+        else:  # this thread must not wait for the client, so another one sends the reply
+            taken.reply = reply
+            self._hand_over(taken)
+        return is_inline
 
-    def _run(self, exchanged: Exchanged) -> None:
-        """Answer a pending object."""
-        self._keep(exchanged, self._reply_to(exchanged))
+    def _hand_over(self, taken: PendingObject) -> None:
+        """Have another thread answer an object, or this one if the system has no other."""
+        try:
+            self._submit(self.answer, taken)
+        except (RuntimeError, MemoryError):
+            self.answer(taken)
 
-    def _keep(self, exchanged: Exchanged, reply: Reply) -> None:
-        """Keep the reply of a pending object, and send what is ready."""
-        with self._lock:
-            self._bytes += len(reply.data) - exchanged.size
-            exchanged.size, exchanged.reply = len(reply.data), reply
+    def answer(self, taken: PendingObject) -> None:
+        """Answer an object; send the replies that wait for no reply before them."""
+        taken.reply = taken.reply or self._reply_to(taken)
         while True:
             with self._lock:
                 ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
                 if self._is_sending or not ready:
                     break
                 self._is_sending = True
-            self._send_in_turn([cast(Reply, each.reply) for each in ready], waits=True)
+            replies = [cast(Reply, each.reply) for each in ready]
+            self._is_broken = self._is_broken or any(each.opcode == OP_CLOSE for each in replies)
+            self._send(replies, True)
             with self._lock:
                 self._is_sending = False
-                for each in ready:
-                    self._bytes -= self.pending.popleft().size
+                for _ in ready:
+                    self.pending.popleft()
         self._told()
 
-    def _send_in_turn(self, replies: Sequence[Reply], waits: bool) -> None:
-        """Send replies, but for those behind a failure that has ended all."""
-        sent = []
-        for reply in replies:
-            if not self._is_broken:
-                self._is_broken = reply.opcode == OP_CLOSE
-                sent.append(reply)
-        if sent:
-            self._send(sent, waits)
-
-    def _reply_to(self, exchanged: Exchanged) -> Reply:
-        """Have an object answered, whatever happens: memory may be short for the answer itself."""
-        reply, error = attempt(self._answer, exchanged)
+    def _reply_to(self, taken: PendingObject) -> Reply:
+        """Make the reply for an object, even if memory is too short for an answer."""
+        reply, error = attempt(self._answer, taken.request, taken.body)
         return reply if error is None else Reply(OP_CLOSE, type(error).__name__.encode())
 
-    def _answer(self, exchanged: Exchanged) -> Reply:
-        request, began = exchanged.request, time.monotonic()
-        with exchanged.body as body:
+    def _answer(self, request: ETLRequest, body: ReceivedObject) -> Reply:
+        began = time.monotonic()
+        with body:
             if self._is_broken:
                 return Reply(OP_CLOSE, b"")
             answer, content = self._service.answer_message(request, body)
@@ -4794,17 +4703,23 @@ class ObjectExchange:
             return Reply(OP_TEXT, dict(answer.headers).get(HEADER_DIRECT_PUT_LENGTH, "0").encode())
         if answer.status < 300:
             return Reply(OP_BINARY, content)
-        reason = self._service.settings.redact(reason_of(content))
+        return self._failure(request, answer, content)
+
+    def _failure(self, request: ETLRequest, answer: Answer, content: bytes) -> Reply:
+        """Log a failure and make its reply, by the rules in the docstring of the class."""
+        try:
+            detail = json.loads(content)["detail"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            detail = None
+        text = detail if isinstance(detail, str) else content.decode("utf-8", "replace")
+        reason = self._service.settings.redact(" ".join(text.split()))
         if answer.origin:
             reason = f"the next hop, {answer.origin}, answered {answer.status}: {reason}"
-        return self._failure(request, reason)
-
-    def _failure(self, request: ETLRequest, reason: str) -> Reply:
-        """Tell a failure in the one way that reaches the user."""
-        if is_bound_elsewhere(request.pipeline):
-            logger.error("%s: %s; reported to the target", request.name, reason)
-            body = error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, {}).body
-            return Reply(OP_BINARY, cast(bytes, body))
+        with contextlib.suppress(ValueError):  # the last entry of the pipeline may be no URL
+            if is_final(request.pipeline.rpartition(",")[2].strip()):
+                logger.error("%s: %s; reported to the target", request.name, reason)
+                body = error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason, {}).body
+                return Reply(OP_BINARY, cast(bytes, body))
         if self._service.settings.ws_failure == "empty":
             logger.error("%s: %s; answered as if it were delivered", request.name, reason)
             return Reply(OP_TEXT, b"0")
@@ -4815,65 +4730,87 @@ class ObjectExchange:
 class WebSocketConnection(Connection):
     """A connection that speaks AIStore's protocol over WebSocket.
 
-    It ends where the client closes it, or just goes away, as AIStore does; by a failed object; or
-    when the pod stops, once all that has come is answered. Replies leave in their order, those of
-    one turn together.
+    Small messages are taken as they come, on any thread; a large message is read on a thread that
+    may wait. Text counts as bytes: AIStore sends none, and nothing else could be meant. Replies
+    that are made in one turn are sent together.
+
+    The connection ends if the client closes it or just goes away, as AIStore does; after a failed
+    object; or when the pod stops. The objects that have come are answered first.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
-        # macOS complains where the client is gone
-        attempt(connection.setsockopt, socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
-        self._reader = MessageReader(source, server.service.message_room, self._pong)
+        with contextlib.suppress(OSError):  # macOS fails if the client is gone
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
-        self._ending: Optional[Sequence[bytes]] = None  # the last frames, once nothing more is read
-        self._lingers = False  # whether its client may still send when it is closed
-        self._is_lost = False  # whether nothing can be sent any more
+        # the last frames; once they are known, nothing more is read
+        self._ending: Optional[Sequence[bytes]] = None
         self._is_paused = False
-        self._parts: List[bytes] = []  # what is to be sent
-        self._size = 0  # of the replies among these, about
+        self._queue: List[bytes] = []  # parts of frames that are to be sent
+        self._size = 0  # bytes of the results in the queue, roughly
         self._lock = threading.Lock()  # of the three above
         self._sending = threading.Lock()  # held while something is sent
         report(REPORT_OPENED)
 
     def attend(self, now: float, may_call: bool) -> Next:
-        """Take the messages that have come, but for a large one and what is behind it."""
+        """Take the messages that have come, up to a large one."""
         self.since, self._calls_until = now, now + TURN_SECONDS if may_call else 0.0
-        if not self.receive() or self.server.is_late:
-            return self._finish(self._ending_at_the_end())
-        return self._take_messages(socket.MSG_DONTWAIT)
+        if self.receive() and not self.server.is_late:
+            return self._take_messages(socket.MSG_DONTWAIT)
+        if self._is_within_object:
+            return self.fail(ShortBody("an object ended early"))
+        return self._end([close_frame(CLOSE_GOING_AWAY)] if self.server.is_draining else [])
 
     def work(self) -> Next:
-        """Send what is kept, then take messages, large ones too, or end."""
+        """Send what is queued, then take messages, large ones too, or end."""
         self._calls_until = 0.0
+        if self._ending and not self.is_over:
+            self._put(self._ending)
         self._flush()
-        return self._take_messages() if self._ending is None else self._end()
+        return self._take_messages() if self._ending is None else Next.LINGER
 
     def dismiss(self) -> bool:
-        """Say goodbye, where no object has begun to come."""
+        """Say goodbye and return True, unless an object has begun to come or is pending."""
         is_busy = self._is_within_object or self._objects.pending
         if is_busy or is_ready(self.socket, select.POLLIN):
             return False
-        self._put(close_frame(CLOSE_GOING_AWAY))
+        self._put([close_frame(CLOSE_GOING_AWAY)])
         self._flush(socket.MSG_DONTWAIT)
         return True
 
     def expire(self, now: float) -> Next:
-        """End a connection that is over, or whose client has paused too long within an object."""
+        """End the connection if it is over, or the client has paused too long within an object."""
         if self.is_over:
-            return self._finish(())
+            return self._end()
         if self._is_within_object and now - self.since > BODY_PAUSE_SECONDS:
-            return self._finish(self._ending_for(ShortBody("a message paused for too long")))
+            return self.fail(ShortBody("an object paused for too long"))
         return Next.READ
 
     def fail(self, error: BaseException) -> Next:
-        """End the connection; what it has taken is answered before."""
-        if self._ending is not None:
+        """End the connection for an error; the objects that have come are answered first.
+
+        A close frame alone would leave the target waiting for the object that the error concerns.
+        """
+        if self._ending is not None:  # the end itself has failed
             return super().fail(error)
-        return self._finish(self._ending_for(error))
+        if isinstance(error, CloseConnection):
+            if str(error):
+                logger.warning("a WebSocket connection is closed: %s", error)
+            return self._end([close_frame(error.status, str(error))])
+        if isinstance(error, (ShortBody, OSError)):
+            if not self.server.is_late:
+                logger.debug("a WebSocket connection broke off: %s", error)
+                return self._end()
+            error = RequestError("the pod is stopping")
+        reason = self.server.service.settings.redact(describe(error))
+        logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason,
+                     exc_info=None if isinstance(error, RequestError) else error)
+        forget_traceback(error)
+        code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
+        return self._end(self._breaking_frames(code, reason))
 
     def let_go(self) -> bool:
-        """Have another thread take messages, if an object holds this one up."""
+        """Allow another thread to take messages, if an object holds this one up."""
         super().let_go()
         return self._objects.let_go()
 
@@ -4884,165 +4821,163 @@ class WebSocketConnection(Connection):
             return self._is_paused
 
     def close(self) -> None:
-        """Tell the supervisor that it is closed."""
+        """Tell the supervisor that the connection is closed."""
         report(REPORT_CLOSED)
 
     @property
     def _is_within_object(self) -> bool:
-        """Whether the client has begun an object, and is to send the rest of it."""
+        """Whether the client has begun an object and not sent all of it."""
         return bool(self.input.ahead) or not self._objects.is_between_objects
 
     @property
     def _must_pause(self) -> bool:
+        """Whether replies must leave before the connection takes messages again, or ends."""
         if not self._objects.pending:
             return False
         return self._ending is not None or self._objects.is_full or self.server.is_crowded()
 
+    def _end(self, ending: Sequence[bytes] = ()) -> Next:
+        """Read nothing more; have `work` send the last frames once no object is pending."""
+        self._ending = ending
+        return Next.PAUSE
+
+    # -- taking messages --
+
     def _take_messages(self, flags: int = 0) -> Next:
-        """Take the messages that are here; with MSG_DONTWAIT, but for large ones."""
+        """Take the messages that are here; with MSG_DONTWAIT, up to a large one."""
         while not (self.is_over or self._must_pause):
-            message = self._reader.small()
-            if message is None and self._reader.needs_read:
-                return Next.THREAD if flags else self._take_large()
+            message = self._next_message()
             if message is None:
                 return Next.READ if self._flush(flags) else Next.THREAD
+            if isinstance(message, Frame):
+                return Next.THREAD if flags else self._take_large(message)
             if not self._objects.take(message, time.monotonic() < self._calls_until):
                 return Next.NOTHING
             if self._size >= WRITE_BYTES and not self._flush(flags):
                 return Next.THREAD
-        self._flush(flags)  # what is answered must not wait for what is pending
-        return self._finish(()) if self.is_over else Next.PAUSE
+        self._flush(flags)  # replies must not wait for what is pending
+        return self._end() if self.is_over else Next.PAUSE
 
-    def _take_large(self) -> Next:
-        """Read a large message, have another thread take those behind it, and answer its object."""
+    def _next_message(self) -> Union[bytes, Frame, None]:
+        """Take the next small message, or return the head of a large one; None if neither has come.
+
+        Control frames before it are answered.
+        """
+        source = self.input
+        while source.ahead:
+            frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
+            if frame is None:
+                break
+            if not frame.is_last or frame.opcode < OP_BINARY or frame.size > UNMASK_BYTES:
+                return frame
+            end = frame.head_size + frame.size
+            if source.ahead < end:
+                break
+            payload = unmasked(source.take(end)[frame.head_size:], frame.mask)
+            if frame.opcode == OP_BINARY:
+                return payload
+            self._take_control(frame.opcode, payload)
+        return None
+
+    def _take_large(self, frame: Frame) -> Next:
+        """Read a large message, have another thread take those behind it, and answer its object.
+
+        The message takes room in memory that all connections share, until its transform begins.
+        """
         self._flush()
-        jobs: List[Tuple[Callable[[Any], None], Any]] = []
-        self._objects.take(self._reader.read(), False, submit=lambda *job: jobs.append(job))
-        for function, argument in jobs:
-            wish = Next.THREAD if self.input.ahead else Next.READ
-            self.server.settle(self, Next.PAUSE if self._must_pause else wish)
-            function(argument)
-        return Next.NOTHING if jobs else Next.THREAD  # of two messages it was the first
-
-    # -- the end --
-
-    def _ending_at_the_end(self) -> Sequence[bytes]:
-        """Return the last frames where the client sends nothing more, or is not to."""
-        if self.server.is_late and self._is_within_object:
-            return self._ending_for(RequestError("the pod is stopping"))
-        return [close_frame(CLOSE_GOING_AWAY)] if self.server.is_draining else []
-
-    def _ending_for(self, error: BaseException) -> Sequence[bytes]:
-        """Return the last frames for an error of reading; an object's failure is told as such."""
-        self._lingers = True
-        if isinstance(error, Closed):
-            return [close_frame(error.code)]
-        if isinstance(error, (ShortBody, OSError)):
-            if not self.server.is_late:
-                logger.debug("a WebSocket connection broke off: %s", error)
-                return []
-            error = RequestError("the pod is stopping")
-        if isinstance(error, MessageError):
-            logger.warning("a WebSocket connection is closed: %s", error)
-            return [close_frame(error.code, str(error))]
-        reason = self.server.service.settings.redact(describe(error))
-        trace = None if isinstance(error, RequestError) else error
-        logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason,
-                     exc_info=trace)
-        forget_traceback(error)
-        code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
-        return self._breaking_frames(code, reason)
-
-    def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
-        """Return the frames of a message that is cut short: they fail its object."""
-        report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
-        return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
-
-    def _finish(self, ending: Sequence[bytes]) -> Next:
-        """Read nothing more, and end the connection once all that was taken is answered."""
-        self._ending = ending
-        return Next.PAUSE if self._objects.pending else self._end(socket.MSG_DONTWAIT)
-
-    def _end(self, flags: int = 0) -> Next:
-        """Send the last frames; linger where the client may still send."""
-        if not self.is_over:
-            self._put(*self._ending or ())
-        self._ending = ()
-        if not self._flush(flags):
+        if frame.opcode == OP_CONTINUATION:
+            raise CloseConnection("there is no message to be continued")
+        self.input.take(frame.head_size)
+        room = self.server.service.message_room
+        stream = MessageStream(self.input, frame, self._take_control, room.check)
+        taken = self._objects.pair(WaitingBody(room, stream).load())
+        if taken is None:
             return Next.THREAD
-        return Next.LINGER if self._lingers and not self._is_lost else Next.CLOSE
+        wish = Next.THREAD if self.input.ahead else Next.READ
+        self.server.settle(self, Next.PAUSE if self._must_pause else wish)
+        self._objects.answer(taken)
+        return Next.NOTHING
+
+    def _take_control(self, opcode: int, payload: bytes) -> None:
+        """Answer a ping, if possible without waiting; raise CloseConnection for a close frame.
+
+        While much is queued for a client that does not read, a pong replaces the one before it (RFC
+        6455, 5.5.3). A pong needs no answer.
+        """
+        if opcode == OP_CLOSE:
+            raise CloseConnection("", parse_close(payload))
+        if opcode == OP_PING:
+            pong = [frame_head(OP_PONG, len(payload)), payload]
+            with self._lock:
+                is_full = len(self._queue) > BATCH_LIMIT_PARTS
+                if is_full and bytes(self._queue[-2][:1]) == pong[0][:1]:
+                    del self._queue[-2:]
+                self._queue += pong
+            self._flush(socket.MSG_DONTWAIT)
 
     # -- sending --
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
-        """Send replies; called in the order of the objects, by one thread at a time."""
+        """Send replies, or queue them if this thread must not wait."""
+        parts: List[bytes] = []
         for reply in replies:
+            if self.is_over:  # the client has gone, or a failed object ends the connection
+                break
             if reply.opcode == OP_CLOSE:
-                self._put(*self._breaking_frames(CLOSE_FAILED, reply.data.decode("utf-8")))
-                self._lingers = self.is_over = True
+                parts += self._breaking_frames(CLOSE_FAILED, reply.data.decode("utf-8"))
+                self.is_over = True
             else:
-                self._put(frame_head(reply.opcode, len(reply.data)), reply.data)
+                parts += (frame_head(reply.opcode, len(reply.data)), reply.data)
+                self._size += len(reply.data)
+        self._put(parts)
         if waits:
             self._flush()
-        else:
-            self._size += sum(len(reply.data) for reply in replies)
+        else:  # the leader has called the class
             self.server.turn += 1
 
+    def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
+        """Return the frames of a message that is cut short, which fails its object."""
+        report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
+        return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
+
     def _go_on(self) -> None:
-        """Read on after a pause, now that replies have left, or end."""
+        """Go on after a pause, or end, now that a reply has left."""
         with self._lock:
             goes_on = self._is_paused and not self._must_pause
-            self._is_paused = self._is_paused and not goes_on
+            if goes_on:
+                self._is_paused = False
         if goes_on:
             self.server.settle(self, Next.THREAD)
         elif self.is_over:
             self.server.sweep_soon()
 
-    def _put(self, *parts: bytes) -> None:
-        """Keep parts to be sent."""
+    def _put(self, parts: Sequence[bytes]) -> None:
+        """Queue whole frames."""
         with self._lock:
-            self._parts += parts
-
-    def _pong(self, *parts: bytes) -> None:
-        """Send a pong, if the client takes it without waiting.
-
-        While much is kept for a client that does not read, a pong takes the place of the one before
-        (RFC 6455, 5.5.3).
-        """
-        with self._lock:
-            is_full = len(self._parts) > BATCH_LIMIT_PARTS
-            is_in_vain = is_full and bytes(self._parts[-2][:1]) == parts[0][:1]
-            self._parts[len(self._parts) - 2 * is_in_vain:] = parts
-        self._flush(socket.MSG_DONTWAIT)
+            self._queue += parts
 
     def _flush(self, flags: int = 0) -> bool:
-        """Send what is kept; return False if something is left because of the flags."""
-        while self._parts and self._sending.acquire(blocking=not flags):
-            with self._lock:
-                parts, self._parts, self._size = self._parts, [], 0
-            try:
-                rest = self._send(parts, flags)
-                with self._lock:
-                    self._parts[:0] = rest
-            finally:
-                self._sending.release()
-            if rest:
-                break
-        return not self._parts
-
-    def _send(self, parts: Sequence[Any], flags: int) -> Sequence[Any]:
-        """Send parts and return what the client does not take without waiting."""
+        """Send what is queued; with MSG_DONTWAIT, return False if something is left."""
+        if not self._queue or not self._sending.acquire(blocking=not flags):
+            return not self._queue
+        rest: Sequence[Any] = ()
         try:
-            while parts and not self._is_lost:
-                parts = send_some(self.socket, parts, flags)
-            return ()
+            while self._queue:
+                with self._lock:
+                    rest, self._queue, self._size = self._queue, [], 0
+                while rest:
+                    rest = send_some(self.socket, rest, flags)
         except OSError as error:
-            if flags and isinstance(error, BlockingIOError):
-                return parts
-            logger.debug("a WebSocket connection broke off: %s", error)
-            self._is_lost = self.is_over = True
-            attempt(self.socket.shutdown, socket.SHUT_RDWR)  # wakes whoever reads
-            return ()
+            if not flags or not isinstance(error, BlockingIOError):
+                logger.debug("a WebSocket connection broke off: %s", error)
+                self.is_over, rest = True, ()
+                with contextlib.suppress(OSError):
+                    self.socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads
+        finally:
+            with self._lock:
+                self._queue[:0] = rest
+            self._sending.release()
+        return not self._queue
 
 
 # == 16. Server ==

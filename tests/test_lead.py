@@ -250,8 +250,8 @@ def test_pongs_for_a_client_that_reads_nothing_take_bounded_memory(
     pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     connection = WebSocketConnection(pair[1], server, ConnectionInput(pair[1]))
     for _ in range(60_000):
-        connection._reader._take_control(9, bytes(125))  # a ping
-    assert 0 < len(connection._parts) < 2000
+        connection._take_control(9, bytes(125))  # a ping
+    assert 0 < len(connection._queue) < 2000
 
 
 def test_a_leader_that_has_just_lost_the_lead_to_a_drain_accepts_nobody(
