@@ -7308,23 +7308,23 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `install`: for
-# images.
+# The command line. Without arguments it serves a pod's environment; `serve` serves a class from a
+# file, on a laptop; `install` installs packages while an image is built.
 
 
 def prepare(settings: Settings, may_install: bool) -> None:
-    """Do what comes before any code of the user's: log, a look at the certificates, packages."""
+    """Configure the log, check the certificates, install packages: all before any user's code."""
     def log_failure(told: Any) -> None:
         if told.exc_type is not SystemExit:
             log_user_error("a thread", told.exc_value)
 
     configure_logging(settings)
-    logging.captureWarnings(True)  # in the log, as all else, they show no secrets
+    logging.captureWarnings(True)  # the log hides secrets
     threading.excepthook = log_failure
     if settings.client_ca or settings.client_cert:
-        tls_context(settings)
+        tls_context(settings)  # raises StartupError for files that are unusable
     if settings.target.startswith("https:"):
-        # loaded here, it is shared by all workers
+        # this loads the module before the fork, so that workers share it
         logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)
     if may_install:
         install_os_packages(settings.os_packages)
@@ -7332,44 +7332,45 @@ def prepare(settings: Settings, may_install: bool) -> None:
 
 
 class Start(NamedTuple):
-    """How this process was started: what a class changes when it is loaded is not in here."""
+    """How this process was started, recorded before a class could change anything of it."""
 
     command: List[str]
     environ: Mapping[str, str]
     folder: str
 
     def over(self, served: Served) -> NoReturn:
-        """Start the same program in the place of this one, for a class that cannot be forked.
+        """Replace this process by a new one of the same program: the class's threads forbid forks.
 
-        The supervisor then forks workers that load it, each for itself, and has no copy of its own.
+        The new supervisor does not load the class. It forks workers that load it, each for itself.
         """
-        # Signals wait for the new program's handlers; one that another thread takes goes down a
-        # pipe that it inherits.
+        # No signal may be lost. Signals to this thread are blocked until the new program has
+        # handlers. The number of a signal that another thread takes goes into a pipe, which the
+        # new program inherits.
         signals, writer = os.pipe()
         for end in (signals, writer):
             os.set_blocking(end, False)
             os.set_inheritable(end, True)
         signal.set_wakeup_fd(writer)
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            # one of the class's would end a program that does not expect it
+            # exec keeps the class's timers, whose signals would end the new program
             signal.setitimer(timer, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = target_folder
         known = json.dumps([served, folder.path, folder.requirements, signals, writer,
                             Current.began])
         flush_output()
-        error = None
-        if attempt(os.getcwd).value != self.folder:
-            error = attempt(os.chdir, self.folder).error
-        if error is None:
-            environ = {**self.environ, FRESH_START: known}
-            error = attempt(os.execve, self.command[0], self.command, environ).error
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        raise StartupError(f"the class left threads, and the pod cannot start over for it: {error}")
+        try:
+            if attempt(os.getcwd).value != self.folder:
+                os.chdir(self.folder)
+            os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            raise StartupError("the class left threads, and the pod cannot start over for it: "
+                               f"{error}") from None
 
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
-    """Take over what the program before this one knew, and the folder with its packages."""
+    """Read what `Start.over` has left for this program, and use its folder of packages."""
     values = attempt(json.loads, known).value
     if not (isinstance(values, list) and len(values) == 6):
         raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
@@ -7387,19 +7388,19 @@ def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
 
 
 class Job(NamedTuple):
-    """What a command line asks for: which class to serve, how, and what to say once it is."""
+    """A class to serve: how to load it, how to serve it, and how to announce that."""
 
     settings: Settings
     may_install: bool
     load: Callable[[], Type[ETLServer]]
-    # gets the class, the framework's server or "", and the URL
+    # called with the class, the framework's server or "", and the URL
     announce: Callable[[Served, str, str], None]
 
     def run(self, start: Start, served: Optional[Served]) -> int:
-        """Serve until SIGTERM; once more from the start where a framework turns out to be needed.
+        """Serve until SIGTERM; begin again if the class turns out to need a framework.
 
-        `served` is there in a program that has started over: packages are installed, and workers
-        load the class.
+        `served` is given in a program that has started over: its packages are installed, and its
+        workers load the class. Return the exit code.
         """
         prepare(self.settings, served is None and self.may_install)
         if not self.may_install:
@@ -7411,7 +7412,7 @@ class Job(NamedTuple):
             try:
                 return job._serve(start, served)
             except FrameworkNeeded as need:
-                if (need.framework, need.serves) in needs:
+                if (need.framework, need.serves) in needs:  # it was there, and did not help
                     raise
                 needs.add((need.framework, need.serves))
                 prepare_framework(need.framework, need.serves, self.may_install)
@@ -7419,7 +7420,7 @@ class Job(NamedTuple):
                     job = job._replace(settings=job.settings._replace(server=need.framework))
 
     def _serve(self, start: Start, served: Optional[Served]) -> int:
-        """Load the class, unless workers are to do so, and serve it."""
+        """Load the class, unless the workers load it, and serve it."""
         load, is_loaded_here = self.load, served is None
         if served is None:
             etl_class = load()
@@ -7437,7 +7438,7 @@ class Job(NamedTuple):
 
 
 def pod_job(environ: Mapping[str, str]) -> Job:
-    """Serve what the environment describes."""
+    """Return the job that a pod's environment describes."""
     has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
     settings = Settings.from_env(environ, required)
@@ -7452,7 +7453,10 @@ def pod_job(environ: Mapping[str, str]) -> Job:
 
 
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
-    """Pick the class to serve from a file's module: the one that is named, else the only one."""
+    """Return the class to serve from a file's module: the one named `wanted`, or the only one.
+
+    A class that another one of the file derives from does not count.
+    """
     names = vars(module)
     if wanted:
         if wanted not in names:
@@ -7469,7 +7473,7 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
 
 
 def class_from_file(text: str) -> Type[ETLServer]:
-    """Import FILE[:CLASS] and pick the class: the one that is named, or the file's only one."""
+    """Import the file of FILE[:CLASS] and return the class; raise StartupError if that fails."""
     import importlib.util
 
     path, wanted = text, ""
@@ -7497,7 +7501,7 @@ def class_from_file(text: str) -> Type[ETLServer]:
 
 
 def first_file(folder: str) -> str:
-    """Find a file below a folder that may be read, the first by name; "" where there is none."""
+    """Return the first readable file below a folder, as an object's name; "" if there is none."""
     root = os.path.realpath(folder)
     for where, subfolders, names in os.walk(root):
         subfolders.sort()
@@ -7511,9 +7515,9 @@ def first_file(folder: str) -> str:
 
 
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
-    """Serve a class from a file: `serve FILE[:CLASS]`."""
+    """Return the job of the command `serve`; options take the place of some variables."""
     if arguments.target:
-        environ["AIS_TARGET_URL"] = arguments.target  # a class may read it
+        environ["AIS_TARGET_URL"] = arguments.target  # classes may read it, too
     unread = re.compile("NUM_WORKERS|PORT|ETL_FQN_ROOTS|ETL_CLASS_PAYLOAD.*")
     settings = Settings.from_env(
         {name: text for name, text in environ.items() if not unread.fullmatch(name)})
@@ -7526,16 +7530,20 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
 
     def announce(served: Served, by: str, url: str) -> None:
         file = first_file(folder) if folder else ""
+        get = f"'{url}/{quote(os.fsencode(file))}'" if file else f"{url}/health"
         print(f"serving {served.name} from {arguments.file} on {url}",
               f"  echo hello | curl -sS -T - {url}/bucket/object",
-              f"  curl -sS '{url}/{quote(os.fsencode(file))}'" if file else f"  curl -sS {url}/health",
-              sep="\n", flush=True)
+              f"  curl -sS {get}", sep="\n", flush=True)
 
     return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
 
 
 def give_up(error: StartupError) -> int:
-    """Have the last line of the log tell why the pod ends: AIStore shows it to the user."""
+    """Log why the pod cannot serve; return the exit code.
+
+    AIStore shows the last line of the log to the user, so the reason is written at the very end,
+    by `exit_now`. Kubernetes shows the termination log.
+    """
     if error.story:
         logger.error(error.story, extra=WITH_LINES)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
@@ -7550,22 +7558,22 @@ def give_up(error: StartupError) -> int:
 
 
 def install(environ: Mapping[str, str]) -> int:
-    """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have it all."""
+    """Install what `OS_PACKAGES` and `PACKAGES` name; return the exit code."""
     Current.settings = Settings.from_env(environ)
-    target_folder.may_be_made = False
+    target_folder.may_be_made = False  # it would not be in the image
     prepare(Current.settings, True)
     return Exit.OK
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the arguments of the command line; raise UsageError for a bad one."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        """A parser whose complaints end as all others do."""
+        """A parser that does not print its errors and exit, but raises them."""
 
         def error(self, message: str) -> NoReturn:
-            """Raise a complaint."""
+            """Raise UsageError."""
             raise UsageError(f"{message}; --help has the options")
 
     parser = Parser(
@@ -7593,7 +7601,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("install stands alone; --help has the options")
     if os.path.isdir(arguments.target or ""):
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
-    for variable in VARIABLES:  # whose bounds are those of the options that fill the same field
+    for variable in VARIABLES:  # an option has the bounds of the variable with its field
         given = getattr(arguments, variable.field, None)
         value, error = attempt(variable.parse, given) if given is not None else Outcome()
         if error is not None:
@@ -7605,13 +7613,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def terminate(number: int, _: Any) -> NoReturn:
-    """End the start: a tool that runs is ended on the way out."""
+    """Handle a signal during the start: the exception ends a running tool on its way to `run`."""
     raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
 
 
 def own_command(arguments: Sequence[str]) -> List[str]:
-    """Return the command line that starts this program once more, with Python's own options."""
-    original = getattr(sys, "orig_argv", ())  # from Python 3.10 on
+    """Return the command that starts this program again, with the options of the interpreter."""
+    original = getattr(sys, "orig_argv", ())  # Python 3.10 and later
     count = len(original) - len(arguments)
     if count > 0 and list(original[count:]) == list(arguments):
         return [sys.executable, *original[1:]]
@@ -7625,17 +7633,17 @@ def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # CRI-O starts pods with a soft 1024
-    # macOS has a lower limit of its own
+    # it fails on macOS, whose kernel has a lower limit
     attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard))
     if sys.platform.startswith("linux"):
         Current.began = time.clock_gettime(time.CLOCK_BOOTTIME)
     Current.output = attempt(os.dup, 1).value or -1
     for number in STOP_SIGNALS:
-        signal.signal(number, terminate)  # until there are workers to be stopped
+        signal.signal(number, terminate)  # until the supervisor handles them
     known = environ.pop(FRESH_START, "")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a line must not fail for a character, nor wait for others
+            # no character may make a line fail, and no line waits in a buffer
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -7646,7 +7654,7 @@ def main(argv: Optional[Sequence[str]] = None,
         job = serve_job(parse_arguments(arguments), environ) if arguments else pod_job(environ)
         Current.settings = job.settings
         del sys.argv[1:]  # a class may read its own command line, which has no arguments
-        # pyarrow's thread would outlive a fork
+        # the thread of pyarrow's allocator does not end before a fork
         environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
         return job.run(start, served)
     except StartupError as error:
@@ -7654,7 +7662,7 @@ def main(argv: Optional[Sequence[str]] = None,
 
 
 def run() -> NoReturn:
-    """Be the program."""
+    """Run the program and end the process with its exit code."""
     try:
         code = main()
     except SystemExit as error:
