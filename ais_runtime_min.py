@@ -5900,7 +5900,7 @@ class StarletteAnswers:
         query, pipeline = scope["query_string"].decode("latin-1"), fields.getlist(HEADER_NODE_URL)
         try:
             parsed = request_of_app(request.method, path, raw_path, query, ", ".join(pipeline))
-            if parsed.is_message:  # of /ws, but no handshake: those do not come here
+            if parsed.is_message:  # a request for /ws that is no handshake
                 upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), path)
@@ -5910,11 +5910,11 @@ class StarletteAnswers:
 
     @staticmethod
     def _receiver(request: Any, loop: Any) -> Callable[[], bytes]:
-        """Return a function for other threads that waits for the next piece of a body.
+        """Return a function that waits for the next piece of a body; call it on another thread.
 
         It returns b"" at the end. It raises OSError there if the application has read a part of
-        the body before: then the object would be cut. This cannot be told of a body that has
-        passed middleware other than Starlette's, which may have put another one in its place.
+        the body, since the object would be cut. This is not checked behind middleware other than
+        Starlette's, which may put another body in the place of the one that came.
         """
         import asyncio
 
@@ -6243,7 +6243,7 @@ class ASGIFront:
         if (scope["path"], scope["method"]) == ("/health", "GET"):
             return PlainTextResponse("Running")
         if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
-            return PlainTextResponse("the Transfer-Encoding is not known here", 501, closing)
+            return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
         if offers and has_body(fields):
             text = "another protocol cannot be offered with a body"
             return PlainTextResponse(text, 400, closing)
@@ -6407,7 +6407,7 @@ class WSGIResponse:
         if exc_info and self._count:
             raise exc_info[1].with_traceback(exc_info[2])
         if (self.status and not exc_info) or not "200" <= status[:3] <= "599":
-            raise AssertionError(f"start_response({status!r}) is out of place")
+            raise AssertionError(f"start_response({status!r}) comes again, or with a bad status")
         self.status, self.fields = int(status[:3]), list(fields)
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
         self.size = lengths[0] if lengths else None
@@ -6528,7 +6528,7 @@ def body_of_flask(request: Any) -> MessageBody:
         if not body.count and request.max_content_length is None:
             return body
         if body.count and (data is None or len(data) != body.count or not body.is_at_end):
-            raise RequestError("the application has read some of the object, or not all")
+            raise RequestError("the application has read the object and not kept all of it")
     length = request.environ.get("CONTENT_LENGTH")
     return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
 
@@ -6656,7 +6656,8 @@ def finish_threads() -> None:
         if not thread.daemon and thread is not threading.main_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                logger.warning("the class's thread %s goes on, and is not waited for", thread.name)
+                logger.warning("the class's thread %s still runs and is not waited for",
+                               thread.name)
 
 
 def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> None:
@@ -7325,7 +7326,7 @@ def prepare(settings: Settings, may_install: bool) -> None:
         tls_context(settings)  # raises StartupError for files that are unusable
     if settings.target.startswith("https:"):
         # this loads the module before the fork, so that workers share it
-        logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)
+        logger.debug("TLS is provided by %s", ssl.OPENSSL_VERSION)
     if may_install:
         install_os_packages(settings.os_packages)
         install_python_packages(settings.packages)
@@ -7365,15 +7366,15 @@ class Start(NamedTuple):
             os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            raise StartupError("the class left threads, and the pod cannot start over for it: "
-                               f"{error}") from None
+            raise StartupError("the class has started threads, so the program must start over, "
+                               f"and cannot: {error}") from None
 
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     """Read what `Start.over` has left for this program, and use its folder of packages."""
     values = attempt(json.loads, known).value
     if not (isinstance(values, list) and len(values) == 6):
-        raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
+        raise UsageError(f"{FRESH_START} is internal to this runtime and must not be set")
     served, folder, requirements, signals, writer, Current.began = values
     if folder:
         target_folder.take_over(folder, requirements)
@@ -7467,8 +7468,8 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
     leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
     if len(leaves) != 1:
         choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
-        raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it "
-                         f"has {choice}")
+        raise UsageError(f"{module.__file__} must define one ETL class, or the argument must be "
+                         f"FILE:CLASS; the file defines {choice}")
     return checked_class(leaves[0], f"{module.__file__}: {leaves[0].__name__}")
 
 
