@@ -5452,26 +5452,26 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 17. Frameworks ==
-# Classes with an application of FastAPI or Flask: uvicorn serves the one, and the built-in server
-# the other. Nothing in here runs, nor is anything imported, for other classes.
+# Classes that use an application: uvicorn serves one of FastAPI, the built-in server one of Flask.
+# Other classes need nothing of this section, and import no framework.
 
 
 class PieceInput(ConnectionInput):
-    """A request's body as another server has received it; `receive` returns b"" at its end."""
+    """A request's body that another server receives; `receive` returns b"" at the end."""
 
     def __init__(self, receive: Callable[[], bytes]) -> None:
         super().__init__(cast(socket.socket, None))
-        self._next_piece = receive
+        self._receive = receive
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
-        """Read some bytes of what is here, or of the next piece."""
+        """Read some bytes of the current piece, or of the next one."""
         if not self.ahead and not self.fill():
             return 0
         return super().readinto(buffer, flags)
 
     def fill(self, flags: int = 0) -> bool:
-        """Wait for the next piece; the server's exceptions come as OSError, as readers expect."""
-        piece, error = attempt(self._next_piece)
+        """Wait for the next piece; raise any failure as the OSError that readers expect."""
+        piece, error = attempt(self._receive)
         if error is not None:
             raise error if isinstance(error, OSError) else OSError(describe(error)) from None
         return self._add(cast(bytes, piece))
@@ -5479,22 +5479,28 @@ class PieceInput(ConnectionInput):
 
 def request_of_app(method: str, path: str, raw_path: str, query: str,
                    pipeline: str) -> ETLRequest:
-    """Tell what a request asks for, by its path as it came, or another that the class gives it."""
+    """Parse a request; `path` is the object's, which the class may have changed.
+
+    `raw_path` is the path as the client sent it. It is used as long as it means the same.
+    """
     if decode_escapes(raw_path)[1:] != path:
         raw_path = "/" + quote(path)
     return ETLRequest.parse(method, f"{raw_path}?{query}" if query else raw_path, pipeline)
 
 
 def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
-    """Make the body of a request that another server has parsed; `receive` may tell its end."""
+    """Return the body of a request that another server receives; `length` is its Content-Length."""
     source = PieceInput(receive)
     return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
 
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
-    """Install what is missing of a framework, and import it here: forked workers share it."""
-    framework = FRAMEWORKS[name]
-    wanted = list(framework.modules.items())[:None if serves else 1]
+    """Import a framework; install it before, if it is missing and `may_install`.
+
+    With `serves` this includes the modules that serve its applications. Forked workers share what
+    is imported here.
+    """
+    wanted = list(FRAMEWORKS[name].modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing and not may_install:
         raise PackageError(f"the class needs {name}: {pip_command(missing)}")
@@ -5515,65 +5521,31 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
             raise with_story(failure, module, problem)
 
 
-def call_user(what: str, function: Callable[[], T]) -> T:
-    """Call the user's code at start-up; ClassError, which has its traceback, where it fails."""
-    value, error = attempt(function)
+def failure_of_user(what: str, error: BaseException) -> StartupError:
+    """Return the StartupError for an exception of the user's code, with its traceback."""
     if isinstance(error, StartupError):
-        raise error
-    if error is not None:
-        kind = PackageError if package_of(error) else ClassError
-        failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
-        raise with_story(failure, what, error)
-    return cast(T, value)
-
-
-def report_failure(error: StartupError) -> None:
-    """Tell the supervisor why this worker ends."""
-    if isinstance(error, FrameworkNeeded):
-        return report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
-    # here: a report is cut, perhaps within a secret
-    redact = (Current.settings or Settings()).redact
-    for line in redact(error.story).splitlines():
-        report(REPORT_STORY + line.encode("utf-8", "replace"))
-    reason = redact(" ".join(str(error).split()))
-    report(b"%b%d %b" % (REPORT_FAILED, error.exit, reason.encode("utf-8", "replace")))
+        return error
+    kind = PackageError if package_of(error) else ClassError
+    failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
+    return with_story(failure, what, error)
 
 
 # -- FastAPI, by uvicorn --
 
 
-class CallingThread(MainThread):
-    """The main thread of a worker whose server another thread runs: it makes calls until `end`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bell = threading.Semaphore(0)
-        self.wake = self._bell.release
-        self._is_over = False
-        self.has_ended = threading.Event()
-
-    def work(self) -> None:
-        """Make the calls that are handed over."""
-        while not self._is_over:
-            self._bell.acquire()
-            while self.calls:
-                self.make_call()
-        self.has_ended.set()
-
-    def end(self) -> None:
-        """Let `work` return once it has made the calls before this one."""
-        self.put(functools.partial(setattr, self, "_is_over", True))
-
-
 @functools.lru_cache(maxsize=1)
 def piece_response_class() -> Any:
-    """Make the class of responses in pieces: Starlette's own would read the request meanwhile."""
+    """Define the class of responses in pieces, once; Starlette must be installed for it.
+
+    Starlette's StreamingResponse is of no use here. It receives messages of the request, to notice
+    a client that leaves, and so takes the body from a class that reads it while it answers.
+    """
     import asyncio
 
     from starlette.responses import Response
 
     class PieceResponse(Response):  # type: ignore[misc]
-        """An answer in pieces; where it fails, no end is sent: ASGIFront cuts the connection."""
+        """A response in pieces. If a piece fails, no end is sent and ASGIFront cuts the answer."""
 
         def __init__(self, answer: Answer, name: str, threads: Any) -> None:
             super().__init__(None, answer.status)
@@ -5583,7 +5555,7 @@ def piece_response_class() -> Any:
             self._call = functools.partial(asyncio.get_running_loop().run_in_executor, threads)
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            """Send the answer; the body of the request may still be read meanwhile."""
+            """Send the answer; the class may still read the body of the request meanwhile."""
             pieces = iter(()) if isinstance(self._answer.body, bytes) else self._answer.body
             try:
                 await send({"type": "http.response.start", "status": self.status_code,
@@ -5614,47 +5586,56 @@ class StarletteAnswers:
         self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
 
     async def __call__(self, path: str, request: Any) -> Any:
-        """Answer one request; on the application's loop."""
+        """Answer one request of Starlette's by one of its responses; runs on the loop."""
         import asyncio
 
-        loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
+        scope, fields, loop = request.scope, request.headers, asyncio.get_running_loop()
         raw_path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
         query, pipeline = scope["query_string"].decode("latin-1"), fields.getlist(HEADER_NODE_URL)
         try:
             parsed = request_of_app(request.method, path, raw_path, query, ", ".join(pipeline))
-            if parsed.is_message:  # no handshake, which does not come here
+            if parsed.is_message:  # a request for /ws that is no handshake
                 upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), path)
+        body = body_of_app(fields.get("content-length"), self._receiver(request, loop))
+        answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
+        return self._response(answer, parsed.name)
+
+    @staticmethod
+    def _receiver(request: Any, loop: Any) -> Callable[[], bytes]:
+        """Return a function that waits for the next piece of a body; call it on another thread.
+
+        It returns b"" at the end. It raises OSError there if the application has read a part of
+        the body, since the object would be cut. This is not checked behind middleware other than
+        Starlette's, which may put another body in the place of the one that came.
+        """
+        import asyncio
+
         pieces, count = request.stream(), 0
-        # other middleware than Starlette's may have put another body into its place
-        came, receives = scope.get("etl.request"), request.receive
+        came, receives = request.scope.get("etl.request"), request.receive
         is_as_it_came = came is not None and (
             getattr(receives, "__self__", None) is came
             or getattr(receives, "__module__", "") == "starlette.middleware.base")
 
-        async def receive() -> bytes:
+        async def next_piece() -> bytes:
             async for piece in pieces:
                 if piece:
                     return cast(bytes, piece)
             return b""
 
-        def take() -> bytes:
-            """Wait for the next piece, b"" at the end; on another thread."""
+        def receive() -> bytes:
             nonlocal count
-            future = asyncio.run_coroutine_threadsafe(receive(), loop)
+            future = asyncio.run_coroutine_threadsafe(next_piece(), loop)
             piece = future.result(BODY_PAUSE_SECONDS)
             count += len(piece)
             if not piece and is_as_it_came and count < came.count:
                 raise OSError("the application has read some of it")
             return piece
 
-        body = body_of_app(fields.get("content-length"), take)
-        answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
-        return self._response(answer, parsed.name)
+        return receive
 
     def _response(self, answer: Answer, name: str) -> Any:
-        """Make the response of an answer."""
         from starlette.responses import Response
 
         if isinstance(answer.body, bytes) and not answer.is_open:
@@ -5666,8 +5647,11 @@ class StarletteAnswers:
         return response
 
 
-class ASGISession:
-    """One connection of AIStore's protocol over a server of ASGI, on that server's loop."""
+class ASGIWebSocket:
+    """One connection that speaks AIStore's protocol through an ASGI server.
+
+    The server's loop takes messages; threads of a pool answer their objects.
+    """
 
     def __init__(self, service: Service, pool: ThreadPool, receive: Any, send: Any) -> None:
         import asyncio
@@ -5675,13 +5659,13 @@ class ASGISession:
         self._service = service
         self._receive = receive
         self._send = send
-        # uvicorn's, where nothing stands between: ASGI itself cannot send half a message
+        # uvicorn's, unless middleware wraps `send`: ASGI itself cannot send half a message
         self._transport = getattr(getattr(send, "__self__", None), "transport", None)
         self._loop = asyncio.get_running_loop()
-        self._has_changed = asyncio.Event()
-        told = functools.partial(attempt, self._loop.call_soon_threadsafe, self._has_changed.set)
+        self._has_answered = asyncio.Event()
+        told = functools.partial(attempt, self._loop.call_soon_threadsafe, self._has_answered.set)
         self._objects = ObjectExchange(service, self._reply, pool.submit, told)
-        self._since = 0.0  # when the last message came
+        self._last_came = 0.0  # when the last message came, by time.monotonic()
         self._is_over = False
 
     async def serve(self) -> None:
@@ -5692,8 +5676,9 @@ class ASGISession:
         try:
             message = await self._receive()
             while message["type"] == "websocket.receive":
-                self._since = time.monotonic()
-                await self._take(message.get("bytes") or (message.get("text") or "").encode())
+                self._last_came = time.monotonic()
+                if not self._is_over:
+                    await self._take(message.get("bytes") or (message.get("text") or "").encode())
                 message = await self._receive()
         finally:
             self._is_over = True
@@ -5701,17 +5686,18 @@ class ASGISession:
 
     @property
     def is_idle(self) -> bool:
-        """Whether all that has come is answered, and nothing has come for a moment."""
+        """Whether all messages are answered, and none has come for a moment."""
         is_done = self._objects.is_between_objects and not self._objects.pending
-        return is_done and not self._is_over and time.monotonic() - self._since > DRAIN_LOOK_SECONDS
+        seconds = time.monotonic() - self._last_came
+        return is_done and not self._is_over and seconds > DRAIN_LOOK_SECONDS
 
     async def close(self) -> None:
-        """Say goodbye, as far as the client reads."""
+        """Close the connection; this waits for a client that does not read."""
         self._is_over = True
         await self._send({"type": "websocket.close", "code": CLOSE_GOING_AWAY})
 
     async def fail(self, reason: str) -> None:
-        """End the connection so that a target takes it for the failure of an object."""
+        """End the connection so that a target takes this for the failure of an object."""
         if self._is_over:
             return
         self._is_over = True
@@ -5722,89 +5708,89 @@ class ASGISession:
         elif not self._transport.is_closing():
             beginning = frame_head(OP_BINARY, 0, is_last=False)
             self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
-            # at once a client that still sends might not see it
+            # a client that still sends might not see it if the connection closed at once
             self._loop.call_later(DRAIN_SECONDS, self._transport.close)
 
     async def _take(self, data: bytes) -> None:
-        """Take one message, and wait until another one may be."""
-        error = None
-        if not self._is_over:  # nothing may be transformed on the loop's thread
-            error = attempt(self._objects.take, ReceivedObject(data), False).error
-        while self._objects.is_full or (error is not None and self._objects.pending):
-            self._has_changed.clear()
-            if self._objects.pending:
-                await self._has_changed.wait()
-        if error is not None:
-            reason = self._service.settings.redact(describe(error))
+        """Take one message; return once another one may be taken."""
+        refusal = ""
+        try:
+            # False: the loop's thread must not call the class
+            self._objects.take(ReceivedObject(data), False)
+        except BadRequest as error:
+            refusal = self._service.settings.redact(str(error))
+        while self._objects.pending and (refusal or self._objects.is_full):
+            self._has_answered.clear()
+            await self._has_answered.wait()
+        if refusal:
             logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name,
-                         reason)
-            await self.fail(reason)
+                         refusal)
+            await self.fail(refusal)
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
-        """Send replies, and wait for that; on a thread of the pool."""
+        """Send replies and wait until they are sent; runs on a thread of the pool."""
         import asyncio
 
+        sending = self._send_replies(replies)
+        try:
+            future = asyncio.run_coroutine_threadsafe(sending, self._loop)
+        except RuntimeError:  # the loop has ended
+            return sending.close()
+        attempt(future.result)  # it fails if the client has gone
+
+    async def _send_replies(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
-            sending = self._send_reply(reply)
-            future, error = attempt(asyncio.run_coroutine_threadsafe, sending, self._loop)
-            if error is not None:  # the loop has ended
-                return sending.close()
-            attempt(future.result)  # the client may be gone
-
-    async def _send_reply(self, reply: Reply) -> None:
-        if reply.opcode == OP_CLOSE:
-            await self.fail(reply.data.decode("utf-8"))
-        elif reply.opcode == OP_TEXT and not self._is_over:
-            await self._send({"type": "websocket.send", "text": reply.data.decode()})
-        elif not self._is_over:
-            await self._send({"type": "websocket.send", "bytes": reply.data})
+            if reply.opcode == OP_CLOSE:
+                await self.fail(reply.data.decode("utf-8"))
+            elif reply.opcode == OP_TEXT and not self._is_over:
+                await self._send({"type": "websocket.send", "text": reply.data.decode()})
+            elif not self._is_over:
+                await self._send({"type": "websocket.send", "bytes": reply.data})
 
 
-class ASGIMessages:
-    """AIStore's protocol over a server of ASGI, which alone bounds how large a message may be."""
+class ASGIWebSockets:
+    """The application of `/ws`: AIStore's protocol through an ASGI server.
+
+    The server bounds the size of one message. The memory of all messages is not bounded.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._pool = ThreadPool(THREAD_LIMIT)
-        self._sessions: Set[ASGISession] = set()
+        self._connections: Set[ASGIWebSocket] = set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one connection to its end."""
-        if len(self._sessions) >= WEBSOCKET_LIMIT:
+        if len(self._connections) >= WEBSOCKET_LIMIT:
             await send({"type": "websocket.close"})
             return
-        session = ASGISession(self._service, self._pool, receive, send)
-        self._sessions.add(session)
+        connection = ASGIWebSocket(self._service, self._pool, receive, send)
+        self._connections.add(connection)
         try:
-            await session.serve()
+            await connection.serve()
         finally:
-            self._sessions.remove(session)
+            self._connections.remove(connection)
 
     async def drain(self) -> None:
-        """End all connections once what has come is answered, or there is no more time."""
+        """Close each connection once its messages are answered; when time is up, end the rest."""
         import asyncio
 
         deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
-        while self._sessions and time.monotonic() < deadline:
-            idle = [session.close() for session in self._sessions if session.is_idle]
-            asyncio.gather(*idle, return_exceptions=True)  # not waited for: a client may not read
+        while self._connections and time.monotonic() < deadline:
+            idle = [each.close() for each in self._connections if each.is_idle]
+            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
-        for session in tuple(self._sessions):
-            await session.fail("the pod is stopping")
+        for connection in tuple(self._connections):
+            await connection.fail("the pod is stopping")
 
 
-class FailureMark:
-    """Middleware that marks an answer which fails after its beginning.
+def marking_failures(app: Any) -> Any:
+    """Wrap an ASGI application so that an answer which fails after its beginning is marked.
 
-    It stands below each middleware of the class: Starlette's BaseHTTPMiddleware ends an answer
-    although what is below it has failed.
+    This stands below each middleware of the class, since Starlette's BaseHTTPMiddleware completes
+    an answer although the application below has failed. ASGIRequest then sends no more of it.
     """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass all on."""
+    async def marked_app(scope: Any, receive: Any, send: Any) -> None:
         is_half = False
 
         async def send_on(message: Any) -> None:
@@ -5813,21 +5799,20 @@ class FailureMark:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_on)
+            await app(scope, receive, send_on)
             is_half = False
         finally:
             if is_half and "etl.request" in scope:
                 scope["etl.request"].has_failed = True
 
+    return marked_app
 
-def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
-    """Let a class's application answer requests for objects, where none of its own routes does."""
+
+def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSockets:
+    """Add the routes of objects, of `/health` and of `/ws` behind the application's own."""
     from starlette.middleware import Middleware
-    from starlette.responses import Response
+    from starlette.responses import PlainTextResponse
     from starlette.routing import Route, WebSocketRoute
-
-    async def health(_: Any) -> Any:
-        return Response(b"Running", media_type="text/plain")
 
     async def answer(request: Any) -> Any:
         path, is_get = request.path_params.get("path", ""), request.method == "GET"
@@ -5836,16 +5821,17 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIMessages:
     def route(path: str, function: Any, *methods: str) -> Any:
         return Route(path, function, methods=list(methods), include_in_schema=False)
 
-    messages = ASGIMessages(service)
+    websockets = ASGIWebSockets(service)
     vars(server)[ANSWER] = StarletteAnswers(service)
     objects = route("/{path:path}", answer, "GET", "PUT")
-    objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")  # its own knows no line feed
+    # Starlette's pattern matches no line feed, which an object's name may have
+    objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")
     server.app.router.routes.extend([
-        WebSocketRoute("/ws", messages), route("/health", health, "GET"),
+        WebSocketRoute("/ws", websockets), route("/health", PlainTextResponse("Running"), "GET"),
         route("/download", answer, "POST"), objects])
-    layers = [(each, Middleware(FailureMark)) for each in server.app.user_middleware]
+    layers = [(each, Middleware(marking_failures)) for each in server.app.user_middleware]
     server.app.user_middleware[:] = itertools.chain(*layers)
-    return messages
+    return websockets
 
 
 class ASGIRequest:
@@ -5853,21 +5839,21 @@ class ASGIRequest:
 
     def __init__(self, scope: Any, receive: Any, send: Any) -> None:
         scope["etl.request"] = self
-        self.count = 0  # bytes of the body that have come
-        self.status = self.size = 0  # of the answer, as far as it was sent
-        self.has_failed = False  # whether its answer has begun and cannot become whole
+        self.count = 0  # bytes of the body that were received
+        self.status = self.size = 0  # of the answer: its status, and bytes that were sent
+        self.has_failed = False  # whether the answer has begun and will not become whole
         self._receive = receive
         self._send = send
-        self._cycle = send.__self__  # uvicorn's own of the request
+        self._cycle = send.__self__  # uvicorn's RequestResponseCycle
 
     async def receive(self) -> Any:
-        """Receive the next message, and count the bytes of the body."""
+        """Receive the next message and count the bytes of the body."""
         message = await self._receive()
         self.count += len(message.get("body", b""))
         return message
 
     async def send(self, message: Any) -> None:
-        """Send a message; AnswerCut where the client has left, or the answer has failed."""
+        """Send a message; raise AnswerCut if the client has left or the answer has failed."""
         self.status = message.get("status", self.status)
         self.size += len(message.get("body", b""))
         if not self.has_failed:
@@ -5880,7 +5866,7 @@ class ASGIRequest:
         import asyncio
 
         self._cycle.transport.abort()
-        await asyncio.sleep(0)  # in which uvicorn hears of it
+        await asyncio.sleep(0)  # lets uvicorn notice
 
     @property
     def is_gone(self) -> bool:
@@ -5889,76 +5875,82 @@ class ASGIRequest:
 
 
 def has_body(fields: Mapping[bytes, bytes]) -> bool:
-    """Tell from the fields of a request whether it has a body."""
+    """Tell from a request's header fields whether it has a body."""
     return b"transfer-encoding" in fields or fields.get(b"content-length", b"0") != b"0"
 
 
-async def outcome_of(call: Any) -> Outcome:
-    """Await what may raise anything, as `attempt` calls it."""
+async def error_of(call: Any) -> Optional[BaseException]:
+    """Await a coroutine that runs users' code; return its exception, of whatever kind, or None."""
     try:
-        return Outcome(await call)
+        await call
     except BaseException as error:
-        return Outcome(error=error)
+        return error
+    return None
 
 
 class ASGIFront:
-    """The outermost application: it serves `/health` and `/ws`, and the class's own the rest."""
+    """The outermost application: it answers `/health` and `/ws`, and the class's own the rest.
 
-    def __init__(self, app: Any, messages: ASGIMessages) -> None:
+    `begin` is called once the application has started up.
+    """
+
+    def __init__(self, app: Any, websockets: ASGIWebSockets, begin: Callable[[], None]) -> None:
         self._app = app
-        self._messages = messages
-        self.begin: Callable[[], None] = lambda: None  # called once the application has started up
-        self.failure: Optional[BaseException] = None  # of its start-up or shutdown
+        self._websockets = websockets
+        self._begin = begin
+        self.failure: Optional[BaseException] = None  # of the application's start-up or shutdown
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve a connection or one request, or the application's life."""
+        """Serve one request, one WebSocket connection, or the application's lifespan."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] == "websocket":
-            await (self._messages if scope["path"] == "/ws" else self._app)(scope, receive, send)
+            await (self._websockets if scope["path"] == "/ws" else self._app)(scope, receive, send)
         else:
             await self._serve(ASGIRequest(scope, receive, send), scope)
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application's start-up and shutdown; whoever runs us tells what fails there."""
+        """Run the application's start-up and shutdown; keep a failure for UvicornServer to tell."""
         async def send_on(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self.begin()
+                self._begin()
             elif message["type"].endswith(".failed"):
                 self.failure = StartupError(message.get("message", ""))
-                message = {"type": message["type"]}
+                message = {"type": message["type"]}  # its text would be in uvicorn's log too
             await send(message)
 
-        error = (await outcome_of(self._app(scope, receive, send_on))).error
+        error = await error_of(self._app(scope, receive, send_on))
         if error is not None:
             self.failure = error
             raise error
 
-    @staticmethod
-    def _own_answer(scope: Any) -> Tuple[int, bytes]:
-        """Answer a health probe, and a request whose body uvicorn would not read rightly."""
-        fields = dict(scope["headers"])
+    def _app_for(self, scope: Any) -> Any:
+        """Choose what answers a request: a response of ours, or the application.
+
+        Ours are for health probes, and for bodies that uvicorn would misread.
+        """
+        from starlette.responses import PlainTextResponse
+
+        fields, closing = dict(scope["headers"]), {"connection": "close"}
         coding = fields.get(b"transfer-encoding", b"").lower()
         offers = b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
         if (scope["path"], scope["method"]) == ("/health", "GET"):
-            return 200, b"Running"
+            return PlainTextResponse("Running")
         if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
-            return 501, b"the Transfer-Encoding is not known here"
+            return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
         if offers and has_body(fields):
-            return 400, b"another protocol cannot be offered with a body"
-        return 0, b""
+            text = "another protocol cannot be offered with a body"
+            return PlainTextResponse(text, 400, closing)
+        return self._app
 
     async def _serve(self, request: ASGIRequest, scope: Any) -> None:
-        """Answer one request; an answer that has failed is never finished."""
+        """Answer one request; cut an answer that fails."""
         import asyncio
 
-        status, text = self._own_answer(scope)
-        began = time.monotonic()
-        answering = (self._answer(request, status, text) if status
-                     else self._app(scope, request.receive, request.send))
-        error = (await outcome_of(answering)).error
+        app, began = self._app_for(scope), time.monotonic()
+        error = await error_of(app(scope, request.receive, request.send))
         log_request(scope["method"], scope["path"], request.status, request.size, began)
-        # uvloop's for a connection that is closed is a RuntimeError
+        # uvloop raises RuntimeError for a connection that is closed
         is_of_client = isinstance(error, (OSError, RuntimeError)) and request.is_gone
         if isinstance(error, asyncio.CancelledError):
             logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
@@ -5967,25 +5959,17 @@ class ASGIFront:
         if isinstance(error, (AnswerCut, asyncio.CancelledError)):
             await request.abort()
 
-    @staticmethod
-    async def _answer(request: ASGIRequest, status: int, body: bytes) -> None:
-        fields = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body))]
-        if status >= 400:
-            fields.append((b"connection", b"close"))
-        await request.send({"type": "http.response.start", "status": status, "headers": fields})
-        await request.send({"type": "http.response.body", "body": body})
-
 
 def protocol_on(base: Any) -> Any:
-    """Make a protocol of uvicorn's that is right in two things that its own is not."""
+    """Derive a class from uvicorn's protocol that corrects two of its rules."""
     class Protocol(base):  # type: ignore[misc]
-        """One connection: a client that has ended its side is answered, and bodies are read."""
+        """One connection; it reads any body, and answers a client that has closed its own side."""
 
         def _should_upgrade(self) -> bool:
             return bool(super()._should_upgrade()) and not has_body(dict(self.headers))
 
         def eof_received(self) -> Optional[bool]:
-            """Return whether the connection is to stay open, for an answer to a whole request."""
+            """Return True to keep the connection open until a whole request is answered."""
             if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
                 return cast(Optional[bool], super().eof_received())
             self.cycle.keep_alive = False
@@ -5995,25 +5979,31 @@ def protocol_on(base: Any) -> Any:
 
 
 class UvicornServer:
-    """Serve a class's application by uvicorn, in a thread; that of `serve_forever` makes its calls.
+    """Serve a class's application by uvicorn, whose loop runs on a thread of its own.
 
-    What uvicorn has no setting for is not bounded: how long a client may take for the head of a
-    request.
+    The thread of `serve_forever` makes the class's calls. How long a client may take for the head
+    of a request is not bounded: uvicorn has no setting for that.
     """
 
     def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service,
-                 main_thread: CallingThread) -> None:
+                 main_thread: MainThread) -> None:
         import uvicorn
 
+        self.ready: Callable[[], object] = lambda: None  # called before the first request
+        # ends a process that has not begun to serve, or whose main thread is still held up
+        self.leave: Callable[[], object] = lambda: None
         self._name = type(server).__name__
-        self._main = main_thread
-        self._messages = add_fastapi_routes(server, service)
-        self._front = ASGIFront(server.app, self._messages)
         self._listener = listener
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; its connections inherit it
-            milliseconds = int(RESULT_UNREAD_SECONDS * 1000)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._waker = Waker()
+        self._main = main_thread
+        self._bell = threading.Semaphore(0)  # released when there is a call to make, or no more
+        main_thread.wake = self._bell.release
+        self._has_begun = False  # whether the application has started up
+        self._drain_began = 0.0
+        self._outcome: Optional[Outcome] = None  # of uvicorn, once it has ended
+        self._has_made_calls = threading.Event()  # set once the last call has been made
+        self._websockets = add_fastapi_routes(server, service)
+        self._front = ASGIFront(server.app, self._websockets, self._begin)
         self._config = uvicorn.Config(
             self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False,
             server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
@@ -6024,74 +6014,70 @@ class UvicornServer:
         self._config.load()
         self._config.http_protocol_class = protocol_on(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
-        self._has_begun = False
-        self._drain_began = 0.0
-        self.ready: Callable[[], object] = lambda: None  # called before the first request
-        # ends a process that has not begun to serve, or whose main thread is still held up
-        self.leave: Callable[[], object] = lambda: None
-        # its ordinary life is worth a line at DEBUG alone
-        is_debug = logger.level <= logging.DEBUG
-        level = logger.level if is_debug else max(logging.WARNING, logger.level)
+        # at INFO uvicorn would tell of its ordinary life
+        level = logging.WARNING if logger.level == logging.INFO else logger.level
         logging.getLogger("uvicorn").setLevel(level)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; its connections inherit it
+            milliseconds = int(RESULT_UNREAD_SECONDS * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def serve_forever(self) -> None:
-        """Serve until `drain`, and then what has begun.
+        """Serve until a signal of `drain_on`, then finish the requests that have begun.
 
-        ClassError where the application's start-up or shutdown fails.
+        Raise StartupError if the application's start-up or shutdown fails.
         """
-        import asyncio
-
-        failures: List[Optional[BaseException]] = []
-
-        def begin() -> None:
-            asyncio.get_running_loop().add_reader(self._waker.readable, self._wake_up)
-            self.ready()
-            self._has_begun = True
-
-        def serve() -> None:
-            failures.append(attempt(self._uvicorn.run, [self._listener]).error)
-            # also where it failed: a worker that accepts nothing must end, to be replaced
-            self._main.end()
-            if self._drain_began and not self._main.has_ended.wait(10 * LEAD_SECONDS):
-                self.leave()
-
-        def end() -> None:
-            failure = self._front.failure or failures[0]
-            if failure is not None:
-                raise failure
-
-        self._front.begin = begin
-        threading.Thread(target=serve, name="uvicorn", daemon=True).start()
-        self._main.work()
-        call_user(f"{self._name}'s {'shutdown' if self._has_begun else 'start-up'}", end)
+        threading.Thread(target=self._run, name="uvicorn", daemon=True).start()
+        while self._outcome is None or self._main.calls:
+            self._bell.acquire()
+            while self._main.calls:
+                self._main.make_call()
+        self._has_made_calls.set()
+        failure = self._front.failure or self._outcome.error
+        if failure is not None:
+            what = "shutdown" if self._has_begun else "start-up"
+            raise failure_of_user(f"{self._name}'s {what}", failure)
 
     def drain_on(self, signals: Iterable[int]) -> None:
         """Have signals drain the server. Call it on the main thread."""
-        self._waker.wake_on(signals, self.drain)
+        self._waker.wake_on(signals, self._handle_signal)
 
-    def drain(self) -> None:
-        """Stop accepting; what has begun is answered, and idle connections close."""
-        if not self._has_begun:  # the start-up may take long
+    def _handle_signal(self) -> None:
+        """End a start-up, which may take long; else `_wake_up` finds the signal's number."""
+        if not self._has_begun:
             self.leave()
-        self._waker.wake()
 
-    def _wake_up(self) -> None:
-        """Begin to drain; on uvicorn's loop, perhaps before the signal's handler has run."""
+    def _run(self) -> None:
+        """Run uvicorn to its end; runs on a thread of its own."""
+        self._outcome = attempt(self._uvicorn.run, [self._listener])
+        self._bell.release()
+        if self._drain_began and not self._has_made_calls.wait(10 * LEAD_SECONDS):
+            self.leave()
+
+    def _begin(self) -> None:
+        """Begin to serve; runs on uvicorn's loop, once the application has started up."""
         import asyncio
 
-        self._waker.take()
-        if not self._drain_began:
+        asyncio.get_running_loop().add_reader(self._waker.readable, self._wake_up)
+        self.ready()
+        self._has_begun = True
+
+    def _wake_up(self) -> None:
+        """Begin to drain if a signal is the reason; runs on uvicorn's loop."""
+        import asyncio
+
+        if self._waker.take() and not self._drain_began:
             self._drain_began = time.monotonic()
-            self._draining = asyncio.ensure_future(self._drain())
+            self._draining = asyncio.ensure_future(self._drain())  # kept: else it may be collected
 
     async def _drain(self) -> None:
+        """Stop accepting; end WebSocket connections, then have uvicorn finish its requests."""
         import asyncio
 
         while not self._uvicorn.started:
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         for server in self._uvicorn.servers:
             server.close()
-        await self._messages.drain()
+        await self._websockets.drain()
         seconds = self._drain_began + WORKER_GRACE_SECONDS - time.monotonic()
         self._config.timeout_graceful_shutdown = max(1, int(seconds))
         self._uvicorn.should_exit = True
@@ -6101,21 +6087,21 @@ class UvicornServer:
 
 
 class WSGIResponse:
-    """What a WSGI application makes of one request (PEP 3333)."""
+    """The response of a WSGI application to one request (PEP 3333)."""
 
     def __init__(self) -> None:
         self.status = 0
         self.fields: List[Tuple[str, str]] = []
-        self.size: Optional[int] = None
-        self._written: List[bytes] = []
+        self.size: Optional[int] = None  # the value of Content-Length, if the application sets it
+        self._written: List[bytes] = []  # through `write`, and not yet yielded
         self._count = 0  # bytes that were yielded
 
     def start(self, status: str, fields: Sequence[Tuple[str, str]], exc_info: Any = None) -> Any:
-        """Be `start_response`; the function that it returns takes what comes before the pieces."""
+        """Be the application's `start_response`; return its `write`."""
         if exc_info and self._count:
             raise exc_info[1].with_traceback(exc_info[2])
         if (self.status and not exc_info) or not "200" <= status[:3] <= "599":
-            raise AssertionError(f"start_response({status!r}) is out of place")
+            raise AssertionError(f"start_response({status!r}) comes again, or with a bad status")
         self.status, self.fields = int(status[:3]), list(fields)
         lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
         self.size = lengths[0] if lengths else None
@@ -6123,7 +6109,7 @@ class WSGIResponse:
 
     def pieces(self, application: Any, environ: Dict[str, Any],
                body: MessageBody) -> Iterator[bytes]:
-        """Call the application, and yield its output; raise where that or the body is not whole."""
+        """Call the application and yield its output; raise if output or body is not whole."""
         output = application(environ, self.start)
         try:
             for piece in itertools.chain(output, (b"",)):
@@ -6144,22 +6130,23 @@ class WSGIResponse:
                     f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
         finally:
             error = attempt(getattr(output, "close", lambda: None)).error
-            if error is not None:  # too late for the answer
+            if error is not None:  # too late for another answer
                 log_user_error(environ["RAW_URI"], error)
 
     def _has_body(self, environ: Mapping[str, Any]) -> bool:
         return environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
 
 
-OF_SERVER = frozenset((  # the fields that an application cannot set
+# Header fields that the server sets; an application's values are dropped.
+SERVER_FIELDS = frozenset((
     "connection", "content-length", "date", "keep-alive", "te", "trailer", "transfer-encoding",
     "upgrade"))
 
 
 class WSGIApplication:
-    """A class's WSGI application, which answers requests of the built-in server on its threads.
+    """Answer requests of the built-in server by a class's WSGI application.
 
-    Health probes and `/ws` are the server's, unless the class overrides `_health`.
+    The server itself answers `/ws`, and health probes unless the class overrides `_health`.
     """
 
     def __init__(self, server: FlaskServer, service: Service) -> None:
@@ -6169,7 +6156,7 @@ class WSGIApplication:
 
     def asked(self, head: Head,
               connection: socket.socket) -> Optional[Callable[[MessageBody], Answer]]:
-        """Return what answers a request, given its body; None for what is not the application's."""
+        """Return a function that answers a request, given its body; None if the server answers."""
         path, query = split_target(head.method, head.target)
         is_health = (head.method, path) == ("GET", "/health") and not self._answers_health
         if path == "/ws" or is_health or not path.startswith("/"):
@@ -6177,12 +6164,17 @@ class WSGIApplication:
         request = ETLRequest(head.method, path, query)
         return functools.partial(self._answer, request, head, connection)
 
+    def _answer(self, request: ETLRequest, head: Head, connection: socket.socket,
+                body: MessageBody) -> Answer:
+        answer, error = attempt(lambda: self._ask(self._environ(request, head, connection), body))
+        return answer if error is None else self._service.answer_failure(request, error)
+
     def _environ(self, request: ETLRequest, head: Head,
                  connection: socket.socket) -> Dict[str, Any]:
-        """Describe a request, but for its body, as PEP 3333 has it."""
+        """Return the environ of a request (PEP 3333), without its body."""
         host, port = connection.getsockname()[:2]
         peer = attempt(connection.getpeername).value or ("", 0)
-        # a name with "_" could pass for one with "-"
+        # a name with "_" would become the same key as one with "-"
         fields = {"HTTP_" + name.upper().replace("-", "_"): value
                   for name, value in head.fields.items() if "_" not in name}
         for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -6199,47 +6191,44 @@ class WSGIApplication:
             "wsgi.multiprocess": self._service.settings.workers > 1, "wsgi.run_once": False,
             "wsgi.input_terminated": True}
 
-    def _answer(self, request: ETLRequest, head: Head, connection: socket.socket,
-                body: MessageBody) -> Answer:
-        """Have the application answer a request, whatever happens."""
-        answer, error = attempt(lambda: self._ask(self._environ(request, head, connection), body))
-        return answer if error is None else self._service.answer_failure(request, error)
-
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
-        """Call the application; until its first piece is there, a failure is told by a status."""
+        """Call the application up to its first piece: until then a status can tell a failure."""
         response = WSGIResponse()
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         environ["etl.input"] = environ["wsgi.input"]
         pieces: Any = guarded(response.pieces(self._server.app, environ, body))
         first = next(pieces, b"")
-        fields = tuple((str(name), str(value)) for name, value in response.fields
-                       if name.lower() not in OF_SERVER)
+        output = chain_first(first, pieces) if first else b""
         if environ["REQUEST_METHOD"] == "HEAD" or response.status in BODILESS:
+            output = b""
             pieces.close()
-            return Answer(response.status, b"", fields, response.size)
-        if response.size == len(first):  # it must be at its end
-            first += b"".join(pieces)
-            return Answer(response.status, first, fields, response.size)
-        return Answer(response.status, first and chain_first(first, pieces), fields, response.size)
+        elif response.size == len(first):  # no piece follows, but the application must end
+            output = first + b"".join(pieces)
+        fields = tuple((str(name), str(value)) for name, value in response.fields
+                       if name.lower() not in SERVER_FIELDS)
+        return Answer(response.status, output, fields, response.size)
 
 
 def body_of_flask(request: Any) -> MessageBody:
-    """Return the object of a request, of which a hook of the class may have read all."""
+    """Return the body of an object's request, which a hook of the class may have read whole.
+
+    Raise RequestError if the application has read a part of it: then the object would be cut.
+    """
     data = getattr(request, "_cached_data", None)
     stream: Any = request.stream if data is None else io.BytesIO(data)
     ours = request.environ.get("etl.input")
-    if ours is request.environ["wsgi.input"]:  # else of another server, or of middleware
+    if ours is request.environ["wsgi.input"]:  # else another server or middleware has made it
         body = cast(MessageBody, ours.raw)
         if not body.count and request.max_content_length is None:
             return body
         if body.count and (data is None or len(data) != body.count or not body.is_at_end):
-            raise RequestError("the application has read some of the object, or not all")
+            raise RequestError("the application has read the object and not kept all of it")
     length = request.environ.get("CONTENT_LENGTH")
     return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
 
 
 def answer_flask(service: Service, path: str) -> Any:
-    """Answer an application's current request, for an object, on the thread that asks."""
+    """Answer Flask's current request, which is for an object, on the calling thread."""
     import flask
 
     environ = flask.request.environ
@@ -6261,12 +6250,12 @@ def answer_flask(service: Service, path: str) -> Any:
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
-    """Let a class's application answer requests for objects, where none of its own routes does."""
+    """Add the routes of objects and of `/health`; the application's own rules win."""
     import flask
     from werkzeug.routing import BaseConverter
 
     class AnyName(BaseConverter):  # type: ignore[misc]
-        """Whatever AIStore calls an object: with slashes anywhere, and line feeds."""
+        """Match any name of an object, also with slashes anywhere and line feeds."""
 
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
@@ -6274,7 +6263,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
     if type(app).log_exception is flask.Flask.log_exception:
         app.log_exception = lambda *args: log_user_error(flask.request.path, args[-1][1])
     vars(server)[ANSWER] = functools.partial(answer_flask, service)
-    # of a body that is cut, which is no failure of the application's
+    # a body that is cut raises it: no failure of the application
     app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
         return
@@ -6285,176 +6274,37 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
                      methods=["GET", "PUT"])
 
 
-def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service:
-    """Make what answers the requests to an instance."""
-    Current.pool = Current.pool or ConnectionPool(settings)
-    return Service(settings, server, Current.pool, slots)
-
-
-def make_front(listener: socket.socket, server: ETLServer,
-               settings: Settings) -> Union[UvicornServer, Server]:
-    """Make what serves an instance on a listening socket."""
-    has_app = vars(server).get(APP) is not None
-    by_uvicorn = CallingThread() if has_app and isinstance(server, FastAPIServer) else None
-    is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
-    main_thread: Optional[MainThread] = by_uvicorn or (MainThread() if is_one else None)
-    slots = (main_thread if main_thread and is_one
-             else ThreadSlots(settings.threads or DEFAULT_THREADS))
-    service = make_service(server, settings, slots)
-    if by_uvicorn:
-        return UvicornServer(listener, cast(FastAPIServer, server), service, by_uvicorn)
-    front = Server(listener, service, main_thread)
-    if has_app:
-        add_flask_routes(cast(FlaskServer, server), service)
-        front.application = WSGIApplication(cast(FlaskServer, server), service)
-    return front
-
-
-def add_routes(server: ETLServer, settings: Settings) -> None:
-    """Let the application of a class that starts its own server answer requests for objects."""
-    has_app = vars(server).get(APP) is not None
-    if has_app and vars(server).get(ANSWER) is None:
-        add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
-        add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
-
-
 # == 18. Workers ==
-# Processes: one supervisor that forks, watches, replaces and stops; workers that construct the
-# class and serve.
+# Processes: workers construct the class and serve it; the supervisor forks and watches them,
+# replaces those that die, and stops them.
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-
-def bind(host: str, port: int) -> socket.socket:
-    """Bind a TCP socket, which does not listen yet; to all interfaces where no host is named."""
-    takes_both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if ":" in host or takes_both else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
-    try:
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(host))
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise PortError(f"port {port} of {host or 'all interfaces'} cannot be listened on: "
-                        f"{error.strerror}") from None
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """Make the URL that a listening socket is reached by."""
-    host, port = listener.getsockname()[:2]
-    host = "0.0.0.0" if host == "::" else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def let_in(listener: socket.socket) -> None:
-    """Let connections in, and say so before any is served: the supervisor does, where there is one.
-
-    Until now they were refused, so that a probe fails at once.
-    """
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        port = listener.getsockname()[1]
-        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
-    if Current.reports is None:
-        logger.info("serving on %s", url_of(listener))
-    report(REPORT_READY)
-    gate, Current.gate = Current.gate, None
-    if gate is not None:
-        os.read(gate, 1)
-        os.close(gate)
-
-
-def serve_instance(server: ListeningServer) -> None:
-    """Serve an instance until SIGTERM; what must run on the calling thread does.
-
-    In a worker the socket is the supervisor's; elsewhere it is the instance's host and port.
-    """
-    settings = Current.settings or Settings()
-    if Current.is_loading:
-        raise ClassError("the file starts a server when it is imported: put that below "
-                         "if __name__ == '__main__'")
-    listener = Current.listener or bind(server.host, server.port)
-    front = make_front(listener, server, settings)
-    front.ready = functools.partial(let_in, listener)
-    if threading.current_thread() is threading.main_thread():
-        front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
-    if Current.reports is not None:
-        front.leave = functools.partial(leave, Exit.OK, LEAVE_SECONDS)
-    error = attempt(front.serve_forever).error
-    if isinstance(error, StartupError):
-        raise error
-    if error is not None:
-        logger.error("the server failed", exc_info=error)
-        raise StartupError(f"the server failed: {describe(error)}")
-
-
-def settle() -> None:
-    """Collect garbage from now on, but none of what is here: workers share what stays as it is."""
-    gc.freeze()
-    gc.enable()
-
-
-def reseed() -> None:
-    """Give this worker random numbers of its own: it was forked with the state of all others.
-
-    The standard library sees to its own.
-    """
-    seed = int.from_bytes(os.urandom(4), "big")
-    for name, function in (("numpy.random", "seed"), ("torch", "manual_seed"),
-                           ("tensorflow", "random.set_seed")):
-        if name in sys.modules:
-            found = attempt(operator.attrgetter(function), sys.modules[name])
-            attempt(found.value, seed)
-
-
-def construct(etl_class: Type[ETLServer]) -> Any:
-    """Make an instance of the class; raise ClassError if that fails."""
-    name = etl_class.__name__
-    server = call_user(f"{name}()", etl_class)
-    if not hasattr(server, "use_streaming"):
-        raise ClassError(f"{name}.__init__() does not call super().__init__()")
-    return server
-
-
-def run_worker(load: Callable[[], Type[ETLServer]]) -> int:
-    """Load the class, if the supervisor has not, construct and serve it; return the exit code."""
-    settings = Current.settings or Settings()
-    try:
-        etl_class = load()
-        settle()
-        reseed()
-        name = etl_class.__name__
-        server = construct(etl_class)
-        port = getattr(server, "port", settings.port)
-        if Current.listener is None:
-            add_routes(server, settings)
-            if port == 8000:
-                server.port = settings.port
-        elif port != settings.port:
-            logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
-        call_user(f"{name}.start()", server.start)
-        return Exit.OK
-    except StartupError as error:
-        report_failure(error)
-        return error.exit
+# -- how a process ends --
 
 
 def flush_output() -> None:
-    """Write what is printed: a fork has it too, and would write it again."""
+    """Write what is buffered; a forked process has the buffers too and would write them again."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
 
 
-def started_here() -> List[int]:
-    """List the processes that this program has started, directly or not, where /proc tells them.
+def exit_now(code: int) -> NoReturn:
+    """End this process at once; the reason of a failed start is the last line of the log."""
+    attempt(flush_output)
+    if Current.last_line:  # not by sys.stdout, which the class may have closed
+        attempt(os.write, Current.output, f"{Current.last_line}\n".encode("utf-8", "replace"))
+    os._exit(code)
 
-    Less what a shell had started before it became this program, and the one process that cleans up
-    after all others. In a worker's own group an orphan is found as well.
+
+def descendants() -> List[int]:
+    """Return the ids of the processes that this program has started, directly or not.
+
+    They are read from /proc; without it there are none. In a worker all members of its process
+    group count, so that orphans are found. Two kinds are left out: processes older than this
+    program, which a shell has started before it executed this program; and the resource tracker of
+    multiprocessing, which cleans up after all others.
     """
     own = os.getpid()
     group = own if os.getpgrp() == own and Current.reports is not None else 0
@@ -6476,12 +6326,12 @@ def started_here() -> List[int]:
 
 
 def end_children() -> None:
-    """End what the class has started."""
+    """End the processes that the class has started."""
     pids: Set[int] = set()
 
     def send(number: int) -> bool:
-        # an orphan may not be found once more
-        pids.update(started_here() if number else ())
+        # kept from call to call: the child of one that has ended may not be found again
+        pids.update(descendants() if number else ())
         while (attempt(os.waitpid, -1, os.WNOHANG).value or (0,))[0]:
             pass
         pids.intersection_update(
@@ -6492,7 +6342,7 @@ def end_children() -> None:
 
 
 def finish_threads() -> None:
-    """Have executors finish what they have begun, and give other threads of the class a moment."""
+    """Have executors finish the tasks that they have begun; give other threads a moment."""
     for hook in reversed(getattr(threading, "_threading_atexits", ())):
         attempt(hook)
     deadline = time.monotonic() + THREADS_SECONDS
@@ -6500,53 +6350,48 @@ def finish_threads() -> None:
         if not thread.daemon and thread is not threading.main_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                logger.warning("the class's thread %s goes on, and is not waited for", thread.name)
+                logger.warning("the class's thread %s still runs and is not waited for",
+                               thread.name)
 
 
 def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> None:
-    """Have a function called after a while, if this process is still here and has a thread."""
+    """Call a function after some time, if this process still runs then and can have a thread."""
     timer = threading.Timer(seconds, function, args)
     timer.daemon = True
     attempt(timer.start)
 
 
-def say_last_line(code: int) -> NoReturn:
-    """End this process at once, with its reason in the last line of the log."""
-    attempt(flush_output)
-    if Current.last_line:  # the class may have closed sys.stdout
-        attempt(os.write, Current.output, f"{Current.last_line}\n".encode("utf-8", "replace"))
-    os._exit(code)
-
-
 def leave(code: int, seconds: float) -> NoReturn:
-    """End this process as Python does: threads, then what is registered for the exit, children.
+    """End this process as Python does: wait for threads, call `atexit` functions, end children.
 
-    All that has `seconds`, after which the process just ends; children and threads, other than
-    those of executors, have less. If the main thread is held up, no thread is waited for. No module
-    is taken apart: libraries complain of that, in many lines behind the reason of a failed start.
+    After `seconds` the process ends whatever is left to do. Children, and threads other than those
+    of executors, have less time. Threads are waited for by the main thread alone: if another one
+    calls this, the main thread is held up. Modules are not torn down, since libraries that complain
+    then would write many lines behind the reason of a failed start.
     """
     import atexit
 
-    start_timer(seconds, say_last_line, code)
+    start_timer(seconds, exit_now, code)
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         attempt(finish_threads)
     util = sys.modules.get("multiprocessing.util")
     end_multiprocessing = getattr(util, "_exit_function", lambda: None)
-    atexit.unregister(end_multiprocessing)  # it is the last: it waits for children
+    atexit.unregister(end_multiprocessing)  # it waits for children, so it is called last
     attempt(atexit._run_exitfuncs)
     attempt(flush_output)
     start_timer(CHILDREN_SECONDS, attempt, end_children)
     attempt(end_multiprocessing)
     attempt(end_children)
-    say_last_line(code)
+    exit_now(code)
 
 
-def forget_what_is_shared() -> None:
-    """Let a forked worker forget what it would take from all others when it ends.
+def drop_inherited_cleanup() -> None:
+    """Let a forked worker forget the clean-up that is the supervisor's.
 
-    The supervisor owns it: temporary folders of the class's module, processes that this started.
+    This concerns what the class's module has made when it was loaded: temporary folders, processes
+    of multiprocessing. All workers share it, so no worker may remove it when it ends.
     """
     for finalizer in list(getattr(weakref.finalize, "_registry", ())):
         finalizer.atexit = False
@@ -6554,32 +6399,210 @@ def forget_what_is_shared() -> None:
         getattr(sys.modules.get(f"multiprocessing.{name}"), attribute, set()).clear()
 
 
-def die_with(life: int) -> None:
-    """End this worker, and what it has started, when the supervisor is gone: it closes a pipe."""
+def end_with_supervisor(life: int) -> None:
+    """End this worker and its children once the supervisor has gone, which closes a pipe."""
     os.read(life, 1)
     attempt(end_children)
     os._exit(Exit.SOFTWARE)
 
 
-class Served(NamedTuple):
-    """What a supervisor has to know of the class that its workers serve."""
+# -- serving an instance --
 
-    name: str
-    base: str  # the SDK's base class
-    server: str  # the framework that serves it, or "" where its construction will tell
-    has_own_start: bool  # it overrides `start`: then it serves as it likes, in one process
 
-    @classmethod
-    def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
-        """Tell it of a class that is loaded here."""
-        base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
-        has_own_start = getattr(etl_class, "start") is not ListeningServer.start
-        return cls(etl_class.__name__, base, server, has_own_start)
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a TCP socket that does not listen yet; an empty host stands for all interfaces."""
+    takes_both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ":" in host or takes_both else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+    try:
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(host))
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PortError(f"port {port} of {host or 'all interfaces'} cannot be listened on: "
+                        f"{error.strerror}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL that clients reach a listening socket by."""
+    host, port = listener.getsockname()[:2]
+    host = "0.0.0.0" if host == "::" else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service:
+    """Return the Service of an instance; all instances share one pool of connections."""
+    Current.pool = Current.pool or ConnectionPool(settings)
+    return Service(settings, server, Current.pool, slots)
+
+
+def make_front(listener: socket.socket, server: ETLServer,
+               settings: Settings) -> Union[UvicornServer, Server]:
+    """Return the server that serves an instance on a listening socket.
+
+    Call it on the thread that made the instance. Framework classes are called on that thread alone,
+    unless the user sets NUM_THREADS.
+    """
+    has_app = vars(server).get(APP) is not None
+    by_uvicorn = has_app and isinstance(server, FastAPIServer)
+    is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
+    main_thread = MainThread() if is_one or by_uvicorn else None
+    slots = (main_thread if main_thread and is_one
+             else ThreadSlots(settings.threads or DEFAULT_THREADS))
+    service = make_service(server, settings, slots)
+    if main_thread and by_uvicorn:
+        return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
+    front = Server(listener, service, main_thread)
+    if has_app:
+        add_flask_routes(cast(FlaskServer, server), service)
+        front.application = WSGIApplication(cast(FlaskServer, server), service)
+    return front
+
+
+def add_routes(server: ETLServer, settings: Settings) -> None:
+    """Add the routes of objects to the application of a class that starts its own server."""
+    has_app = vars(server).get(APP) is not None
+    if has_app and vars(server).get(ANSWER) is None:
+        add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
+        add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
+
+
+def start_listening(listener: socket.socket) -> None:
+    """Let clients connect; return once the log tells that the class is served.
+
+    In a worker this waits until the supervisor has logged it. Before this call the system refuses
+    connections, so that a probe fails at once.
+    """
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        port = listener.getsockname()[1]
+        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
+    if Current.reports is None:
+        logger.info("serving on %s", url_of(listener))
+    report(REPORT_READY)
+    gate, Current.gate = Current.gate, None
+    if gate is not None:
+        os.read(gate, 1)
+        os.close(gate)
+
+
+def serve_instance(server: ListeningServer) -> None:
+    """Serve an instance until SIGTERM, on the calling thread.
+
+    A worker serves on the supervisor's socket. Any other process binds one of its own.
+    """
+    settings = Current.settings or Settings()
+    if Current.is_loading:
+        raise ClassError("the file starts a server when it is imported: put that below "
+                         "if __name__ == '__main__'")
+    listener = Current.listener or bind(server.host, server.port)
+    front = make_front(listener, server, settings)
+    front.ready = functools.partial(start_listening, listener)
+    if threading.current_thread() is threading.main_thread():
+        front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
+    if Current.reports is not None:
+        front.leave = functools.partial(leave, Exit.OK, LEAVE_SECONDS)
+    error = attempt(front.serve_forever).error
+    if isinstance(error, StartupError):
+        raise error
+    if error is not None:
+        logger.error("the server failed", exc_info=error)
+        raise StartupError(f"the server failed: {describe(error)}")
+
+
+def freeze_heap() -> None:
+    """Collect garbage from now on, but not among the objects that exist now.
+
+    A collection writes to each object that it examines, and forked workers share the memory of
+    an object only until one of them writes to it.
+    """
+    gc.freeze()
+    gc.enable()
+
+
+def reseed() -> None:
+    """Give this worker random numbers of its own: it was forked with the state of all others.
+
+    The standard library reseeds its own generator after a fork.
+    """
+    seed = int.from_bytes(os.urandom(4), "big")
+    for name, function in (("numpy.random", "seed"), ("torch", "manual_seed"),
+                           ("tensorflow", "random.set_seed")):
+        if name in sys.modules:
+            found = attempt(operator.attrgetter(function), sys.modules[name])
+            attempt(found.value, seed)
+
+
+def report_failure(error: BaseException) -> int:
+    """Tell the supervisor why this worker ends; return the exit code."""
+    if isinstance(error, FrameworkNeeded):
+        report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
+        return error.exit
+    code, story = Exit.SYSTEM, ""
+    if isinstance(error, StartupError):
+        code, story = error.exit, error.story
+    # before the report is cut, perhaps within a secret
+    redact = (Current.settings or Settings()).redact
+    for line in redact(story).splitlines():
+        report(REPORT_STORY + line.encode("utf-8", "replace"))
+    reason = redact(" ".join(describe(error).split()))
+    report(b"%b%d %b" % (REPORT_FAILED, code, reason.encode("utf-8", "replace")))
+    return code
+
+
+def call_user(what: str, function: Callable[[], T]) -> T:
+    """Call the user's code during start-up; raise StartupError if it fails."""
+    value, error = attempt(function)
+    if error is not None:
+        raise failure_of_user(what, error)
+    return cast(T, value)
+
+
+def construct(etl_class: Type[ETLServer]) -> Any:
+    """Return an instance of the class; raise a StartupError if its constructor fails."""
+    name = etl_class.__name__
+    server = call_user(f"{name}()", etl_class)
+    if not hasattr(server, "use_streaming"):
+        raise ClassError(f"{name}.__init__() does not call super().__init__()")
+    return server
+
+
+def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
+    """Construct the class and serve it until SIGTERM; raise StartupError where that fails.
+
+    `load` returns the class, and loads it if the supervisor has not. `life` is the pipe that closes
+    when the supervisor ends.
+    """
+    threading.Thread(target=end_with_supervisor, args=(life,), name="life", daemon=True).start()
+    settings = Current.settings or Settings()
+    etl_class = load()
+    freeze_heap()
+    reseed()
+    name = etl_class.__name__
+    server = construct(etl_class)
+    port = getattr(server, "port", settings.port)
+    if Current.listener is None:
+        add_routes(server, settings)
+        if port == 8000:
+            server.port = settings.port
+    elif port != settings.port:
+        logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
+    call_user(f"{name}.start()", server.start)
+
+
+# -- whether a process can be forked --
 
 
 @contextlib.contextmanager
-def stops_put_off() -> Iterator[None]:
-    """Have signals to stop wait for the end of a block: hooks of a fork would swallow them."""
+def stop_signals_deferred() -> Iterator[None]:
+    """Let signals to stop wait for the end of a block.
+
+    Their handler raises an exception, which Python would ignore within a hook of a fork.
+    """
     came: List[int] = []
     before = {number: signal.signal(number, lambda each, _: came.append(each))
               for number in STOP_SIGNALS}
@@ -6592,30 +6615,31 @@ def stops_put_off() -> Iterator[None]:
             signal.raise_signal(late)
 
 
-def fork_ends() -> bool:
+def trial_fork_ends() -> bool:
     """Fork a child that ends at once; return False if it does not, or not well."""
     import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python warns of the threads, which are what is tried here
-        pid, error = attempt(os.fork)
-    if pid == 0:
-        os._exit(0)
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
-    while error is None and time.monotonic() < deadline:
-        # ChildProcessError where the class ignores SIGCHLD
-        ended, error = attempt(os.waitpid, pid, os.WNOHANG)
-        if error is None and ended[0]:
-            return bool(ended[1] == 0)
-        time.sleep(0.001)
-    if error is None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of the threads, which are tried here
+            pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return status == 0
+            time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
-        attempt(os.waitpid, pid, 0)
+        os.waitpid(pid, 0)
+    except OSError:  # ChildProcessError of waitpid if the class ignores SIGCHLD
+        pass
     return False
 
 
 def has_threads() -> bool:
-    """Tell whether this process has other threads, also such as Python does not know of."""
+    """Tell whether this process has other threads, also those that Python does not know."""
     try:
         return len(os.listdir("/proc/self/task")) > 1
     except OSError:  # not Linux
@@ -6625,16 +6649,44 @@ def has_threads() -> bool:
 def may_be_forked() -> bool:
     """Tell whether this process can be forked now that the class is loaded.
 
-    A fork has one thread, and locks that others held just then are held in it forever. Libraries
-    for numbers know that: they end their threads before a fork, and start them again when they are
-    needed. A trial shows whether all do.
+    A fork has one thread. A lock that another thread held at that moment is held in it forever.
+    Libraries for numbers therefore end their threads before a fork, and start them again when they
+    are needed. A trial shows whether all threads are of this kind.
     """
     if not has_threads():
         return True
-    if not sys.platform.startswith("linux"):  # a system library may be in use by a thread
+    if not sys.platform.startswith("linux"):  # a thread may be using a system library
         return False
-    with stops_put_off():
-        return fork_ends() and not has_threads()
+    with stop_signals_deferred():
+        return trial_fork_ends() and not has_threads()
+
+
+# -- the supervisor --
+
+
+class Served(NamedTuple):
+    """The supervisor's knowledge of the class that its workers serve."""
+
+    name: str
+    base: str  # the SDK's base class
+    server: str  # the framework that serves it; "" where only its construction can tell
+    has_own_start: bool  # it overrides `start`: then it serves as it likes, in one process
+
+    @classmethod
+    def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
+        """Describe a class that is loaded."""
+        base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
+        has_own_start = getattr(etl_class, "start") is not ListeningServer.start
+        return cls(etl_class.__name__, base, server, has_own_start)
+
+
+def how_it_ended(code: int) -> str:
+    """Put the exit code of a process into words; it is negative for a signal."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    is_known = -code in set(signal.Signals)
+    name = signal.Signals(-code).name if is_known else f"signal {-code}"
+    return f"was ended by {name}" + (" (probably out of memory)" if name == "SIGKILL" else "")
 
 
 class Worker:
@@ -6642,22 +6694,22 @@ class Worker:
 
     def __init__(self, pid: int, reports: int, slot: int) -> None:
         self.pid = pid
-        self.reports = reports
-        self.slot = slot  # its number, among those that are there: a replacement gets it again
+        self.reports = reports  # the pipe that it reports by
+        self.slot = slot  # the lowest number that no other worker has
         self.told: Set[bytes] = set()  # the kinds of reports that have come
         self.websockets = 0  # connections that are open
         self.breakage = ""  # why a failed object has closed one, the last of them
-        self._rest = b""  # of what it told, a report without its end
-        self._story: List[str] = []  # of its failure, in lines
         self.failure: Optional[StartupError] = None
+        self._story: List[str] = []  # the lines of the failure's traceback
+        self._rest = b""  # a report whose end has not come yet
 
     @property
     def is_idle(self) -> bool:
-        """Whether it serves, and has never had anything to do."""
+        """Whether it serves and has never had a request."""
         return REPORT_READY in self.told and REPORT_BEGUN not in self.told
 
     def read_reports(self) -> bool:
-        """Read what the worker has told so far; False if it will tell no more."""
+        """Read the reports that have come; return False if no more will come."""
         try:
             text = os.read(self.reports, READ_BYTES)
         except BlockingIOError:
@@ -6668,7 +6720,6 @@ class Worker:
         return bool(text)
 
     def _take_report(self, kind: bytes, text: str) -> None:
-        """Take note of one report."""
         self.told.add(kind)
         if kind in (REPORT_OPENED, REPORT_CLOSED):
             self.websockets += 1 if kind == REPORT_OPENED else -1
@@ -6685,28 +6736,18 @@ class Worker:
             self.failure.exit, self.failure.story = Exit(int(code)), "\n".join(self._story)
 
 
-def how_it_died(status: int) -> str:
-    """Put a wait status into words."""
-    if not os.WIFSIGNALED(status):
-        return f"ended with exit code {os.WEXITSTATUS(status)}"
-    number = os.WTERMSIG(status)
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    is_killed = number == signal.SIGKILL
-    return f"was ended by {name}" + (" (probably out of memory)" if is_killed else "")
-
-
 class Supervisor:
-    """Keep `workers` processes serving a class until SIGTERM or SIGINT.
+    """Keep `NUM_WORKERS` processes serving a class until SIGTERM or SIGINT.
 
-    It owns the listening socket, forks the workers, replaces one that dies, and ends with the
-    reason of one that cannot construct the class. As PID 1 of a container it reaps the orphans of
-    the user's subprocesses.
+    It owns the listening socket, forks the workers, replaces those that die, and ends with the
+    reason if one cannot construct the class. As PID 1 of a container it reaps the orphans of the
+    user's subprocesses.
 
-    It has one thread and one place where it waits, the selector: for reports of the workers, and
-    for signals, whose handlers only count. A worker that dies is replaced after a delay that
-    doubles with each death in a row; a worker that has answered a request ends the row, and where
-    such a one lives the pod is not given up. Workers get the class from `load`, which loads it
-    where the supervisor has not. They notice its own death by a pipe whose other end closes.
+    It has one thread, which waits in one place, the selector: for reports of the workers and for
+    signals, whose handlers only count. A dead worker is replaced after a delay that doubles with
+    each death in a row. A row ends with the death of a worker that had answered a request. After
+    DEATHS_LIMIT deaths in a row the pod ends, unless a living worker has answered a request.
+    Workers notice the supervisor's own death by a pipe whose other end closes.
     """
 
     def __init__(self, settings: Settings, served: Served,
@@ -6714,74 +6755,53 @@ class Supervisor:
         self._settings = settings
         self._served = served
         self._load = load
+        self._count = 1 if served.has_own_start else settings.workers
         self._listener: Optional[socket.socket] = None
-        self._workers: Dict[int, Worker] = {}
-        self._due: List[float] = []  # when to start a worker
+        self._workers: Dict[int, Worker] = {}  # by process id
+        self._due = [0.0] * self._count  # when to start workers
         self._deaths = 0  # in a row
-        self._deadline = 0.0  # for the workers' end, once they are told to
-        self._failure: Optional[StartupError] = None
-        self._breakage = ""  # why a WebSocket connection was lost, the last that was
+        self._has_begun = False  # whether all workers were ready at the same time
+        self._deadline = 0.0  # for the workers' end, once they are told to stop
+        self._failure: Optional[StartupError] = None  # why the pod ends
+        self._breakage = ""  # why the last lost WebSocket connection was lost
         self._forsaken_at = 0.0  # when to end for that reason, where no connection is left
         self._stops = 0  # signals to stop, so far
         self._last_stop = 0.0  # when the last of them came
-        self._has_begun = False  # whether all workers were ready at once
-        self._selector = selectors.DefaultSelector()
-        self._life = os.pipe()
-        self._gate = os.pipe()  # its end is that of waiting, for workers that are ready
+        self._groups: List[int] = []  # process groups that have outlived their workers
         self._shares = Share.allot(self._count)
-        self._groups: List[int] = []  # of processes that have outlived their workers
+        self._life = os.pipe()  # its writing end closes when the supervisor ends
+        self._gate = os.pipe()  # its writing end closes when workers may serve; -1 from then on
         self._waker = Waker()
+        self._selector = selectors.DefaultSelector()
 
     def run(self, announce: Callable[[str], None]) -> int:
-        """Serve; return the exit code, or raise the StartupError that ended it.
+        """Serve; return the exit code, or raise the StartupError that ends the pod.
 
-        `announce` gets the base URL once a worker is ready, before any request is answered.
+        `announce` gets the URL once a worker is ready, before any request is answered.
         """
-        self._bind()
+        if not self._served.has_own_start:
+            self._listener = bind(self._settings.host, self._settings.port)
+            self._settings = self._settings._replace(port=self._listener.getsockname()[1])
+        Current.settings = self._settings
         self._take_signals()
-        self._due = [0.0] * self._count
         while self._workers or self._due:
             self._start_due()
-            for key, _ in self._selector.select(self._seconds_to_wait()):
+            moments = [*self._due, *filter(None, (self._deadline, self._forsaken_at))]
+            seconds = max(0.0, min(moments) - time.monotonic()) if moments else None
+            for key, _ in self._selector.select(seconds):
                 if key.data is None:
                     self._waker.take()
                 elif not key.data.read_reports():
-                    self._selector.unregister(key.fd)  # user code has closed it: we would spin
+                    self._selector.unregister(key.fd)  # closed; it would stay readable
             self._announce(announce)
             self._reap()
             self._look_at_websockets()
-            self._obey()
+            self._stop_in_time()
         self._close()
         is_stopped = self._stops > 0 and isinstance(self._failure, FrameworkNeeded)
         if self._failure is not None and not is_stopped:
             raise self._failure
         return Exit.OK
-
-    def _close(self) -> None:
-        """Let go of all that is open, and of signals: another supervisor may follow."""
-        def send(number: int) -> bool:
-            self._reap()
-            return any([signal_group(group, number) for group in self._groups])
-
-        end_all(send, CHILDREN_SECONDS)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        self._waker.signals = frozenset()  # later forks are no business of this one's
-        self._selector.close()
-        for end in (*self._life, *self._gate):
-            if end >= 0:
-                os.close(end)
-
-    @property
-    def _count(self) -> int:
-        return 1 if self._served.has_own_start else self._settings.workers
-
-    def _bind(self) -> None:
-        if not self._served.has_own_start:
-            self._listener = bind(self._settings.host, self._settings.port)
-            self._settings = self._settings._replace(port=self._listener.getsockname()[1])
-        Current.settings = self._settings
 
     def _take_signals(self) -> None:
         """Have signals wake the selector; the handlers only count."""
@@ -6796,6 +6816,24 @@ class Supervisor:
         self._selector.register(self._waker.readable, selectors.EVENT_READ, None)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
+    def _close(self) -> None:
+        """End the groups that are left, and release all: another supervisor may follow."""
+        def send(number: int) -> bool:
+            self._reap()
+            return any([signal_group(group, number) for group in self._groups])
+
+        end_all(send, CHILDREN_SECONDS)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        self._waker.signals = frozenset()  # its hooks of later forks do nothing
+        self._selector.close()
+        for end in (*self._life, *self._gate):
+            if end >= 0:
+                os.close(end)
+
+    # -- starting --
+
     def _start_due(self) -> None:
         now = time.monotonic()
         while self._due and min(self._due) <= now:
@@ -6803,16 +6841,15 @@ class Supervisor:
             self._start_worker()
 
     def _start_worker(self) -> None:
-        """Fork a worker, and take note of it."""
         slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
         ends: List[int] = []
         try:
             ends += os.pipe()
             flush_output()
-            pid = os.fork()  # its child has no handlers of ours from its first moment on
+            pid = os.fork()  # the child never has the handlers of our signals: see Waker
             if not pid:
                 self._become_worker(slot, *ends)
-        except OSError as error:  # no memory or too many processes or files, perhaps for a moment
+        except OSError as error:  # no memory, process or file is left, perhaps for a moment
             for end in ends:
                 os.close(end)
             return self._start_later(f"a worker cannot be started: {error.strerror}")
@@ -6823,43 +6860,31 @@ class Supervisor:
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
     def _become_worker(self, slot: int, reports: int, reporter: int) -> NoReturn:
-        """The child's side of the fork: let go of what is the supervisor's, serve, and end."""
-        code, error = Exit.SOFTWARE, None
+        """Give up what is the supervisor's, serve, and end; runs in the forked child."""
+        code: int = Exit.SOFTWARE
         try:
             if not os.isatty(0):  # else a debugger could not read from it
-                os.setpgid(0, 0)  # all that the class starts ends with this process
+                os.setpgid(0, 0)  # by its group the supervisor ends all that the class starts
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # a terminal's Ctrl-C is for the supervisor to pass on
+            # a terminal sends Ctrl-C to all processes, but the supervisor alone decides
             signal.signal(signal.SIGINT, lambda *_: None)
-            self._waker.signals = frozenset()  # what the class forks may have other ones
+            self._waker.signals = frozenset()  # its hooks of later forks do nothing
             self._selector.close()
             others = [worker.reports for worker in self._workers.values()]
             for end in (self._life[1], self._gate[1], reports, *others):
                 if end >= 0:
                     os.close(end)
             attempt(os.close, Current.output)
-            forget_what_is_shared()
+            drop_inherited_cleanup()
             Current.reports, Current.listener = reporter, self._listener
             Current.gate, Current.share = self._gate[0], self._shares[slot]
-            code, error = attempt(self._serve)
-            if error is not None:
-                failure = StartupError(describe(error))
-                failure.exit = code = Exit.SYSTEM
-                report_failure(failure)
+            error = attempt(run_worker, self._load, self._life[0]).error
+            code = Exit.OK if error is None else report_failure(error)
         finally:
             leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
 
-    def _serve(self) -> int:
-        """Be a worker, to its exit code."""
-        threading.Thread(target=die_with, args=(self._life[0],), name="life", daemon=True).start()
-        return run_worker(self._load)
-
-    def _seconds_to_wait(self) -> Optional[float]:
-        moments = self._due + [moment for moment in (self._deadline, self._forsaken_at) if moment]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
-
     def _announce(self, announce: Callable[[str], None]) -> None:
-        """Let the workers serve once the first is ready, which is said before."""
+        """Announce the URL and let workers serve, once the first is ready."""
         if self._has_begun:
             return
         ready = [REPORT_READY in worker.told for worker in self._workers.values()]
@@ -6872,10 +6897,12 @@ class Supervisor:
             self._open_gate()
 
     def _open_gate(self) -> None:
-        """Let workers that are ready wait no more."""
+        """Let workers serve that wait in `start_listening`, or will."""
         if self._gate[1] >= 0:
             os.close(self._gate[1])
             self._gate = (self._gate[0], -1)
+
+    # -- watching --
 
     def _reap(self) -> None:
         """Take note of every child that has ended, adopted ones too."""
@@ -6889,23 +6916,55 @@ class Supervisor:
                 return
             worker = self._workers.pop(pid, None)
             if worker is not None:
-                worker.read_reports()
-                self._breakage = worker.breakage or self._breakage
-                if worker.websockets:
-                    self._breakage = f"worker {pid} {how_it_died(status)}"
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(worker.reports)
-                os.close(worker.reports)
-                self._shares[worker.slot].leave()
-                if signal_group(pid, signal.SIGTERM):
-                    self._groups.append(pid)
-                self._bury(worker, status)
+                self._lose(worker, os.waitstatus_to_exitcode(status))
+
+    def _lose(self, worker: Worker, code: int) -> None:
+        """Let go of a worker that has ended; its group ends with it."""
+        worker.read_reports()
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(worker.reports)
+        os.close(worker.reports)
+        self._shares[worker.slot].leave()
+        if signal_group(worker.pid, signal.SIGTERM):
+            self._groups.append(worker.pid)
+        self._breakage = worker.breakage or self._breakage
+        if worker.websockets:
+            self._breakage = f"worker {worker.pid} {how_it_ended(code)}"
+        self._replace(worker, code)
+
+    def _replace(self, worker: Worker, code: int) -> None:
+        """Replace a worker that has ended, or end the pod if it could not be started."""
+        if worker.failure is not None and not (self._has_begun or self._deadline):
+            return self._fail(worker.failure)
+        if worker.failure is not None and self._failure is None:
+            logger.error(worker.failure.story or str(worker.failure), extra=WITH_LINES)
+        if self._deadline:
+            return
+        if REPORT_ANSWERED in worker.told:
+            self._deaths = 0
+        why = f"worker {worker.pid} {worker.failure or how_it_ended(code)}"
+        self._start_later(why, code == -signal.SIGKILL and worker.is_idle)
+
+    def _start_later(self, why: str, was_idle: bool = False) -> None:
+        """Start a worker after the delay that the deaths in a row demand, or end the pod."""
+        self._deaths += 1
+        if was_idle:  # neither the class nor an object has killed it: no reason to give up
+            self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
+        if self._served.has_own_start:  # the pod is this one process
+            return self._fail(StartupError(why))
+        has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
+        if self._deaths >= DEATHS_LIMIT and not has_answered:
+            return self._fail(StartupError(
+                f"{why}, the {self._deaths}th in a row that never answered a request"))
+        delay = min(0.05 * 2 ** min(self._deaths, 10), RESPAWN_DELAY_LIMIT_SECONDS)
+        logger.error("%s; starting another in %.1f s", why, delay)
+        self._due.append(time.monotonic() + delay)
 
     def _look_at_websockets(self) -> None:
-        """End a pod whose WebSocket connections were closed by failures, the last a while ago.
+        """End a pod that has lost all WebSocket connections by failures, the last a while ago.
 
-        A target never dials again: what it sends there waits forever, and it hears of the failure
-        only by the pod's end.
+        A target never dials again. What it sends over such a connection waits forever, and only
+        the end of the pod tells it of the failure.
         """
         if not self._settings.is_pod:
             return
@@ -6924,41 +6983,14 @@ class Supervisor:
             self._fail(StartupError(
                 f"{self._breakage} (no WebSocket connection is left, and AIStore opens none again)"))
 
-    def _bury(self, worker: Worker, status: int) -> None:
-        """Decide what a worker's end means: the end of all, or a replacement."""
-        if worker.failure is not None and not (self._has_begun or self._deadline):
-            return self._fail(worker.failure)
-        if worker.failure is not None and self._failure is None:
-            logger.error(worker.failure.story or str(worker.failure), extra=WITH_LINES)
-        if self._deadline:
-            return
-        if REPORT_ANSWERED in worker.told:
-            self._deaths = 0
-        why = f"worker {worker.pid} {worker.failure or how_it_died(status)}"
-        was_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        self._start_later(why, was_killed and worker.is_idle)
-
-    def _start_later(self, why: str, was_idle: bool = False) -> None:
-        """Start a worker after a delay that grows with each death in a row, or end the pod."""
-        self._deaths += 1
-        if was_idle:  # neither its class nor an object has killed it: no reason to give up
-            self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
-        if self._served.has_own_start:  # one process, whose end is that of the pod
-            return self._fail(StartupError(why))
-        has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
-        if self._deaths >= DEATHS_LIMIT and not has_answered:
-            return self._fail(StartupError(
-                f"{why}, the {self._deaths}th in a row that never answered a request"))
-        delay = min(0.05 * 2 ** min(self._deaths, 10), RESPAWN_DELAY_LIMIT_SECONDS)
-        logger.error("%s; starting another in %.1f s", why, delay)
-        self._due.append(time.monotonic() + delay)
+    # -- stopping --
 
     def _fail(self, failure: StartupError) -> None:
         self._failure = failure
         self._stop()
 
-    def _obey(self) -> None:
-        """Stop on the first signal, at once on the second; kill what outlives its grace period."""
+    def _stop_in_time(self) -> None:
+        """Stop on the first signal, kill on the second, and kill what outlives the grace period."""
         if self._stops and not self._deadline:
             logger.info("stopping")
             self._stop()
@@ -6970,7 +7002,7 @@ class Supervisor:
             self._deadline = time.monotonic() + TOOL_STOP_SECONDS
 
     def _stop(self) -> None:
-        """Let no connection in, and tell the workers to finish what they have begun."""
+        """Refuse connections, and tell the workers to finish what they have begun."""
         self._deadline = time.monotonic() + GRACE_SECONDS
         self._due.clear()
         self._open_gate()
@@ -6981,71 +7013,72 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. No arguments: a pod. `serve`: a class from a file, on a laptop. `install`: for
-# images.
+# The command line. Without arguments it serves a pod's environment; `serve` serves a class from a
+# file, on a laptop; `install` installs packages while an image is built.
 
 
 def prepare(settings: Settings, may_install: bool) -> None:
-    """Do what comes before any code of the user's: log, a look at the certificates, packages."""
+    """Configure the log, check the certificates, install packages: all before any user's code."""
     def log_failure(told: Any) -> None:
         if told.exc_type is not SystemExit:
             log_user_error("a thread", told.exc_value)
 
     configure_logging(settings)
-    logging.captureWarnings(True)  # in the log, as all else, they show no secrets
+    logging.captureWarnings(True)  # the log hides secrets
     threading.excepthook = log_failure
     if settings.client_ca or settings.client_cert:
-        tls_context(settings)
+        tls_context(settings)  # raises StartupError for files that are unusable
     if settings.target.startswith("https:"):
-        # loaded here, it is shared by all workers
-        logger.debug("TLS is that of %s", ssl.OPENSSL_VERSION)
+        # this loads the module before the fork, so that workers share it
+        logger.debug("TLS is provided by %s", ssl.OPENSSL_VERSION)
     if may_install:
         install_os_packages(settings.os_packages)
         install_python_packages(settings.packages)
 
 
 class Start(NamedTuple):
-    """How this process was started: what a class changes when it is loaded is not in here."""
+    """How this process was started, recorded before a class could change anything of it."""
 
     command: List[str]
     environ: Mapping[str, str]
     folder: str
 
     def over(self, served: Served) -> NoReturn:
-        """Start the same program in the place of this one, for a class that cannot be forked.
+        """Replace this process by a new one of the same program: the class's threads forbid forks.
 
-        The supervisor then forks workers that load it, each for itself, and has no copy of its own.
+        The new supervisor does not load the class. It forks workers that load it, each for itself.
         """
-        # Signals wait for the new program's handlers; one that another thread takes goes down a
-        # pipe that it inherits.
+        # No signal may be lost. Signals to this thread are blocked until the new program has
+        # handlers. The number of a signal that another thread takes goes into a pipe, which the
+        # new program inherits.
         signals, writer = os.pipe()
         for end in (signals, writer):
             os.set_blocking(end, False)
             os.set_inheritable(end, True)
         signal.set_wakeup_fd(writer)
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            # one of the class's would end a program that does not expect it
+            # exec keeps the class's timers, whose signals would end the new program
             signal.setitimer(timer, 0)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         folder = target_folder
         known = json.dumps([served, folder.path, folder.requirements, signals, writer,
                             Current.began])
         flush_output()
-        error = None
-        if attempt(os.getcwd).value != self.folder:
-            error = attempt(os.chdir, self.folder).error
-        if error is None:
-            environ = {**self.environ, FRESH_START: known}
-            error = attempt(os.execve, self.command[0], self.command, environ).error
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        raise StartupError(f"the class left threads, and the pod cannot start over for it: {error}")
+        try:
+            if attempt(os.getcwd).value != self.folder:
+                os.chdir(self.folder)
+            os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            raise StartupError("the class has started threads, so the program must start over, "
+                               f"and cannot: {error}") from None
 
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
-    """Take over what the program before this one knew, and the folder with its packages."""
+    """Read what `Start.over` has left for this program, and use its folder of packages."""
     values = attempt(json.loads, known).value
     if not (isinstance(values, list) and len(values) == 6):
-        raise UsageError(f"{FRESH_START} is a variable of this runtime's own")
+        raise UsageError(f"{FRESH_START} is internal to this runtime and must not be set")
     served, folder, requirements, signals, writer, Current.began = values
     if folder:
         target_folder.take_over(folder, requirements)
@@ -7060,19 +7093,19 @@ def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
 
 
 class Job(NamedTuple):
-    """What a command line asks for: which class to serve, how, and what to say once it is."""
+    """A class to serve: how to load it, how to serve it, and how to announce that."""
 
     settings: Settings
     may_install: bool
     load: Callable[[], Type[ETLServer]]
-    # gets the class, the framework's server or "", and the URL
+    # called with the class, the framework's server or "", and the URL
     announce: Callable[[Served, str, str], None]
 
     def run(self, start: Start, served: Optional[Served]) -> int:
-        """Serve until SIGTERM; once more from the start where a framework turns out to be needed.
+        """Serve until SIGTERM; begin again if the class turns out to need a framework.
 
-        `served` is there in a program that has started over: packages are installed, and workers
-        load the class.
+        `served` is given in a program that has started over: its packages are installed, and its
+        workers load the class. Return the exit code.
         """
         prepare(self.settings, served is None and self.may_install)
         if not self.may_install:
@@ -7084,7 +7117,7 @@ class Job(NamedTuple):
             try:
                 return job._serve(start, served)
             except FrameworkNeeded as need:
-                if (need.framework, need.serves) in needs:
+                if (need.framework, need.serves) in needs:  # it was there, and did not help
                     raise
                 needs.add((need.framework, need.serves))
                 prepare_framework(need.framework, need.serves, self.may_install)
@@ -7092,7 +7125,7 @@ class Job(NamedTuple):
                     job = job._replace(settings=job.settings._replace(server=need.framework))
 
     def _serve(self, start: Start, served: Optional[Served]) -> int:
-        """Load the class, unless workers are to do so, and serve it."""
+        """Load the class, unless the workers load it, and serve it."""
         load, is_loaded_here = self.load, served is None
         if served is None:
             etl_class = load()
@@ -7104,13 +7137,13 @@ class Job(NamedTuple):
             by = FRAMEWORKS[server].server
         if is_loaded_here and not may_be_forked():
             start.over(served)
-        settle()
+        freeze_heap()
         settings = self.settings._replace(server=server)
         return Supervisor(settings, served, load).run(functools.partial(self.announce, served, by))
 
 
 def pod_job(environ: Mapping[str, str]) -> Job:
-    """Serve what the environment describes."""
+    """Return the job that a pod's environment describes."""
     has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
     settings = Settings.from_env(environ, required)
@@ -7125,7 +7158,10 @@ def pod_job(environ: Mapping[str, str]) -> Job:
 
 
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
-    """Pick the class to serve from a file's module: the one that is named, else the only one."""
+    """Return the class to serve from a file's module: the one named `wanted`, or the only one.
+
+    A class that another one of the file derives from does not count.
+    """
     names = vars(module)
     if wanted:
         if wanted not in names:
@@ -7136,13 +7172,13 @@ def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
     leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
     if len(leaves) != 1:
         choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
-        raise UsageError(f"{module.__file__} must define one ETL class, or FILE:CLASS name it; it "
-                         f"has {choice}")
+        raise UsageError(f"{module.__file__} must define one ETL class, or the argument must be "
+                         f"FILE:CLASS; the file defines {choice}")
     return checked_class(leaves[0], f"{module.__file__}: {leaves[0].__name__}")
 
 
 def split_file(text: str) -> Tuple[str, str]:
-    """Split FILE[:CLASS] into the path of a file that is there, and the name of a class or ""."""
+    """Split FILE[:CLASS] into the path of a file that exists, and the name of a class or ""."""
     path, wanted = text, ""
     if ":" in text and not os.path.exists(text):
         path, _, wanted = text.rpartition(":")
@@ -7152,7 +7188,7 @@ def split_file(text: str) -> Tuple[str, str]:
 
 
 def class_from_file(text: str) -> Type[ETLServer]:
-    """Import FILE[:CLASS] and pick the class: the one that is named, or the file's only one."""
+    """Import the file of FILE[:CLASS] and return the class; raise StartupError if that fails."""
     import importlib.util
 
     path, wanted = split_file(text)
@@ -7176,7 +7212,7 @@ def class_from_file(text: str) -> Type[ETLServer]:
 
 
 def first_file(folder: str) -> str:
-    """Find a file below a folder that may be read, the first by name; "" where there is none."""
+    """Return the first readable file below a folder, as an object's name; "" if there is none."""
     root = os.path.realpath(folder)
     for where, subfolders, names in os.walk(root):
         subfolders.sort()
@@ -7190,9 +7226,9 @@ def first_file(folder: str) -> str:
 
 
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
-    """Serve a class from a file: `serve FILE[:CLASS]`."""
+    """Return the job of the command `serve`; options take the place of some variables."""
     if arguments.target:
-        environ["AIS_TARGET_URL"] = arguments.target  # a class may read it
+        environ["AIS_TARGET_URL"] = arguments.target  # classes may read it, too
     unread = re.compile("NUM_WORKERS|PORT|ETL_FQN_ROOTS|ETL_CLASS_PAYLOAD.*")
     settings = Settings.from_env(
         {name: text for name, text in environ.items() if not unread.fullmatch(name)})
@@ -7205,16 +7241,20 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
 
     def announce(served: Served, by: str, url: str) -> None:
         file = first_file(folder) if folder else ""
+        get = f"'{url}/{quote(os.fsencode(file))}'" if file else f"{url}/health"
         print(f"serving {served.name} from {arguments.file} on {url}",
               f"  echo hello | curl -sS -T - {url}/bucket/object",
-              f"  curl -sS '{url}/{quote(os.fsencode(file))}'" if file else f"  curl -sS {url}/health",
-              sep="\n", flush=True)
+              f"  curl -sS {get}", sep="\n", flush=True)
 
     return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
 
 
 def give_up(error: StartupError) -> int:
-    """Have the last line of the log tell why the pod ends: AIStore shows it to the user."""
+    """Log why the pod cannot serve; return the exit code.
+
+    AIStore shows the last line of the log to the user, so the reason is written at the very end,
+    by `exit_now`. Kubernetes shows the termination log.
+    """
     if error.story:
         logger.error(error.story, extra=WITH_LINES)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
@@ -7229,9 +7269,9 @@ def give_up(error: StartupError) -> int:
 
 
 def install(environ: Mapping[str, str]) -> int:
-    """Install what `OS_PACKAGES` and `PACKAGES` name, and end: for images that have it all."""
+    """Install what `OS_PACKAGES` and `PACKAGES` name; return the exit code."""
     Current.settings = Settings.from_env(environ)
-    target_folder.may_be_made = False
+    target_folder.may_be_made = False  # it would not be in the image
     prepare(Current.settings, True)
     return Exit.OK
 
@@ -7679,14 +7719,14 @@ def add_pack(commands: Any) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the arguments of the command line; raise UsageError for a bad one."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
-        """A parser whose complaints end as all others do."""
+        """A parser that does not print its errors and exit, but raises them."""
 
         def error(self, message: str) -> NoReturn:
-            """Raise a complaint."""
+            """Raise UsageError."""
             raise UsageError(f"{message}; --help has the options")
 
     parser = Parser(
@@ -7715,7 +7755,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("install stands alone; --help has the options")
     if os.path.isdir(getattr(arguments, "target", None) or ""):
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
-    for variable in VARIABLES:  # whose bounds are those of the options that fill the same field
+    for variable in VARIABLES:  # an option has the bounds of the variable with its field
         given = getattr(arguments, variable.field, None)
         value, error = attempt(variable.parse, given) if given is not None else Outcome()
         if error is not None:
@@ -7727,13 +7767,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def terminate(number: int, _: Any) -> NoReturn:
-    """End the start: a tool that runs is ended on the way out."""
+    """Handle a signal during the start: the exception ends a running tool on its way to `run`."""
     raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
 
 
 def own_command(arguments: Sequence[str]) -> List[str]:
-    """Return the command line that starts this program once more, with Python's own options."""
-    original = getattr(sys, "orig_argv", ())  # from Python 3.10 on
+    """Return the command that starts this program again, with the options of the interpreter."""
+    original = getattr(sys, "orig_argv", ())  # Python 3.10 and later
     count = len(original) - len(arguments)
     if count > 0 and list(original[count:]) == list(arguments):
         return [sys.executable, *original[1:]]
@@ -7752,7 +7792,7 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
     served = take_fresh_start(known, environ) if known else None
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
-    # pyarrow's thread would outlive a fork
+    # the thread of pyarrow's allocator does not end before a fork
     environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     if command == "prove":  # of pack's own
         return prove(arguments[1], arguments[2], arguments[3:], environ)
@@ -7768,16 +7808,16 @@ def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # CRI-O starts pods with a soft 1024
-    # macOS has a lower limit of its own
+    # it fails on macOS, whose kernel has a lower limit
     attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard))
     if sys.platform.startswith("linux"):
         Current.began = time.clock_gettime(time.CLOCK_BOOTTIME)
     Current.output = attempt(os.dup, 1).value or -1
     for number in STOP_SIGNALS:
-        signal.signal(number, terminate)  # until there are workers to be stopped
+        signal.signal(number, terminate)  # until the supervisor handles them
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a line must not fail for a character, nor wait for others
+            # no character may make a line fail, and no line waits in a buffer
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return run_command(list(sys.argv[1:] if argv is None else argv), environ)
@@ -7786,7 +7826,7 @@ def main(argv: Optional[Sequence[str]] = None,
 
 
 def run() -> NoReturn:
-    """Be the program."""
+    """Run the program and end the process with its exit code."""
     try:
         code = main()
     except SystemExit as error:

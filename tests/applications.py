@@ -22,7 +22,7 @@ CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi plain": "Prepares", "flask plain": "RegistersRoutes",
            "fastapi changes": "Changes", "fastapi decoded": "Decoded"}
 SOURCE = '''
-import asyncio, contextlib, os, sqlite3, sys, threading, time
+import asyncio, contextlib, os, signal, sqlite3, sys, threading, time
 import fastapi, fastapi.responses, flask, starlette.background, werkzeug.exceptions
 from aistore.sdk.etl.webserver.fastapi_server import FastAPIServer
 from aistore.sdk.etl.webserver.flask_server import FlaskServer
@@ -256,6 +256,16 @@ class StartsSlowly(Work, FastAPIServer):
     async def startup_event(self):
         open(os.environ["GATE"] + ".begun", "w").close()
         await asyncio.sleep(60)
+
+class Alarmed(Work, FastAPIServer):
+    def __init__(self):
+        super().__init__()
+        self.app.add_api_route("/pid", lambda: os.getpid())
+        signal.signal(signal.SIGALRM, lambda *_: None)
+    def transform(self, data, path, etl_args):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        time.sleep(0.1)
+        return super().transform(data, path, etl_args)
 
 class Threaded(Work, HTTPMultiThreadedServer):
     pass

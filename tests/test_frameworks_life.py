@@ -179,6 +179,14 @@ def test_a_worker_that_is_killed_is_replaced(start_runtime: StartRuntime, kind: 
     assert shut_down == (["shut down on uvicorn"] if kind == "fastapi" else [])
 
 
+def test_an_alarm_of_the_class_does_not_end_its_worker(start_runtime: StartRuntime) -> None:
+    runtime = start(start_runtime, "Alarmed")
+    worker = body_of(runtime, "/pid")
+    assert runtime.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
+    time.sleep(1.0)  # a worker without requests would have ended by now
+    assert body_of(runtime, "/pid") == worker
+
+
 @pytest.mark.parametrize("name", ["FreshFast", "FreshFlask"])
 def test_a_class_that_leaves_threads_when_it_is_loaded_is_served_by_fresh_processes(
     start_runtime: StartRuntime, name: str

@@ -258,7 +258,7 @@ def test_classes_of_every_base_end_alike(start_runtime: StartRuntime, name: str)
 def test_a_thread_that_never_ends_is_not_waited_for(start_runtime: StartRuntime) -> None:
     runtime = start(start_runtime, "thread")
     end(runtime)
-    assert len([line for line in runtime.lines if "goes on, and is not waited for" in line]) == 2
+    assert len([line for line in runtime.lines if "still runs and is not waited for" in line]) == 2
 
 
 def test_what_an_executor_of_threads_has_begun_is_finished(
