@@ -1538,7 +1538,7 @@ def path_of(url: str) -> str:
 
 
 class NodeRequest(NamedTuple):
-    """A request to another node. A body of pieces goes out in chunks, and is closed then."""
+    """A request to another node. A body of pieces goes out in chunks, then is closed."""
 
     method: str
     hop: Hop
@@ -1546,7 +1546,8 @@ class NodeRequest(NamedTuple):
     headers: Mapping[str, str] = {}
     body: Union[bytes, Iterator[bytes], None] = None
     connect_seconds: float = CONNECT_SECONDS
-    silence_seconds: float = HOP_SILENCE_SECONDS  # that the node may take and send nothing
+    # how long the node may neither take nor send anything
+    silence_seconds: float = HOP_SILENCE_SECONDS
 
     @property
     def is_repeatable(self) -> bool:
@@ -1662,7 +1663,7 @@ class NodeConnection(ConnectionInput):
         hop = self.hop = request.hop
         connection: socket.socket = socket.create_connection(
             (hop.host, hop.port), request.connect_seconds)
-        # raised by a socket that must not wait
+        # what a socket raises that would have to wait and must not
         self._not_ready: Tuple[Type[OSError], ...] = (BlockingIOError,)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
@@ -1675,8 +1676,8 @@ class NodeConnection(ConnectionInput):
         super().__init__(connection)
         self.idle_since = 0.0
         self._silence_seconds = 0.0
-        self._pieces: Any = (b"" for _ in ())  # of the request, as far as they are not taken
-        self._rest = memoryview(b"")  # of the piece that is on its way
+        self._pieces: Any = (b"" for _ in ())  # of the request; those that are still to be taken
+        self._rest = memoryview(b"")  # what is left of the piece that is being sent
         self._is_sending = False  # whether something is left and the node takes it
         self.has_answered = False  # whether the first byte of an answer has come
 
@@ -1748,7 +1749,7 @@ class NodeConnection(ConnectionInput):
             self.has_answered = True
 
     def run_out(self) -> None:
-        """Take what is left of the body and send none of it: its failure must be told."""
+        """Take the rest of the body without sending it: if it fails, that must be told."""
         self._is_sending = False
         collections.deque(self._pieces, 0)
 
@@ -1766,7 +1767,7 @@ class NodeConnection(ConnectionInput):
 
 
 class NodeBody(BodyStream):
-    """Another node's answer, its body unread. Whoever got it closes it.
+    """Another node's answer, its body unread. The caller of `ConnectionPool.open` closes it.
 
     `release` gets a connection that can serve another request; any other is closed.
     """
@@ -1801,7 +1802,7 @@ class NodeBody(BodyStream):
         return data
 
     def read_text(self) -> bytes:
-        """Read a text up to a limit; that of an error may be cut short."""
+        """Read a text up to a limit; the text of an error may be cut short."""
         text = b""
         try:
             while len(text) < ERROR_TEXT_LIMIT_BYTES:
@@ -2863,7 +2864,7 @@ class ETLRequest(NamedTuple):
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
-        """Understand a request; NotFound, BadRequest or a 405 if it asks for nothing we have."""
+        """Understand a request; NotFound, BadRequest or a 405 if it has no meaning."""
         raw_path, query = split_target(method, target)
         if not raw_path.startswith("/") or not raw_path.strip("/"):
             raise NotFound(f"no object is named by {target!r}")
@@ -3600,10 +3601,10 @@ class Answer(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether the body's end is told by a last chunk: that of pieces, and of an empty result.
+        """Whether a last chunk ends the body: so for pieces, and for an empty result.
 
-        The stage before us may be of Go. It takes a 200 with a Content-Length of 0 for the news of
-        a delivery.
+        A stage before us that is written in Go takes a 200 with a Content-Length of 0 for the news
+        of a delivery.
         """
         is_empty = not self.body and self.status == HTTPStatus.OK
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
@@ -3645,10 +3646,7 @@ class OutputFailed(Exception):
 
 
 def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a stream's pieces; raise OutputFailed if it fails.
-
-    So its failure is not taken for one of the connection that the pieces go to.
-    """
+    """Yield a stream's pieces; OutputFailed tells its failures from those of the connection."""
     with contextlib.closing(cast(Any, pieces)):
         while True:
             piece, error = attempt(next, pieces, None)
@@ -3660,7 +3658,7 @@ def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a piece that was taken already, then the rest; closing this closes the rest."""
+    """Yield the first piece, which was taken before, then the rest; close the rest at the end."""
     try:
         if first:
             yield first
@@ -3823,8 +3821,7 @@ class Deliveries:
 # connections call `Service.answer`.
 
 
-# exceptions that a class may raise, by name: their modules are imported only if the class needs
-# them
+# by the exception's name: its module is imported only if the class needs it
 STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
     "werkzeug.exceptions.HTTPException": lambda error: int(
@@ -3867,7 +3864,7 @@ class Service:
                  slots: Slots) -> None:
         self.settings = settings
         self._sources = Sources(settings, pool, server.sanitize_fqn)
-        self.close_idle = self._sources.close_idle
+        self.close_idle = self._sources.close_idle  # connections to other nodes
         self._transforms = Transforms(server, slots)
         self.message_room = self._transforms.message_room
         self._deliveries = Deliveries(settings, server, pool)
@@ -3952,10 +3949,11 @@ class Service:
             yield from self._transforms.stream(request, source)
 
     def _deliver(self, request: ETLRequest, body: RequestBody) -> Answer:
-        """Deliver the output; again if the hop is lost and the output can be made or sent again.
+        """Deliver the output, and retry while the hop is lost.
 
-        If not, the sender is told to send the object again. All waits, and the time to connect
-        again, are bounded together: AIStore waits for the answer.
+        A stream of an object that came in the body cannot be made again: there the client is told
+        to send the object again. The waits and the time for connecting again are bounded together,
+        since AIStore waits for the answer.
         """
         destination = self._deliveries.destination(request)
         is_whole = not self.is_streaming or request.is_message
