@@ -1332,38 +1332,44 @@ class ClosingReader(MessageBody):
 
 
 # == 6. Other nodes ==
-# Connections to the target, and bodies that come from there. Any thread of a worker; it knows no
-# ETLRequest.
+# Requests to the target, to other targets and to the next stage, and their answers. Runs on any
+# thread of a worker; knows no ETLRequest.
 
 
 def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
-    """Split a pipeline into its first URL and the header for the rest; InvalidPipelineError for an empty entry."""
+    """Split a pipeline into its first URL and the rest; both are "" if there is no pipeline.
+
+    Raise InvalidPipelineError if an entry is empty.
+    """
     if not pipeline_header or not pipeline_header.strip():
         return "", ""
-    if not all(url.strip() for url in pipeline_header.split(",")):
-        # the real SDK's, if it is there and a class uses it
-        sdk_errors = sys.modules.get("aistore.sdk.errors")
-        raise getattr(sdk_errors, "InvalidPipelineError", InvalidPipelineError)("the pipeline has an empty entry")
+    if not all(map(str.strip, pipeline_header.split(","))):
+        # a class that uses the installed SDK catches the SDK's own error
+        module = sys.modules.get("aistore.sdk.errors")
+        error = getattr(module, "InvalidPipelineError", InvalidPipelineError)
+        raise error("the pipeline has an empty entry")
     first, _, rest = pipeline_header.partition(",")
     return first.strip(), rest.strip()
 
 
 def is_final(url: str) -> bool:
-    """Tell an entry that is an object at its target, which has a path, from the next stage, which has none."""
+    """Tell whether an entry is an object at its final target: the URL of a stage has no path."""
     return urlsplit(url).path not in ("", "/")
 
 
-def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str, etl_args: str = "") -> str:
-    """Make the URL that a result is put to, from the pipeline's entry and the object's decoded path.
+def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str,
+                               etl_args: str = "") -> str:
+    """Make the URL to put a result to, from a pipeline's entry and the object's decoded path.
 
-    An entry with a path is the object at its final target, which wants the secret path of
-    `host_target` before it and speaks that one's scheme. One without is the next stage, a pod: it
-    gets the object's path, by its own scheme.
+    A final target wants the secret path of `host_target` before the entry's own path, and speaks
+    the scheme of `host_target`. The next stage is a pod: it gets the object's path, by the entry's
+    scheme.
     """
     entry, host = urlsplit(direct_put_url), urlsplit(host_target)
     query = entry.query
     if etl_args:
-        others = [item for item in query.split("&") if item and item.partition("=")[0] != QPARAM_ARGS]
+        others = [item for item in query.split("&")
+                  if item and item.partition("=")[0] != QPARAM_ARGS]
         query = "&".join([*others, f"{QPARAM_ARGS}={quote(etl_args, safe='')}"])
     if is_final(direct_put_url):
         return urlunsplit((host.scheme, entry.netloc, host.path + entry.path, query, ""))
@@ -1372,7 +1378,7 @@ def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: 
 
 
 class Hop(NamedTuple):
-    """A node, as far as a connection cares."""
+    """The address of a node; connections are pooled by it."""
 
     scheme: str
     host: str
@@ -1380,36 +1386,39 @@ class Hop(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Hop:
-        """Take the node from a URL; ValueError where there is none."""
+        """Return the node of a URL; ValueError if the URL names none."""
         parts = urlsplit(url)
+        host = parts.hostname or ""
         is_web = parts.scheme in ("http", "https") and HOST.fullmatch(parts.netloc)
-        if not is_web or not HOST_NAME.fullmatch(parts.hostname or ""):
-            raise ValueError(f"{hide_credentials(url)!r} is no http(s) URL without a password")
-        return cls(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        if not is_web or not HOST_NAME.fullmatch(host):
+            raise ValueError(f"{hide_credentials(url)!r} is not an http(s) URL without a password")
+        return cls(parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80))
 
 
-def escape_stray(text: str) -> str:
-    """Escape what must not stand in a request line, and nothing else: the rest goes out byte for byte."""
-    def escape(match: re.Match[str]) -> str:
-        return "".join(f"%{byte:02X}" for byte in match[0].encode("latin-1" if match[0] < "\u0100" else "utf-8"))
+def percent_encode(text: str) -> str:
+    """Percent-encode all but visible ASCII, and leave escapes as they are.
 
-    return re.sub("[^!-~]", escape, text)
+    A character below U+0100 stands for a byte: raw paths have one character per byte.
+    """
+    text = re.sub("[^\0-\xff]", lambda match: quote(match[0]), text)
+    return re.sub("[^!-~]", lambda match: quote(match[0], encoding="latin-1"), text)
 
 
 def path_of(url: str) -> str:
-    """Take path and query from a URL, as they go into a request line."""
-    return escape_stray(urlunsplit(("", "", *urlsplit(url)[2:4], ""))) or "/"
+    """Return a URL's path and query, as they go into a request line."""
+    return percent_encode(urlunsplit(("", "", *urlsplit(url)[2:4], ""))) or "/"
 
 
 class NodeRequest(NamedTuple):
-    """What to send to another node. `path` goes out byte for byte; a body of pieces in chunks, and is closed then."""
+    """A request to another node. A body of pieces goes out in chunks, then is closed."""
 
     method: str
     hop: Hop
-    path: str
+    path: str  # goes out byte for byte
     headers: Mapping[str, str] = {}
     body: Union[bytes, Iterator[bytes], None] = None
     connect_seconds: float = CONNECT_SECONDS
+    # how long the node may neither take nor send anything
     silence_seconds: float = HOP_SILENCE_SECONDS
 
     @property
@@ -1417,8 +1426,8 @@ class NodeRequest(NamedTuple):
         """Whether the body can be sent a second time."""
         return self.body is None or isinstance(self.body, bytes)
 
-    def head(self, token: str) -> bytes:
-        """Write the request line and the header fields, and a small body behind them: one packet for small objects."""
+    def encode(self, token: str) -> Iterator[bytes]:
+        """Yield what to send. A small body leaves with the head, in one packet."""
         host = f"[{self.hop.host}]" if ":" in self.hop.host else self.hop.host
         fields = {"Host": f"{host}:{self.hop.port}", "Accept-Encoding": "identity", **self.headers}
         if token:
@@ -1427,27 +1436,26 @@ class NodeRequest(NamedTuple):
             fields["Content-Length"] = str(len(self.body))
         elif self.body is not None:
             fields["Transfer-Encoding"] = "chunked"
-        lines = [f"{self.method} {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + self._small_body
-
-    @property
-    def _small_body(self) -> bytes:
-        return self.body if isinstance(self.body, bytes) and len(self.body) <= READ_BYTES else b""
-
-    def pieces(self) -> Iterator[Union[bytes, memoryview]]:
-        """Cut the body into writes, less a small one: as it is if it has a length, else in chunks (RFC 9112, 7.1)."""
-        if isinstance(self.body, bytes):
-            if not self._small_body:
-                yield self.body
-        elif self.body is not None:
+        lines = [f"{name}: {value}" for name, value in fields.items()]
+        lines = [f"{self.method} {self.path} HTTP/1.1", *lines, "", ""]
+        head = "\r\n".join(lines).encode("latin-1")
+        if self.body is None:
+            yield head
+        elif not isinstance(self.body, bytes):
             with contextlib.closing(cast(Any, self.body)) as pieces:
-                for piece in pieces:
+                yield head
+                for piece in filter(None, pieces):  # an empty chunk would end the body
                     yield b"%x\r\n%b\r\n" % (len(piece), piece)
                 yield b"0\r\n\r\n"
+        elif len(self.body) <= READ_BYTES:
+            yield head + self.body
+        else:
+            yield head
+            yield self.body
 
 
 class NodeAnswer(NamedTuple):
-    """What another node answered, whole; has the attributes of a `requests.Response` that classes look at."""
+    """A node's whole answer, with the attributes of a `requests.Response` that classes use."""
 
     status_code: int
     headers: Mapping[str, str]
@@ -1456,13 +1464,14 @@ class NodeAnswer(NamedTuple):
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
-    """Make the TLS side of connections to AIStore's nodes; ConfigError where a certificate is none."""
+    """Make the TLS context for AIStore's nodes; ConfigError if a certificate cannot be used."""
     try:
         context = ssl.create_default_context(cafile=settings.client_ca or None)
         if settings.client_cert:
             context.load_cert_chain(settings.client_cert, settings.client_key or None)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}") from None
+        text = f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}"
+        raise ConfigError(text) from None
     if settings.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -1478,82 +1487,104 @@ class AnswerHead(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> AnswerHead:
-        """Parse a head, its lines each with CRLF; ConnectionError where it is none."""
+        """Parse a head whose lines end in CRLF; ConnectionError if it is malformed."""
         line, _, rest = data.partition(b"\r\n")
         match = STATUS_LINE.fullmatch(line)
         try:
             fields = Fields(parse_fields(rest.decode("latin-1")))
         except UnframedRequest as error:
-            raise ConnectionError(f"its answer cannot be understood: {error}") from None
+            raise ConnectionError(f"its answer is malformed: {error}") from None
         if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
-            raise ConnectionError("its answer cannot be understood")
+            raise ConnectionError("its answer is malformed")
         connection = fields.get("Connection", "keep-alive" if match[1] == b"1" else "close").lower()
         return cls(int(match[2]), fields, "close" not in connection)
 
-
-class NothingAnswered(ConnectionError):
-    """The node ended the connection before any byte of an answer."""
+    def body(self, source: ConnectionInput) -> MessageBody:
+        """Return the reader of the answer's body (RFC 9112, 6.3)."""
+        if self.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+            return BoundedReader(source, 0, OF_NODE)
+        if "Transfer-Encoding" in self.fields:
+            return ChunkedReader(source, OF_NODE)
+        length = self.fields.get("Content-Length")
+        if length is None:
+            return ClosingReader(source, OF_NODE)
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise ConnectionError("its answer has a malformed Content-Length")
+        return BoundedReader(source, int(length), OF_NODE)
 
 
 def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.0) -> bool:
-    """Tell whether a socket is ready for any of some events of select.poll, or gets so in time; its end counts."""
+    """Wait until a socket is ready for events of select.poll, or ended; False if time runs out."""
     poller = select.poll()
     poller.register(connection, events)
     return bool(poller.poll(1000 * timeout_seconds))
 
 
-class NodeInput(ConnectionInput):
-    """What a node sends; while it is waited for, what is left of the request's body goes out.
+class NodeConnection(ConnectionInput):
+    """A connection to a node: connected when made, then owned by one request at a time.
 
-    A node may answer before it has taken all: a stage that streams, or one that refuses and reads
-    no further. If all was sent before anything is read, both sides would block once the buffers
-    between them are full. `silence_seconds` is how long the node may take and send nothing.
+    What is left of the request's body goes out while the answer is waited for. A node may answer
+    before it has taken the whole body: a stage that streams does so, and a node that refuses the
+    object and reads no further. If the whole body were sent before anything is read, both sides
+    would block once the buffers between them are full.
+
+    OSError tells that the node cannot be reached, or is lost.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
+        hop = self.hop = request.hop
+        connection: socket.socket = socket.create_connection(
+            (hop.host, hop.port), request.connect_seconds)
+        # what a socket raises that would have to wait and must not
+        self._not_ready: Tuple[Type[OSError], ...] = (BlockingIOError,)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(connection.close)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            if tls is not None:
+                connection = tls.wrap_socket(
+                    connection, server_hostname=hop.host, suppress_ragged_eofs=False)
+                self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+            on_failure.pop_all()
         super().__init__(connection)
-        self.silence_seconds = 0.0
-        self.is_sent = True  # whether all of the request's body is gone
-        self._is_sending = False  # whether something of it is left, and the node takes it
-        self._pieces: Iterator[Any] = itertools.chain()
-        self._rest = memoryview(b"")  # of the piece that is on its way
-        self._is_tls = isinstance(connection, ssl.SSLSocket)
-        # what a socket says that does not block
-        self._not_now: Tuple[Type[OSError], ...] = (BlockingIOError,)
-        if self._is_tls:
-            self._not_now += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self.idle_since = 0.0
+        self._silence_seconds = 0.0
+        self._pieces: Any = (b"" for _ in ())  # of the request; those that are still to be taken
+        self._rest = memoryview(b"")  # what is left of the piece that is being sent
+        self._is_sending = False  # whether something is left and the node takes it
+        self.has_answered = False  # whether the first byte of an answer has come
 
-    def begin(self, head: bytes, pieces: Iterator[Any]) -> None:
-        """Send the head of a request, and take over the pieces of its body."""
-        self._connection.settimeout(self.silence_seconds)
-        self._pieces, self._rest = pieces, memoryview(b"")
-        self.is_sent, self._is_sending = False, True
-        self._send(lambda: self._connection.sendall(head))
-        self._next_piece()
+    @property
+    def is_sent(self) -> bool:
+        """Whether the node has been sent the whole request."""
+        return not self._rest
+
+    def is_usable(self) -> bool:
+        """Tell whether an idle connection can serve a request: it is fresh and not ended."""
+        is_fresh = time.monotonic() - self.idle_since < HOP_IDLE_SECONDS
+        return is_fresh and not is_ready(self._connection, select.POLLIN)
+
+    def begin(self, request: NodeRequest, token: str) -> None:
+        """Send a request's head, and a small body with it; take over the rest of the body."""
+        self._silence_seconds = request.silence_seconds
+        self._connection.settimeout(self._silence_seconds)
+        self._pieces = request.encode(token)
+        self._rest = memoryview(next(self._pieces))
+        self.has_answered = False
+        self._send_some()
 
     def fill(self, flags: int = 0) -> bool:
-        """Receive once more, and send until that comes; False at the end of the connection."""
+        """Receive once more, and send until something comes; False at the end of the connection."""
         if not self._is_sending:
             return super().fill(flags)
         self._connection.settimeout(0)
         try:
             while self._is_sending:
-                came = self._receive_now()
-                if came is not None:
-                    return came
+                with contextlib.suppress(*self._not_ready):
+                    return super().fill()
                 self._send_some()
         finally:
-            self._connection.settimeout(self.silence_seconds)
+            self._connection.settimeout(self._silence_seconds)
         return super().fill(flags)
-
-    def _receive_now(self) -> Optional[bool]:
-        """Receive what is here, False at the end of the connection; None where nothing is."""
-        if not (self._is_tls or is_ready(self._connection, select.POLLIN)):
-            return None
-        try:
-            return super().fill()
-        except self._not_now:  # what was readable may be TLS's own
-            return None
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
         """Read some bytes, 0 at the end of the connection."""
@@ -1562,179 +1593,121 @@ class NodeInput(ConnectionInput):
         return super().readinto(buffer, flags)
 
     def _send_some(self) -> None:
-        """Send what the node takes, or wait until it takes or sends something."""
+        """Send what the node takes now, or wait until it takes or sends something."""
         try:
-            sent = self._send(lambda: self._connection.send(self._rest[:WRITE_BYTES]))
-            self._rest = self._rest[sent:]
-            self._next_piece()
-        except self._not_now:
+            sent = self._connection.send(self._rest[:WRITE_BYTES])
+        except self._not_ready:
             events = select.POLLIN | select.POLLOUT
-            if not is_ready(self._connection, events, self.silence_seconds):
-                raise TimeoutError(f"took nothing for {self.silence_seconds:.0f} s") from None
-
-    def _send(self, send: Callable[[], Optional[int]]) -> int:
-        """Send something; a node that has hung up may have answered before, and takes no more."""
-        try:
-            return send() or 0
-        except ConnectionError:
+            if not is_ready(self._connection, events, self._silence_seconds):
+                raise TimeoutError(f"took nothing for {self._silence_seconds:.0f} s") from None
+        except ConnectionError:  # the node has hung up, but it may have answered before
             self._is_sending = False
-            return 0
-
-    def _next_piece(self) -> None:
-        """Take the next piece of the body once one is gone."""
-        while self._is_sending and not self._rest:
-            piece = next(self._pieces, None)
-            self.is_sent = piece is None
+        else:
+            self._rest = self._rest[sent:] or memoryview(next(self._pieces, b""))
             self._is_sending = not self.is_sent
-            self._rest = memoryview(piece or b"")
+
+    def read_head(self) -> AnswerHead:
+        """Read the answer's head; ConnectionError if it does not come whole or is malformed."""
+        while True:
+            end = self.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
+            if end >= 0:
+                head = AnswerHead.parse(self.take(end + 4)[:-2])
+                if head.status >= 200:  # others come before the answer, as "100 Continue"
+                    return head
+            elif self.ahead >= HEAD_LIMIT_BYTES:
+                raise ConnectionError("the head of its answer is too long")
+            elif not self.fill():
+                raise ConnectionError("it ended the connection")
+            self.has_answered = True
 
     def run_out(self) -> None:
-        """Take what is left of the body and send none of it, to see that it would come right."""
+        """Take the rest of the body without sending it: if it fails, that must be told."""
         self._is_sending = False
         collections.deque(self._pieces, 0)
 
     def stop(self) -> None:
-        """Take nothing more of the body, and let go of it."""
+        """Send nothing more of the body, and close it."""
         self._is_sending = False
-        getattr(self._pieces, "close", lambda: None)()  # there are none yet if it failed early
-
-
-class NodeConnection:
-    """One connection to a node: connected when made, owned by one request at a time.
-
-    OSError where the node cannot be reached.
-    """
-
-    def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
-        hop = self.hop = request.hop
-        self.idle_since = 0.0
-        self.socket: socket.socket = socket.create_connection(
-            (hop.host, hop.port), request.connect_seconds)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.socket.close)
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            if tls is not None:
-                self.socket = tls.wrap_socket(
-                    self.socket, server_hostname=hop.host, suppress_ragged_eofs=False)
-            on_failure.pop_all()
-        self.input = NodeInput(self.socket)
-
-    def is_usable(self) -> bool:
-        """Tell whether it may be used again: neither idle for long, nor ended by the node."""
-        is_fresh = time.monotonic() - self.idle_since < HOP_IDLE_SECONDS
-        return is_fresh and not is_ready(self.socket, select.POLLIN)
-
-    def begin(self, request: NodeRequest, token: str) -> None:
-        """Send a request's head, and a small body with it."""
-        self.input.silence_seconds = request.silence_seconds
-        self.input.begin(request.head(token), request.pieces())
-
-    def read_head(self) -> AnswerHead:
-        """Read the answer's head; NothingAnswered where the connection ends before any of it."""
-        while True:
-            end = self.input.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
-            if end < 0:
-                if self.input.ahead >= HEAD_LIMIT_BYTES:
-                    raise ConnectionError("its answer has too long a head")
-                self._read_more()
-                continue
-            head = AnswerHead.parse(self.input.take(end + 4)[:-2])
-            if head.status >= 200:  # others come before the answer, as "100 Continue"
-                return head
-
-    def _read_more(self) -> None:
-        has_begun = self.input.ahead > 0
-        try:
-            goes_on = self.input.fill()
-        except ConnectionError as error:
-            raise error if has_begun else NothingAnswered(str(error)) from None
-        if not goes_on:
-            cut = ConnectionError("its answer was cut short")
-            raise cut if has_begun else NothingAnswered("it ended the connection")
-
-    def body(self, head: AnswerHead) -> MessageBody:
-        """Tell how an answer's body ends (RFC 9112, 6.3)."""
-        if head.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
-            return BoundedReader(self.input, 0, OF_NODE)
-        if "Transfer-Encoding" in head.fields:
-            return ChunkedReader(self.input, OF_NODE)
-        length = head.fields.get("Content-Length")
-        if length is None:
-            return ClosingReader(self.input, OF_NODE)
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise ConnectionError("its answer has no usable length")
-        return BoundedReader(self.input, int(length), OF_NODE)
+        self._pieces.close()
 
     def close(self) -> None:
-        """Close it, and let go of the body: without its last chunk no node takes it for whole."""
-        self.input.stop()
-        self.socket.close()
+        """Close the connection and the body; no node takes a body without its end for whole."""
+        try:
+            self.stop()
+        finally:
+            self._connection.close()
 
 
 class NodeBody(BodyStream):
-    """Another node's answer, its body unread.
+    """Another node's answer, its body unread. The caller of `ConnectionPool.open` closes it.
 
-    `close` gives the connection back, or closes it where bytes are left.
+    `release` gets a connection that can serve another request; any other is closed.
     """
 
-    def __init__(self, head: AnswerHead, body: MessageBody, source: NodeInput,
-                 release: Callable[[], None]) -> None:
+    def __init__(self, connection: NodeConnection, head: AnswerHead, body: MessageBody,
+                 release: Callable[[NodeConnection], None]) -> None:
         super().__init__()
         self.status = head.status
         self.headers = head.fields
-        self.size = body.size
-        self.is_early = not source.is_sent
-        self.can_be_checked = not isinstance(body, ClosingReader)
+        self.is_early = not connection.is_sent  # whether it came before all was sent
+        self._connection = connection
         self._body = body
-        self._source = source
         self._release = release
+        self.size = body.size
+        self.can_be_checked = not isinstance(body, ClosingReader)
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes; NodeBodyLost where the answer ends before its time.
+        """Read some bytes; NodeBodyLost if the answer is cut short.
 
-        At its end, what is left of the request's own body is run to its end, whose failure is that
-        of the exchange.
+        At the end of the answer, what is left of the request's body is run to its end. If that
+        fails, so does the exchange, even if the node wanted no more of the body.
         """
         count = self._body.receive(buffer)
         if not count:
-            self._source.run_out()
+            self._connection.run_out()
         return count
 
     def readall(self) -> bytes:
-        """Read to the end, also of a body of a known size, of which the end is not read."""
+        """Read to the end; `receive` does not come to the end of a body of known size."""
         data = super().readall()
-        self._source.run_out()
+        self._connection.run_out()
         return data
 
+    def read_text(self) -> bytes:
+        """Read a text up to a limit; the text of an error may be cut short."""
+        text = b""
+        try:
+            while len(text) < ERROR_TEXT_LIMIT_BYTES:
+                piece = self.read(ERROR_TEXT_LIMIT_BYTES - len(text))
+                if not piece:
+                    break
+                text += piece
+        except NodeBodyLost:
+            if self.status < 400:
+                raise
+        return text
+
     def close(self) -> None:
-        """Let go of the connection, and of a body that is still being sent."""
-        if not self.closed:
-            super().close()
-            self._release()
-
-
-def read_text(body: NodeBody) -> bytes:
-    """Read an answer that is not content, up to a limit; of an error, what there is: a cut text is better than none."""
-    text = b""
-    while len(text) < ERROR_TEXT_LIMIT_BYTES:
-        piece, error = attempt(body.read, ERROR_TEXT_LIMIT_BYTES - len(text))
-        if error is not None and body.status < 400:
-            raise error
-        if not piece:
-            break
-        text += piece
-    return text
+        """Give the connection back if both bodies have come to their ends, else close it."""
+        if self.closed:
+            return
+        super().close()
+        connection = self._connection
+        if self._body.is_at_end and connection.is_sent and not connection.ahead:
+            connection.idle_since = time.monotonic()
+            self._release(connection)
+        else:
+            connection.close()
 
 
 class ConnectionPool:
-    """Connections to other nodes, kept alive per hop, for any thread.
+    """Connections to other nodes, kept per hop while they are idle, for any thread.
 
-    Owned by the worker. A connection belongs to one request until that request's answer is read to
-    its end; then it stays here for `HOP_IDLE_SECONDS`.
+    Owned by the worker. A connection belongs to one request until the answer has been read to its
+    end; then it stays here for `HOP_IDLE_SECONDS`.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._token = settings.token
         self._settings = settings
         # made when first needed: reading the authorities takes a while
         self._tls: Optional[ssl.SSLContext] = None
@@ -1744,71 +1717,61 @@ class ConnectionPool:
     def open(self, request: NodeRequest) -> NodeBody:
         """Send a request; return the answer, its body unread. The caller closes it.
 
-        A kept connection may have been closed by the node while the request was on its way: if it
-        breaks before any byte of an answer, the request goes out once more on a new one, unless its
-        body can be sent only once. OSError tells that the node was lost.
+        The node may have closed an idle connection while the request was on its way. If an idle
+        connection ends before the first byte of an answer, the request goes out once more on a new
+        one, unless its body can be sent only once. OSError tells that the node was lost.
         """
-        kept = self._take_kept(request.hop) if request.is_repeatable else None
-        if kept is not None:
+        idle = self._take_idle(request.hop) if request.is_repeatable else None
+        if idle is not None:
             try:
-                return self._exchange(kept, request)
-            except NothingAnswered:
-                logger.debug("a kept connection to %s was closed; dialing anew", request.hop.host)
-        return self._exchange(NodeConnection(request, self._tls_for(request.hop)), request)
+                return self._exchange(idle, request)
+            except ConnectionError:
+                if idle.has_answered:
+                    raise
+                logger.debug("%s has closed an idle connection; connecting again", request.hop.host)
+        is_tls = request.hop.scheme == "https"
+        if is_tls and self._tls is None:
+            self._tls = tls_context(self._settings)
+        return self._exchange(NodeConnection(request, self._tls if is_tls else None), request)
 
-    def _take_kept(self, hop: Hop) -> Optional[NodeConnection]:
-        """Take the idle connection that was used last, if it is still good; close those that are not."""
+    def _take_idle(self, hop: Hop) -> Optional[NodeConnection]:
+        """Take the usable connection that was used last; close those that are not usable."""
         while True:
             with self._lock:
-                kept = self._idle.get(hop)
-                if not kept:
+                idle = self._idle.get(hop)
+                if not idle:
                     return None
-                connection = kept.pop()
+                connection = idle.pop()
             if connection.is_usable():
                 return connection
             connection.close()
 
-    def _tls_for(self, hop: Hop) -> Optional[ssl.SSLContext]:
-        if hop.scheme == "https" and self._tls is None:
-            self._tls = tls_context(self._settings)
-        return self._tls if hop.scheme == "https" else None
-
     def _exchange(self, connection: NodeConnection, request: NodeRequest) -> NodeBody:
-        """Send on one connection and read the answer's head; close it if that fails."""
+        """Send a request and read the answer's head; close the connection if that fails."""
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
-            connection.begin(request, self._token)
+            connection.begin(request, self._settings.token)
             head = connection.read_head()
-            body = connection.body(head)
+            body = head.body(connection)
+            if head.status >= 300:  # the node wants no more of the request
+                connection.stop()
             on_failure.pop_all()
-        answer = NodeBody(
-            head, body, connection.input, lambda: self._release(connection, is_good and body.is_at_end))
-        # others go out on new connections, and would pile up
-        is_good = not answer.is_early and head.keeps_alive and request.is_repeatable
-        if head.status >= 300:  # it wants no more
-            connection.input.stop()
-        return answer
+        # requests that cannot be repeated open new connections, which would pile up
+        can_stay = head.keeps_alive and request.is_repeatable
+        return NodeBody(connection, head, body, self._keep if can_stay else NodeConnection.close)
 
-    def _release(self, connection: NodeConnection, is_good: bool) -> None:
-        """Keep a connection whose answer was read to its end, close any other."""
-        if not is_good or connection.input.ahead:
-            connection.close()
-            return
-        connection.idle_since = time.monotonic()
+    def _keep(self, connection: NodeConnection) -> None:
         with self._lock:
             self._idle.setdefault(connection.hop, []).append(connection)
 
     def close_idle(self) -> None:
-        """Close the connections that have been idle for too long."""
-        oldest = time.monotonic() - HOP_IDLE_SECONDS
+        """Close the connections that have been idle for too long, or that the node has ended."""
         with self._lock:
-            everything, self._idle = self._idle, {}
-            for hop, kept in everything.items():
-                good = [connection for connection in kept if connection.idle_since >= oldest]
-                if good:
-                    self._idle[hop] = good
-        for connection in itertools.chain(*everything.values()):
-            if connection.idle_since < oldest:
+            connections, self._idle = self._idle, {}
+        for connection in itertools.chain(*connections.values()):
+            if connection.is_usable():
+                self._keep(connection)
+            else:
                 connection.close()
 
 
@@ -2654,19 +2617,18 @@ def load_etl_class(settings: Settings,
 
 
 # == 9. Stage 1, understanding ==
-# The method, the raw request target and one header to a frozen value. No I/O, no socket in sight.
+# The method, the raw request target and one header to a frozen value; no I/O.
 
 QUERIES_OF_ETL = tuple(f"?{name}=" for name in (QPARAM_FQN, QPARAM_ARGS, QPARAM_LATEST))
 PATH_METHODS = {"/health": ("GET",), "/ws": ("GET",), "/download": ("POST",)}
-OBJECT_METHODS = ("GET", "PUT")
 
 
 def split_target(method: str, target: str) -> Tuple[str, str]:
     """Split a request target into path and query, both raw.
 
-    AIStore writes bucket and object into a PUT's URL as they are, question marks too: there the
-    query begins at the last one that is followed by a parameter of ours. An absolute target (RFC
-    9112, 3.2.2) loses scheme and host.
+    AIStore writes bucket and object name unescaped into the URL of a PUT, so the name may have
+    question marks: the query begins at the last one that a parameter of ours follows. An absolute
+    target (RFC 9112, 3.2.2) loses its scheme and host.
     """
     if not target.startswith("/"):
         target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
@@ -2678,19 +2640,19 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
 
 
 def decode_escapes(text: str, errors: str = "replace") -> str:
-    """Decode the escapes of a raw path, or of a query that has no `+`."""
+    """Decode the escapes of a raw path, or of a query without `+`."""
     if "%" not in text and text.isascii():
         return text
     return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
 
 
-FOLDER_LIMIT = 1024  # characters of what is kept decoded
-# objects of a bucket have their path in common
+FOLDER_LIMIT = 1024  # characters of a folder that is kept decoded
+# the objects of a bucket lie in few folders
 decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)
 
 
 def decode_query(text: str) -> str:
-    """Decode a name or a value of a query; what is no UTF-8 is replaced."""
+    """Decode a name or a value of a query; bytes that are not UTF-8 are replaced."""
     text = text.replace("+", " ")
     folder, slash, name = text.rpartition("%2F")
     if slash and len(folder) < FOLDER_LIMIT:
@@ -2699,64 +2661,70 @@ def decode_query(text: str) -> str:
 
 
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
-    """Split a query into our parameters, decoded, and the raw text of what goes along to the target."""
-    known: Dict[str, str] = {}
+    """Return a query's parameters, decoded, and the raw rest that goes along to the target."""
+    parameters: Dict[str, str] = {}
     rest = []
     for item in query.split("&") if query else ():
         name, _, value = item.partition("=")
-        name, value = decode_query(name), decode_query(value)
-        known.setdefault(name, value)
+        name = decode_query(name)
+        parameters.setdefault(name, decode_query(value))
         if name not in (QPARAM_FQN, QPARAM_ARGS):
             rest.append(item)
-    return known, "&".join(rest)
+    return parameters, "&".join(rest)
 
 
 class ETLRequest(NamedTuple):
-    """One request as AIStore means it. Texts are as they came, one character a byte, unless they are called decoded."""
+    """One request of AIStore. A raw text is as it came, one character per byte."""
 
     method: str
     raw_path: str
-    query: str = ""  # what is not for us, and goes along to the target
-    fqn: str = ""  # path-escaped, the query's escapes decoded
+    query: str = ""  # raw; goes along to the target
+    fqn: str = ""  # path-escaped: only the query's own escapes are decoded
     etl_args: str = ""  # decoded
     latest: bool = False
     pipeline: str = ""  # the Ais-Node-Url header: where the result goes
     original_url: str = ""  # decoded; what a download fetches
-    # decoded; the object a download becomes, or what a WebSocket message calls it
+    # decoded; the name of the object that a download becomes, or that came over WebSocket
     object_to: str = ""
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
-        """Understand a request; NotFound, BadRequest, or a 405 where it means nothing."""
+        """Understand a request; NotFound, BadRequest or a 405 if it has no meaning."""
         raw_path, query = split_target(method, target)
         if not raw_path.startswith("/") or not raw_path.strip("/"):
             raise NotFound(f"no object is named by {target!r}")
-        methods = PATH_METHODS.get(raw_path, OBJECT_METHODS)
+        methods = PATH_METHODS.get(raw_path, ("GET", "PUT"))
         if method not in methods:
-            raise RequestError(f"{method} is not allowed for {raw_path}", HTTPStatus.METHOD_NOT_ALLOWED,
-                               {"Allow": ", ".join(methods)})
-        known, rest = split_query(query)
-        request = cls(method, raw_path, rest, known.get(QPARAM_FQN, "").strip(), known.get(QPARAM_ARGS, "").strip(),
-                      QPARAM_LATEST in known and parse_bool(known[QPARAM_LATEST]), pipeline.strip())
+            raise RequestError(f"{method} is not allowed for {raw_path}",
+                               HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": ", ".join(methods)})
+        parameters, rest = split_query(query)
+        fqn = parameters.get(QPARAM_FQN, "").strip()
+        etl_args = parameters.get(QPARAM_ARGS, "").strip()
+        latest = QPARAM_LATEST in parameters and parse_bool(parameters[QPARAM_LATEST])
         if raw_path != "/download":
-            return request
-        if not (known.get(QPARAM_ORIGINAL_URL) and known.get(QPARAM_OBJECT_TO)):
-            raise BadRequest(f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
-        return request._replace(fqn="", original_url=known[QPARAM_ORIGINAL_URL], object_to=known[QPARAM_OBJECT_TO])
+            return cls(method, raw_path, rest, fqn, etl_args, latest, pipeline.strip())
+        original_url, object_to = map(parameters.get, (QPARAM_ORIGINAL_URL, QPARAM_OBJECT_TO))
+        if not original_url or not object_to:
+            raise BadRequest(
+                f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
+        return cls(method, raw_path, rest, "", etl_args, latest, pipeline.strip(),
+                   original_url, object_to)
 
     @classmethod
     def from_message(cls, message: Any) -> ETLRequest:
-        """Understand the control message of an object that comes over WebSocket, decoded from JSON; BadRequest."""
-        names = ("path", "fqn", "etl_args", "pipeline")
-        texts: List[Any] = [message.get(name, "") for name in names] if isinstance(message, dict) else []
+        """Understand the control message of a WebSocket object, decoded from JSON; BadRequest."""
+        texts: List[Any] = []
+        if isinstance(message, dict):
+            texts = [message.get(name, "") for name in ("path", "fqn", "etl_args", "pipeline")]
         if set(map(type, texts)) != {str}:
             raise BadRequest("it must be a JSON object whose values are texts")
         path, fqn, etl_args, pipeline = texts
-        return cls("PUT", "/ws", fqn=fqn, etl_args=etl_args.strip(), pipeline=pipeline.strip(), object_to=path)
+        return cls("PUT", "/ws", fqn=fqn, etl_args=etl_args.strip(), pipeline=pipeline.strip(),
+                   object_to=path)
 
     @property
     def is_message(self) -> bool:
-        """Whether the object comes over WebSocket, and is answered whole."""
+        """Whether the object came over WebSocket; such an object is answered whole."""
         return self.raw_path == "/ws"
 
     @property
@@ -2768,14 +2736,14 @@ class ETLRequest(NamedTuple):
 
     @property
     def decoded_path(self) -> str:
-        """The decoded path with its first slash, from which every byte of the raw one can be made again."""
+        """The decoded path with its first slash; bytes that are not UTF-8 become surrogates."""
         if self.object_to or self.is_message:
             return "/" + self.object_to.lstrip("/")
         return decode_escapes(self.raw_path, "surrogateescape")
 
     @property
     def name(self) -> str:
-        """What log lines call the object."""
+        """The object's name in log lines."""
         return self.object_to or self.raw_path
 
     @property
@@ -2785,165 +2753,160 @@ class ETLRequest(NamedTuple):
 
 
 # == 10. Stage 2, reading ==
-# A request to a byte source. Runs on the thread that serves the connection; the source belongs to
-# whoever opened it.
+# A request to a byte source. Runs on the thread that serves the connection. Whoever opens a source
+# closes it.
 
 
 class ObjectFile(io.FileIO):
-    """An object's file, opened; `size` is what the file had then, in bytes."""
+    """An object's open file; `size` is the size that the file had when it was opened, in bytes."""
 
-    def __init__(self, descriptor: int, size: int, mode: str = "r") -> None:
-        super().__init__(descriptor, mode)
+    _is_cut = False
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__(descriptor)
         self.size = size
-        self._is_cut = False
 
     def close(self) -> None:
-        """Close it, which a class may do before `finish` is called."""
+        """Close the file; a class may do so before `finish` is called."""
         if not self.closed:
-            self._look_at_size()
+            self._is_cut = os.fstat(self.fileno()).st_size < self.size
         super().close()
 
     def finish(self) -> None:
-        """Raise OSError if the file has become shorter, since what was read may have ended early."""
-        if not self.closed:
-            self._look_at_size()
+        """Close the file; OSError if it has become shorter, since what was read may be cut."""
+        self.close()
         if self._is_cut:
             raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
 
-    def _look_at_size(self) -> None:
-        self._is_cut = self._is_cut or os.fstat(self.fileno()).st_size < self.size
-
-
-class LoadedObject(io.BytesIO):
-    """An object that is in memory already, as that of a small file, which is read as soon as it is opened."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.size = len(data)
-
-    def readall(self) -> bytes:
-        """Return all of it, without a copy."""
-        return self.getvalue()
-
 
 class SpoolFile(ObjectFile):
-    """A temporary file that is removed when it is closed; classes get its path."""
+    """A temporary file whose path a class gets; `close` removes the file."""
 
     def __init__(self) -> None:
         import tempfile
 
         descriptor, self.path = tempfile.mkstemp(prefix="etl-")
-        super().__init__(descriptor, 0, "r+")
+        super().__init__(descriptor, 0)
 
     def close(self) -> None:
-        """Close and remove it."""
+        """Close and remove the file."""
         if not self.closed:
             super().close()
             with contextlib.suppress(FileNotFoundError):  # a class may have moved it away
                 os.unlink(self.path)
 
 
-class ReceivedObject(LoadedObject):
-    """An object that came whole over WebSocket, and the room that it takes in memory until its transform begins."""
+class LoadedObject(io.BytesIO):
+    """An object in memory: a small file is read as soon as it is opened."""
 
-    def __init__(self, data: bytes = b"", leave: Optional[Callable[[], None]] = None) -> None:
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.size = len(data)
+
+    def readall(self) -> bytes:
+        """Return the whole object, without a copy."""
+        return self.getvalue()
+
+
+class ReceivedObject(LoadedObject):
+    """An object that came whole with its request, as over WebSocket.
+
+    `leave` gives back the memory that the object takes in a Room until its transform begins. It may
+    be called twice.
+    """
+
+    def __init__(self, data: bytes = b"", leave: Callable[[], object] = lambda: None) -> None:
         super().__init__(data)
         self._leave = leave
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function that gives the room back and then calls another."""
+        """Make a function that gives the memory back and then calls another function."""
         def call(*args: Any) -> Any:
-            if self._leave is not None:
-                self._leave()
+            self._leave()
             return function(*args)
 
         return call
 
     def close(self) -> None:
-        """Give the room back, if it still has any."""
+        """Give the memory back, also if no transform has begun."""
         super().close()
-        if self._leave is not None:
-            self._leave()
+        self._leave()
 
 
+RequestBody = Union[MessageBody, ReceivedObject]
 ObjectStream = Union[BodyStream, ObjectFile, LoadedObject]
 
 
 class Source(NamedTuple):
-    """An opened object. Whoever opened it closes `stream`, which also removes a temporary file."""
+    """An opened object. Whoever opened it closes `stream`; that also removes a temporary file."""
 
     stream: ObjectStream
     path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
 
     def finish(self) -> None:
-        """Raise if the object was not read whole and right, whatever the class made of it."""
+        """Raise if the object was not read whole, even if the class has caught that error."""
         if isinstance(self.stream, (BodyStream, ObjectFile)):
             self.stream.finish()
 
 
+Roots = Optional[Tuple[str, ...]]  # folders whose files may be read; None: AIStore's layout
+
+# …/@provider/[namespace/]bucket/%ob/object
 OBJECT_PATH = re.compile(r"(?s).*?/@([a-z0-9]+)/(?:([@#][^/]*)/)?([^/@#%][^/]*)/%ob/(.+)")
 
 
-def is_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> bool:
-    """Tell whether a resolved path may be read."""
+def is_object_path(path: str, roots: Roots) -> bool:
+    """Tell whether a resolved path has AIStore's layout, or lies under `roots` if they are set."""
     if roots is None:
         return OBJECT_PATH.fullmatch(path) is not None
     return any(path.startswith(root.rstrip("/") + "/") for root in roots)
 
 
+def require_object_path(path: str, roots: Roots) -> None:
+    """Raise Forbidden unless a resolved path may be read."""
+    if not is_object_path(path, roots):
+        raise Forbidden("the path is not one of an object")
+
+
 def resolved_path(descriptor: int, path: str) -> str:
-    """Return the path of an open file, symlinks resolved; where /proc tells it, of what is open and no other."""
+    """Return the path of an open file, with symlinks resolved."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:  # no /proc: macOS
         return os.path.realpath(path)
 
 
-def require_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> None:
-    """Raise Forbidden unless a resolved path may be read."""
-    if not is_object_path(path, roots):
-        raise Forbidden("the path is not one of an object")
+def open_object_path(path: str, roots: Roots) -> int:
+    """Return a descriptor of an object's file; NotFound, or Forbidden for any other file.
 
-
-def open_object_path(path: str, roots: Optional[Tuple[str, ...]]) -> int:
-    """Open an object's file: its descriptor, NotFound, or Forbidden for what is not AIStore's to show.
-
-    The pod's port can be reached by others than its target, and the container holds secrets: only a
-    file may be read that lies in AIStore's layout, or under `roots`, once symlinks are resolved. It
-    is the open file that is asked where it lies, since a path can come to lead elsewhere between a
-    look at it and its use.
+    The pod's port can be reached by others than its target, and the container holds secrets. So
+    only objects may be read. Links are resolved twice: before the file is opened, since opening a
+    device can do harm, and by the caller for the open file, since a path can be changed meanwhile.
     """
-    looks_right = "/.." not in path and is_object_path(path, roots)
     try:
-        if not looks_right:
+        if "/.." in path or not is_object_path(path, roots):
             require_object_path(os.path.realpath(path), roots)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        # what is not there elsewhere must not be told
+        # a 404 must not tell which other files there are
         require_object_path(os.path.realpath(path), roots)
         raise NotFound("the object's file is not there") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
-        is_ours = getattr(error, "errno", None) in (*OUT_OF_RESOURCES, errno.EIO)
-        raise (RequestError if is_ours else Forbidden)(f"the object's file cannot be read: {error}") from None
-    opened = resolved_path(descriptor, path)
-    try:
-        if not looks_right or opened != path:
-            require_object_path(opened, roots)
-        return descriptor
-    except Forbidden:
-        os.close(descriptor)
-        raise
+        is_our_fault = getattr(error, "errno", None) in (*OUT_OF_RESOURCES, errno.EIO)
+        kind = RequestError if is_our_fault else Forbidden
+        raise kind(f"the object's file cannot be read: {error}") from None
 
 
-OBJECT_SIZE_XATTR = re.compile(rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
+OBJECT_SIZE_XATTR = re.compile(
+    rb"(?s)^[\x01\x02].{9}(?:.*?\xe3\x2f\xbd)?\x00\x03(.{8})(?:\xe3\x2f\xbd|\Z)")
 
 
 def is_whole(descriptor: int, size: int) -> bool:
-    """Tell whether an object's file is all of it: of an object in chunks the path leads to the first chunk alone.
+    """Tell whether a file is the whole object: of an object in chunks it is only the first chunk.
 
     AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a
-    preamble of ten bytes, records of a two-byte key and a value, parted by three fixed bytes; key 3
-    is the size. What cannot be read as that says nothing.
+    preamble of ten bytes come records of a two-byte key and a value, separated by three fixed
+    bytes. Key 3 is the size. An attribute that is missing or of another layout is ignored.
     """
     try:
         attribute = os.getxattr(descriptor, "user.ais.lom")
@@ -2954,10 +2917,9 @@ def is_whole(descriptor: int, size: int) -> bool:
 
 
 def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read all of a file, most often by one call; OSError where that fails, or less is there than was.
+    """Read `size` bytes of a file, mostly by one call; OSError if there are fewer.
 
-    A file system that cannot read on gives what it has first, and tells the failure to the next
-    call.
+    A file system that fails half-way returns what it has so far, and raises in the next call.
     """
     data = read(size)
     while len(data) < size:
@@ -2968,11 +2930,12 @@ def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
     return data
 
 
-def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[ObjectFile, LoadedObject, None]:
-    """Open an object by path, and read it if it is small; None where the file is not all of the object."""
+def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject, None]:
+    """Open an object by its path, and read it if it is small; None if the file is a chunk of it."""
     descriptor = open_object_path(path, roots)
     is_kept = False
     try:
+        require_object_path(resolved_path(descriptor, path), roots)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Forbidden("the path is not one of a regular file")
@@ -2988,7 +2951,7 @@ def open_object_file(path: str, roots: Optional[Tuple[str, ...]]) -> Union[Objec
 
 
 def uname_of(path: str) -> bytes:
-    """Make an object's unique name, `provider/@uuid#namespace/bucket/object`, from the path of its file."""
+    """Return an object's unique name, `provider/@uuid#namespace/bucket/object`, from its path."""
     match = OBJECT_PATH.fullmatch(path)
     if match is None:
         raise RequestError("the object is stored in chunks, and its path does not tell its name")
@@ -2999,44 +2962,55 @@ def uname_of(path: str) -> bytes:
 
 
 def folder_path(folder: str, raw_path: str) -> str:
-    """Map a request's path to a file under the folder that stands in for a target: a uname, or /bucket/object."""
+    """Map a request's path, a uname or /bucket/object, to a file of the folder of `--target`."""
     name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
     return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
 
 
-def target_refusal(status: int, text: str) -> RequestError:
-    """Turn a target's refusal into ours: its 4xx and 5xx pass, anything else is not an answer to a GET."""
-    if status == HTTPStatus.NOT_FOUND:
-        return NotFound("the target does not have the object")
-    return RequestError(f"the target answered {status}: {text}".rstrip(": "), status if status >= 400 else HTTPStatus.BAD_GATEWAY)
-
-
 def require_identity(body: NodeBody, what: str) -> NodeBody:
-    """Return another node's answer; BadGateway where it is encoded, which was not asked for."""
+    """Return another node's answer; BadGateway if it is encoded, which was not asked for."""
     coding = body.headers.get("Content-Encoding", "identity")
     if coding.strip().lower() not in ("", "identity"):
         body.close()
-        raise BadGateway(f"{what} came with the Content-Encoding {coding!r}, not as it is")
+        raise BadGateway(f"{what} came with the Content-Encoding {coding!r}")
     return body
+
+
+def spool(stream: ObjectStream) -> Source:
+    """Copy an object to a temporary file, for a class that wants a path; close the object."""
+    import shutil
+
+    with stream, contextlib.ExitStack() as on_failure:
+        file = on_failure.enter_context(SpoolFile())
+        # a buffered file, since a raw one may write less than it is given
+        with open(file.fileno(), "wb", closefd=False) as output:
+            shutil.copyfileobj(stream, output, WRITE_BYTES)
+        file.seek(0)
+        on_failure.pop_all()
+    return Source(file, file.path)
 
 
 class Sources:
     """Open the object of a request: a file, the request's body, the target's copy, or a download.
 
     Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`. The target sends
-    a path wherever the object has a file, which saves a trip of its bytes through a socket; but a
-    path says nothing of whether the file is all of the object, so `is_whole` asks.
+    a path whenever the object has a file: that saves sending its bytes through a socket. The path
+    does not tell whether the file is the whole object, so `is_whole` checks.
     """
 
-    def __init__(self, settings: Settings, pool: ConnectionPool, locate: Callable[[str], str]) -> None:
+    def __init__(self, settings: Settings, pool: ConnectionPool,
+                 locate: Callable[[str], str]) -> None:
         self._settings = settings
         self._pool = pool
         # no token, no certificate, the system's authorities
         self._outside = ConnectionPool(Settings())
         self._locate = locate
 
-    def open(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Source:
-        """Open the object; the caller closes it. 404, 403 or the target's status where it cannot be had."""
+    def open(self, request: ETLRequest, body: RequestBody) -> Source:
+        """Open the object; the caller closes it.
+
+        Raise NotFound, Forbidden, or an error with the target's status if that is impossible.
+        """
         if request.original_url:
             return Source(self._download(request.original_url))
         wants_path = bool(request.fqn) and self._settings.direct_fqn
@@ -3045,67 +3019,66 @@ class Sources:
             file = open_object_file(path, self._settings.fqn_roots)
             if file is not None:
                 return Source(file, path if wants_path else "")
-            return self._as_wanted(self._fetch("/" + quote(uname_of(path), safe="@"), ""), wants_path)
-        if request.method == "GET":
-            return self._as_wanted(self._fetch(request.raw_path, request.query), wants_path)
-        return Source(body)
+            stream = self._fetch("/" + quote(uname_of(path), safe="@"), "")
+        elif request.method == "GET":
+            stream = self._fetch(request.raw_path, request.query)
+        else:
+            return Source(body)
+        return spool(stream) if wants_path else Source(stream)
 
-    def load(self, request: ETLRequest) -> Optional[LoadedObject]:
-        """Read an object of up to a MiB by its path; None for a larger one, or where the class gets the path."""
+    def load(self, request: ETLRequest) -> Optional[bytes]:
+        """Read an object of up to 1 MiB by its path; None if it is larger or not to be read here.
+
+        A class that gets the path reads the file itself; an object in chunks has no whole file.
+        """
         if self._settings.direct_fqn:
             return None
         file = open_object_file(self._locate(request.fqn), self._settings.fqn_roots)
-        if file is None or isinstance(file, LoadedObject):
-            return file
+        if file is None:
+            return None
         with file:
-            return LoadedObject(read_whole(file.read, file.size)) if file.size <= WRITE_BYTES else None
+            return read_whole(file.read, file.size) if file.size <= WRITE_BYTES else None
 
     def close_idle(self) -> None:
         """Close connections that have been idle for too long, those to the outside world too."""
         self._pool.close_idle()
         self._outside.close_idle()
 
-    def _as_wanted(self, stream: BodyStream, wants_path: bool) -> Source:
-        """Spool an object into a temporary file where the class wants a path and there is no file of the object."""
-        if not wants_path:
-            return Source(stream)
-        import shutil
-
-        with contextlib.ExitStack() as on_failure:
-            spool = on_failure.enter_context(SpoolFile())
-            with stream:
-                shutil.copyfileobj(stream, spool, WRITE_BYTES)
-            spool.seek(0)
-            on_failure.pop_all()
-        return Source(spool, spool.path)
-
-    def _fetch(self, raw_path: str, query: str) -> Any:
-        """Read an object from the target, or from the folder that stands in for it."""
+    def _fetch(self, raw_path: str, query: str) -> ObjectStream:
+        """Read an object from the target, or from the folder of `--target`."""
         target = self._settings.target
         if not target:
-            raise NotFound("there is no target to read objects from: serve with --target, or PUT the object")
-        if target.startswith("file:"):
-            path = folder_path(unquote(urlsplit(target).path), raw_path)
+            raise NotFound(
+                "there is no target to read objects from: serve with --target, or PUT the object")
+        url = urlsplit(target)
+        if url.scheme == "file":
+            path = folder_path(unquote(url.path), raw_path)
             file = open_object_file(path, self._settings.fqn_roots)
             if file is None:
-                raise RequestError("the object is stored in chunks, and only a target can tell all of it")
+                raise RequestError("the object is stored in chunks, which only a target can join")
             return file
-        url = urlsplit(target)
-        path = escape_stray(url.path + raw_path) + ("?" + escape_stray(query) if query else "")
+        path = percent_encode(url.path + raw_path + ("?" + query if query else ""))
         try:
             stream = self._pool.open(NodeRequest("GET", Hop.of(target), path))
         except OSError as error:
-            raise BadGateway(f"the target cannot be reached: {error or type(error).__name__}") from None
+            raise BadGateway(f"the target cannot be reached: {describe(error)}") from None
         if stream.status == HTTPStatus.OK and stream.can_be_checked:
             return require_identity(stream, "the target's object")
         with stream:
-            raise target_refusal(stream.status, read_text(stream).decode("utf-8", "replace").strip())
+            text = stream.read_text().decode("utf-8", "replace").strip()
+        if stream.status == HTTPStatus.NOT_FOUND:
+            raise NotFound("the target does not have the object")
+        raise RequestError(f"the target answered {stream.status}: {text}".rstrip(": "),
+                           stream.status if stream.status >= 400 else HTTPStatus.BAD_GATEWAY)
 
     def _download(self, url: str) -> NodeBody:
-        """Fetch a URL of the outside world, by connections that know nothing of the cluster's secrets."""
-        no_url = attempt(Hop.of, url).error
-        if no_url is not None:
-            raise BadRequest(f"the download is impossible: {describe(no_url)}")
+        """Fetch a URL of the outside world, over connections without the cluster's secrets."""
+        try:
+            Hop.of(url)
+        except ValueError as error:
+            raise BadRequest(f"the download is impossible: {error}") from None
+        # the URL is decoded text; a Location has one character per byte
+        url = re.sub("[^!-~]", lambda match: quote(match[0]), url)
         location = ""
         for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
             try:
@@ -3118,8 +3091,8 @@ class Sources:
             location = stream.headers.get("Location", "")
             stream.close()
             if not 300 <= stream.status < 400 or not location:
-                raise RequestError(f"the download was answered {stream.status}",
-                                   stream.status if stream.status >= 400 else HTTPStatus.BAD_GATEWAY)
+                status = stream.status if stream.status >= 400 else HTTPStatus.BAD_GATEWAY
+                raise RequestError(f"the download was answered {stream.status}", status)
         raise BadGateway("the download was redirected too often")
 
 
@@ -3410,55 +3383,60 @@ class Transforms:
 
 
 # == 12. Stage 4, delivering ==
-# An output to an answer. What is delivered elsewhere is told in the answer; what is not, is the
-# answer.
+# An output to an answer: the output itself, or the news that another node has taken it.
 
 
 BODILESS = (HTTPStatus.SWITCHING_PROTOCOLS, HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 
 class Answer(NamedTuple):
-    """What a client gets. A body of pieces is chunked; if it raises, the connection is cut before the last chunk."""
+    """What a client gets.
+
+    A body of pieces is chunked. If it raises, the connection is cut before the last chunk.
+    """
 
     status: int
     body: Union[bytes, Iterator[bytes]] = b""
     headers: Tuple[Tuple[str, str], ...] = ()
-    size: Optional[int] = None  # what an application says of the body, in bytes
-    origin: str = ""  # the node whose refusal this is, if it is another's
+    size: Optional[int] = None  # of the body in bytes, where an application has declared it
+    origin: str = ""  # the node that has refused the output, if one has
 
     @property
     def is_open(self) -> bool:
-        """Whether the end of the body is told by a last chunk: of pieces, and of an empty result.
+        """Whether a last chunk ends the body: so for pieces, and for an empty result.
 
-        A Go stage before us takes a 200 with a Content-Length of 0 for the news of a delivery.
+        A stage before us that is written in Go takes a 200 with a Content-Length of 0 for the news
+        of a delivery.
         """
         is_empty = not self.body and self.status == HTTPStatus.OK
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
-        """Return the header field that tells the end of the body; none where that of the connection does."""
+        """Return the header field that frames the body; none if the connection's end does."""
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
-        size = len(self.body) if self.size is None and isinstance(self.body, bytes) else self.size
+        size = self.size
+        if size is None and isinstance(self.body, bytes):
+            size = len(self.body)
         return [] if size is None or self.status in BODILESS else [("Content-Length", str(size))]
 
     def __enter__(self) -> Answer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of what an unread body of pieces holds."""
+        """Release what an unread body of pieces holds."""
         if not isinstance(self.body, bytes):
             cast(Any, self.body).close()
 
 
 def error_answer(status: int, detail: str, headers: Mapping[str, str]) -> Answer:
-    """Make the answer of a failure, in the form AIStore's documentation shows."""
+    """Make the answer of a failure, in the form that AIStore's documentation shows."""
     text = json.dumps({"detail": detail}, separators=(",", ":")).encode()
     return Answer(status, text, (("Content-Type", "application/json"), *headers.items()))
 
 
 class AnswerCut(OSError):
-    """An answer has failed half-way, which was told; the connection must end."""
+    """An answer has failed half-way, and that is logged; the connection must end."""
 
 
 class OutputFailed(Exception):
@@ -3469,18 +3447,20 @@ class OutputFailed(Exception):
         self.error = error
 
 
-def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
-    """Make the body of a delivery: bytes, or an iterator that can be closed."""
-    return output if isinstance(output, bytes) else iter(output)
-
-
-def size_of(output: Union[bytes, CountingIterator]) -> int:
-    """Tell how many bytes were sent."""
-    return len(output) if isinstance(output, bytes) else output.bytes_sent
+def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield a stream's pieces; OutputFailed tells its failures from those of the connection."""
+    with contextlib.closing(cast(Any, pieces)):
+        while True:
+            piece, error = attempt(next, pieces, None)
+            if error is not None:
+                raise error if isinstance(error, OutputFailed) else OutputFailed(error)
+            if piece is None:
+                return
+            yield piece
 
 
 def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a piece that was taken already, then the rest; closing this closes the rest."""
+    """Yield the first piece, which was taken before, then the rest; close the rest at the end."""
     try:
         if first:
             yield first
@@ -3490,23 +3470,35 @@ def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def relay(body: NodeBody) -> Iterator[bytes]:
-    """Yield the content of another node's answer as it comes, and close it."""
+    """Yield the content of another node's answer as it comes, then close the answer."""
     with body:
         yield from iter(lambda: body.read(READ_BYTES) or b"", b"")
 
 
-def is_of_certificate(error: BaseException) -> bool:
-    """Tell an error of a certificate; where TLS is not even loaded there is none."""
-    return "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError)
+def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
+    """Return the body of a delivery: bytes, or an iterator that can be closed."""
+    return output if isinstance(output, bytes) else iter(output)
+
+
+def size_of(output: Union[bytes, CountingIterator]) -> int:
+    """Return how many bytes of an output were sent."""
+    return len(output) if isinstance(output, bytes) else output.bytes_sent
 
 
 def is_hopeless(error: Optional[BaseException]) -> bool:
-    """Tell an error that will come again: nobody listens, or the certificate is wrong; requests wraps them deeply."""
+    """Tell whether an error will come again: nobody listens, or a certificate is wrong.
+
+    `requests` wraps such errors several times.
+    """
     while error is not None:
-        if isinstance(error, ConnectionRefusedError) or is_of_certificate(error):
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        # an error of a certificate has imported ssl; nothing else does so before TLS is used
+        if "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError):
             return True
         inner = error.args[0] if error.args else None
-        causes = (getattr(error, "reason", None), getattr(inner, "reason", None), inner, error.__cause__)
+        causes = (getattr(error, "reason", None), getattr(inner, "reason", None), inner,
+                  error.__cause__)
         error = next((cause for cause in causes if isinstance(cause, BaseException)), None)
     return False
 
@@ -3521,202 +3513,182 @@ class Destination(NamedTuple):
 
 
 def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
-    """Pass on what another node says its content is."""
+    """Return the header field that passes on the type of another node's content."""
     return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
 
 
 def is_overridden(server: ETLServer, name: str) -> bool:
-    """Tell whether a class has a method of its own in the place of ours."""
+    """Tell whether a class overrides a method of ETLServer."""
     return getattr(type(server), name) is not getattr(ETLServer, name)
 
 
 class Deliveries:
-    """Put outputs to the next hop, and turn its answer into ours. Shared by all threads of a worker.
+    """Put outputs to the next hop, and turn its answers into ours.
 
-    What a hop answers decides whether an object is there or lost, and AIStore acts on our status
-    alone: 200 is content, 204 a delivery, 404 a source that does not exist and is skipped without a
-    word. So nothing is passed on that means something else coming from us.
+    Shared by all threads of a worker. AIStore acts on our status alone: 200 is content, 204 a
+    delivery, and 404 a source that does not exist and is skipped in silence. So a hop's status is
+    not passed on where it would mean something else when it comes from us.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
         self._settings = settings
         self._server = server
         self._pool = pool
-        self._by_class = any(is_overridden(server, name) for name in ("client_put", "handle_direct_put_response"))
+        self._judges = is_overridden(server, "handle_direct_put_response")
+        self._by_class = self._judges or is_overridden(server, "client_put")
 
     def destination(self, request: ETLRequest) -> Destination:
-        """Read the pipeline, before anything is done for a request whose result could not go anywhere."""
+        """Read the pipeline; BadRequest if the result could not go anywhere."""
         try:
             entry, rest = parse_etl_pipeline(request.pipeline)
             Hop.of(entry)
-            url = compose_etl_direct_put_url(entry, self._settings.target, request.decoded_path, request.etl_args)
-            return Destination(url, Hop.of(url), is_final(entry), {HEADER_NODE_URL: rest} if rest else {})
+            url = compose_etl_direct_put_url(
+                entry, self._settings.target, request.decoded_path, request.etl_args)
+            headers = {HEADER_NODE_URL: rest} if rest else {}
+            return Destination(url, Hop.of(url), is_final(entry), headers)
         except ValueError as error:  # InvalidPipelineError is one, ours and the SDK's
             raise BadRequest(f"the pipeline cannot be used: {error}") from None
 
-    def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]], connect_seconds: float) -> Answer:
-        """Put an output to the next hop. HopLost where its answer does not come whole."""
+    def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]],
+                connect_seconds: float) -> Answer:
+        """Put an output to the next hop; HopLost if the answer does not come whole."""
         counted = output if isinstance(output, bytes) else CountingIterator(output)
         try:
             if self._by_class:
                 return self._deliver_by_class(to, counted)
-            request = NodeRequest("PUT", to.hop, path_of(to.url), to.headers, as_body(counted), connect_seconds)
+            request = NodeRequest(
+                "PUT", to.hop, path_of(to.url), to.headers, as_body(counted), connect_seconds)
             return self._read_answer(to, self._pool.open(request), counted)
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
-            raise HopLost(f"the next hop was lost: {describe(error)}", is_hopeless(error)) from None
+            text = f"the next hop was lost: {describe(error)}"
+            raise HopLost(text, is_hopeless(error)) from None
 
     def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
-        """Let the class's own methods put the output, and read the answer where it wants to."""
-        data = b"" if isinstance(output, CountingIterator) else output
+        """Let the class's own methods put the output, and judge the answer if they do that."""
         response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
-        if not is_overridden(self._server, "handle_direct_put_response"):
-            answer = NodeAnswer(response.status_code, response.headers, response.content, to.url)
+        if not self._judges:
+            answer = NodeAnswer(
+                response.status_code, response.headers, response.content, to.url)
             return self._judge(to, answer, size_of(output))
-        status, content, length = self._server.handle_direct_put_response(response, data, size_of(output))
+        data = output if isinstance(output, bytes) else b""
+        status, content, length = self._server.handle_direct_put_response(
+            response, data, size_of(output))
         status = int(status)
         if status >= 400:
-            content = self._settings.redact(as_bytes(content, "the answer is").decode("utf-8", "replace")).encode()
-        fields = tuple(self._server.make_direct_put_headers(length).items())
-        return Answer(HTTPStatus.BAD_GATEWAY if status == HTTPStatus.NOT_FOUND else status, content, fields)
+            text = as_bytes(content, "the answer is").decode("utf-8", "replace")
+            content = self._settings.redact(text).encode()
+        if status == HTTPStatus.NOT_FOUND:
+            status = HTTPStatus.BAD_GATEWAY
+        headers = self._server.make_direct_put_headers(length)
+        return Answer(status, content, tuple(headers.items()))
 
-    def _read_answer(self, to: Destination, body: NodeBody, output: Union[bytes, CountingIterator]) -> Answer:
-        """Turn the hop's answer into ours; the content of a next stage is passed on as it comes, if it is large."""
+    def _read_answer(self, to: Destination, body: NodeBody,
+                     output: Union[bytes, CountingIterator]) -> Answer:
+        """Turn the hop's answer into ours. Large content of a stage is passed on as it comes."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
         if is_content and (body.size is None or body.size > SMALL_ANSWER_BYTES):
             pieces = relay(body)
-            return Answer(HTTPStatus.OK, chain_first(next(pieces, b""), pieces), content_type(body.headers))
+            first = next(pieces, b"")
+            return Answer(HTTPStatus.OK, chain_first(first, pieces), content_type(body.headers))
         with body:
             if body.is_early and body.status < 300 and to.is_final:
                 raise BadGateway("the target answered before it had the object")
-            content = body.readall() if is_content else read_text(body)
-            return self._judge(to, NodeAnswer(body.status, body.headers, content, to.url), size_of(output))
+            content = body.readall() if is_content else body.read_text()
+            answer = NodeAnswer(body.status, body.headers, content, to.url)
+            return self._judge(to, answer, size_of(output))
 
     def _judge(self, to: Destination, answer: NodeAnswer, size: int) -> Answer:
-        """Decide what an answer that came whole means: content, also empty, news of a delivery, or a refusal."""
-        status = answer.status_code
+        """Decide what a whole answer means: a delivery, content (also empty), or a refusal."""
+        status, headers = answer.status_code, answer.headers
         if to.is_final and status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) and not answer.content:
             return Answer(HTTPStatus.NO_CONTENT, b"", ((HEADER_DIRECT_PUT_LENGTH, str(size)),))
         if not to.is_final and status == HTTPStatus.NO_CONTENT:
-            return Answer(status, b"", ((HEADER_DIRECT_PUT_LENGTH, answer.headers.get(HEADER_DIRECT_PUT_LENGTH, "0")),))
+            length = headers.get(HEADER_DIRECT_PUT_LENGTH, "0")
+            return Answer(status, b"", ((HEADER_DIRECT_PUT_LENGTH, length),))
         if not to.is_final and status == HTTPStatus.OK:
-            return Answer(status, answer.content, content_type(answer.headers))
-        return self._refused(answer)
-
-    def _refused(self, answer: NodeAnswer) -> Answer:
-        """Pass a refusal back. A 404 would mean that the source is not there, and other statuses that all is well."""
-        status = answer.status_code
-        text = self._settings.redact(answer.content[:ERROR_TEXT_LIMIT_BYTES].decode("utf-8", "replace"))
-        if status == HTTPStatus.SERVICE_UNAVAILABLE and answer.headers.get(HEADER_RETRY_REASON):
+            return Answer(status, answer.content, content_type(headers))
+        data = answer.content[:ERROR_TEXT_LIMIT_BYTES]
+        text = self._settings.redact(data.decode("utf-8", "replace"))
+        if status == HTTPStatus.SERVICE_UNAVAILABLE and headers.get(HEADER_RETRY_REASON):
             raise HopLost(f"the next stage wants the object again: {text}")
+        # from us, a 404 would mean that the source is not there, and a 3xx or 2xx that all is well
         if status < 400 or status == HTTPStatus.NOT_FOUND:
             raise BadGateway(f"the next hop answered {status}: {text}".rstrip(": "))
         origin = urlsplit(answer.url).netloc
-        return Answer(status, text.encode(), content_type(answer.headers), origin=origin)
-
-
-def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a stream's pieces; its failure comes as OutputFailed, so that it is not taken for the connection's."""
-    with contextlib.closing(cast(Any, pieces)):
-        while True:
-            piece, error = attempt(next, pieces, None)
-            if error is not None:
-                raise error if isinstance(error, OutputFailed) else OutputFailed(error)
-            if piece is None:
-                return
-            yield piece
+        return Answer(status, text.encode(), content_type(headers), origin=origin)
 
 
 # == 13. One request ==
-# The stages in a row, and the only place that maps failures to answers. HTTP servers call
-# `Service.answer`.
+# The stages in a row, and the only place that maps failures to answers. HTTP and WebSocket
+# connections call `Service.answer`.
 
 
+# by the exception's name: its module is imported only if the class needs it
 STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
-    "werkzeug.exceptions.HTTPException": lambda error: int(error.code or getattr(error.response, "status_code", 500)),
+    "werkzeug.exceptions.HTTPException": lambda error: int(
+        error.code or getattr(error.response, "status_code", 500)),
     "InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
     "ETLDirectPutTransientError": lambda error: 503 if error.bail_without_local_retry else 502,
 }
 
 
 def user_status(error: BaseException) -> int:
-    """Read the status that a user's exception stands for, 500 unless it is of a few known kinds.
-
-    These are known by name: their modules are imported only where the class needs them.
-    """
+    """Return the status that a user's exception stands for: 500 for all but a few known kinds."""
     for base in type(error).__mro__:
-        of_kind = STATUS_OF_USER_ERROR.get(f"{base.__module__}.{base.__qualname__}") or (
-            STATUS_OF_USER_ERROR.get(base.__qualname__) if base.__module__ in (__name__, "aistore.sdk.errors") else None)
-        if of_kind is not None:
-            status = of_kind(error)
+        name = base.__qualname__
+        if base.__module__ not in (__name__, "aistore.sdk.errors"):
+            name = f"{base.__module__}.{name}"
+        if name in STATUS_OF_USER_ERROR:
+            status = STATUS_OF_USER_ERROR[name](error)
             return status if 400 <= status <= 599 else HTTPStatus.INTERNAL_SERVER_ERROR
     return HTTPStatus.INTERNAL_SERVER_ERROR
 
 
-class Retries:
-    """What patience is left with one delivery. Its waits, and the time to connect again, are bounded together."""
-
-    def __init__(self, delays: Sequence[float]) -> None:
-        self._delays = list(delays)
-        self._connect_again_seconds = RETRY_CONNECT_SECONDS / max(len(delays), 1)
-        self._seconds = sum(delays) + RETRY_CONNECT_SECONDS
-        self._deadline = 0.0
-        self.connect_seconds = CONNECT_SECONDS
-
-    def take(self, error: HopLost) -> float:
-        """Return the delay before the next attempt; raise the error if there is to be none."""
-        now = time.monotonic()
-        self._deadline = self._deadline or now + self._seconds
-        if error.hopeless or not self._delays or now + self._delays[0] > self._deadline:
-            raise error
-        self.connect_seconds = self._connect_again_seconds
-        return self._delays.pop(0)
-
-
 def forget_traceback(error: BaseException) -> None:
-    """Let go of the frames that an error came through: they hold whole objects until the next full collection."""
+    """Drop the frames that an error came through.
+
+    They hold whole objects, which would stay in memory until the next full garbage collection.
+    """
     for each in (error, getattr(error, "error", None), error.__context__, error.__cause__):
         if isinstance(each, BaseException):
             each.__traceback__ = None
 
 
 class Service:
-    """What a worker answers requests with; shared by all its threads.
+    """Answer requests; shared by all threads of a worker.
 
     `answer` never raises. An answer in pieces holds the object's source, and perhaps a connection
     to a hop, until it has been sent or closed.
     """
 
-    def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool, slots: Slots) -> None:
+    def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool,
+                 slots: Slots) -> None:
         self.settings = settings
         self._sources = Sources(settings, pool, server.sanitize_fqn)
+        self.close_idle = self._sources.close_idle  # connections to other nodes
         self._transforms = Transforms(server, slots)
-        self.is_streaming = server.use_streaming  # whether objects are transformed piece by piece
+        self.message_room = self._transforms.message_room
         self._deliveries = Deliveries(settings, server, pool)
-        self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS) for retry in range(server.direct_put_retries)]
+        self.is_streaming = server.use_streaming  # whether objects are transformed in pieces
+        # before each retry of a delivery
+        self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS)
+                        for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
 
-    def close_idle(self) -> None:
-        """Close connections to other nodes that have been idle for too long."""
-        self._sources.close_idle()
-
-    @property
-    def message_room(self) -> Room:
-        """The memory for messages that wait for their transforms."""
-        return self._transforms.message_room
-
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
-        """Read an object that a request names by its path; return both as if the object had come with it.
+        """Read an object by its path; return request and object as if it had come in the body.
 
-        None where the object has more than a MiB, is not here as a whole, or cannot be read.
+        None if the object has more than 1 MiB, is not whole here, or cannot be read: `answer` then
+        reads it, or tells why not.
         """
-        loaded = attempt(self._sources.load, request).value
-        if loaded is None:
+        data = attempt(self._sources.load, request).value
+        if data is None:
             return None
-        return request._replace(method="PUT", fqn=""), ReceivedObject(loaded.getvalue())
+        return request._replace(method="PUT", fqn=""), ReceivedObject(data)
 
     def answer_message(self, request: ETLRequest, body: ReceivedObject) -> Tuple[Answer, bytes]:
-        """Answer one object that came over WebSocket, whatever happens: the answer, and its body whole."""
+        """Answer an object that came over WebSocket; return the answer and its whole body."""
         with self.answer(request, body) as answer:
             if isinstance(answer.body, bytes):
                 return answer, answer.body
@@ -3726,10 +3698,10 @@ class Service:
         answer = self.answer_failure(request, error)
         return answer, cast(bytes, answer.body)
 
-    def answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
+    def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         if not self._has_begun:
-            # before the flag: another thread that sees it may kill the worker at once
+            # before the flag is set: another thread that sees the flag may kill the worker at once
             report(REPORT_BEGUN)
             self._has_begun = True
         answer, error = attempt(self._answer, request, body)
@@ -3739,21 +3711,22 @@ class Service:
         return cast(Answer, answer) if error is None else self.answer_failure(request, error)
 
     def answer_failure(self, request: ETLRequest, error: BaseException) -> Answer:
-        """Answer a request that has failed, however that is."""
+        """Return the answer for a request that has failed."""
         answer, second_error = attempt(self.answer_for, request, error)
         forget_traceback(error)
-        if second_error is not None:  # an exception of the user's that cannot even be looked at
-            return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"Processing error: {type(error).__name__}", {})
+        if second_error is not None:  # a user's exception whose attributes raise
+            return error_answer(HTTPStatus.INTERNAL_SERVER_ERROR,
+                                f"Processing error: {type(error).__name__}", {})
         return cast(Answer, answer)
 
-    def _answer(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
-        """Understood, it is read, transformed and delivered."""
+    def _answer(self, request: ETLRequest, body: RequestBody) -> Answer:
+        """Read the object, transform it, and deliver the output or answer with it."""
         if request.pipeline:
             answer = self._deliver(request, body)
             if answer.origin and not request.is_message:
                 text = cast(bytes, answer.body)[:1000].decode("utf-8", "replace")
-                logger.error("%s: the next hop, %s, answered %d: %s", request.name, answer.origin,
-                             answer.status, text)
+                logger.error("%s: the next hop, %s, answered %d: %s",
+                             request.name, answer.origin, answer.status, text)
             return answer
         fields = (("Content-Type", self._transforms.mime_type),)
         if not self.is_streaming or request.is_message:  # a message must be whole
@@ -3763,7 +3736,7 @@ class Service:
         first = next(pieces, b"")
         return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
 
-    def _output(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> bytes:
+    def _output(self, request: ETLRequest, body: RequestBody) -> bytes:
         """Read and transform a whole object."""
         if self.is_streaming:
             return b"".join(self._pieces(request, body))
@@ -3771,44 +3744,60 @@ class Service:
         with source.stream:
             return self._transforms.run(request, source)
 
-    def _pieces(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Iterator[bytes]:
-        """Read and transform an object in pieces; the source is open for as long as they are taken."""
+    def _pieces(self, request: ETLRequest, body: RequestBody) -> Iterator[bytes]:
+        """Read and transform an object in pieces; the source stays open while they are taken."""
         source = self._sources.open(request, body)
         with source.stream:
             yield from self._transforms.stream(request, source)
 
-    def _deliver(self, request: ETLRequest, body: Union[MessageBody, ReceivedObject]) -> Answer:
-        """Deliver the output; again while the hop is lost, if the output or the object can be had again."""
+    def _deliver(self, request: ETLRequest, body: RequestBody) -> Answer:
+        """Deliver the output, and retry while the hop is lost.
+
+        A stream of an object that came in the body cannot be made again: there the client is told
+        to send the object again. The waits and the time for connecting again are bounded together,
+        since AIStore waits for the answer.
+        """
         destination = self._deliveries.destination(request)
-        output = None if self.is_streaming and not request.is_message else self._output(request, body)
-        retries = Retries(self._delays if output is not None or request.is_replayable else [])
+        is_whole = not self.is_streaming or request.is_message
+        output = self._output(request, body) if is_whole else None
+        can_repeat = is_whole or request.is_replayable
+        connect_seconds, delays, deadline = CONNECT_SECONDS, self._delays, 0.0
         while True:
             try:
                 pieces = guarded(self._pieces(request, body)) if output is None else output
-                return self._deliveries.deliver(destination, pieces, retries.connect_seconds)
+                return self._deliveries.deliver(destination, pieces, connect_seconds)
             except HopLost as error:
-                if output is None and not request.is_replayable and not error.hopeless:
+                if error.hopeless:
+                    raise
+                if not can_repeat:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
                                        {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}) from None
-                delay = retries.take(error)
+                now = time.monotonic()
+                deadline = deadline or now + sum(delays) + RETRY_CONNECT_SECONDS
+                if not delays or now + delays[0] > deadline:
+                    raise
+                delay, *delays = delays
                 logger.warning("%s: %s; trying again in %.0f s", request.name, error, delay)
                 time.sleep(delay)
+                connect_seconds = RETRY_CONNECT_SECONDS / len(self._delays)
 
     def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
-        """Map a failure to the answer that the client gets, and to a line of the log for the operator."""
+        """Map a failure to the client's answer, and log it for the operator."""
         if isinstance(error, OutputFailed):
             error = error.error
         if isinstance(error, RequestError):
-            logger.log(logging.INFO if isinstance(error, NotFound) else logging.ERROR, "%s: %s", request.name, error)
+            level = logging.INFO if isinstance(error, NotFound) else logging.ERROR
+            logger.log(level, "%s: %s", request.name, error)
             return error_answer(error.status, self.settings.redact(str(error)), error.headers)
         status, headers = user_status(error), {}
         reason = str(getattr(error, "detail", "") or getattr(error, "description", "")
                      or describe_of_user(error))
-        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # the author has meant it
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # the class's author has meant it
             logger.warning("%s: %d: %s", request.name, status, reason)
         else:
             log_user_error(request.name, error)
-        if status == HTTPStatus.SERVICE_UNAVAILABLE and getattr(error, "bail_without_local_retry", False):
+        if (status == HTTPStatus.SERVICE_UNAVAILABLE
+                and getattr(error, "bail_without_local_retry", False)):
             headers = {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}
         return error_answer(status, self.settings.redact(f"Processing error: {reason}"), headers)
 

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import socket
+import struct
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
-from ais_runtime_min import NodeInput
+from ais_runtime_min import Hop, NodeConnection, NodeRequest
 from conftest import StartTarget
 from harness import QUICK_NUMBERS, Body, Environ, Numbers, Response, Runtime, make_payload
 from standin import BASE_PATH, At, Behaviour, Certificates, Recorded, StandInTarget
@@ -59,8 +60,10 @@ class Streaming(Noting):
             raise ValueError("no more of it")
 
 class Put:
-    """Carries deliveries by the class's own client_put."""
+    """Carries deliveries by the class's own client_put, and adds empty pieces to a stream."""
     def client_put(self, url, data, headers, timeout=None):
+        if not isinstance(data, bytes):
+            data = (part for piece in data for part in (b"", piece))
         return super().client_put(url, data, {**headers, "X-Own": "mine"}, timeout)
 
 class PutBuffered(Put, Buffered):
@@ -768,17 +771,20 @@ def test_a_stream_that_fails_behind_the_first_piece_of_the_answer_cuts_the_answe
 
 
 def test_of_a_stream_to_a_hop_that_has_hung_up_nothing_more_is_made() -> None:
-    ours, theirs = socket.socketpair()
     made: List[int] = []
     pieces = (made.append(number) or b"piece" for number in range(9))  # type: ignore[func-returns-value]
-    with ours:
-        theirs.close()
-        source = NodeInput(ours)
-        source.silence_seconds = 5.0
-        source.begin(b"a head", pieces)
-        assert (source.fill(), source.is_sent, made) == (False, False, [])
-        source.run_out()  # had it answered, the rest would be looked at
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hop = Hop("http", *listener.getsockname())
+        request = NodeRequest("PUT", hop, "/", body=pieces, silence_seconds=5.0)
+        connection = NodeConnection(request, None)
+        theirs, _ = listener.accept()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()  # by a reset
+        connection.begin(request, "")
+        assert (connection.fill(), connection.is_sent, made) == (False, False, [])
+        connection.run_out()  # had it answered, the rest would be looked at
         assert made == list(range(9))
+        connection.close()
 
 
 # == TLS ==

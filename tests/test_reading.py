@@ -29,6 +29,7 @@ from standin import BASE_PATH, RESET, At, Behaviour, Certificates, Recorded, Sta
 
 SOURCE = '''
 import os
+import resource
 from aistore.sdk.etl.webserver.http_multi_threaded_server import HTTPMultiThreadedServer
 
 
@@ -54,6 +55,15 @@ class Streaming(Noting):
     def transform_stream(self, reader, path, etl_args):
         self.note(path)
         yield b"<" + reader.read() + b">"
+
+
+class Limited(Buffered):
+    """Runs in a process that can write files of 1,500,000 bytes at most, as if the disk were full."""
+
+    def __init__(self):
+        super().__init__()
+        infinity = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, infinity))
 
 
 class Shortening(HTTPMultiThreadedServer):
@@ -373,6 +383,18 @@ def test_an_object_in_chunks_that_cannot_be_fetched_fails_and_is_never_its_first
     assert pod.kind == "streaming" or pod.calls() == []
 
 
+def test_an_object_for_which_the_disk_has_no_room_is_never_cut(
+    target: StandInTarget, mountpath: Path, tmp_path: Path
+) -> None:
+    pod = Pod("limited", target, tmp_path, {"ETL_DIRECT_FQN": "true", "TMPDIR": str(tmp_path)})
+    path, target.default = make_chunked(mountpath), Behaviour(status=200, body=bytes(1_500_010))
+    with pod.runtime as runtime:
+        runtime.expect_traceback = True
+        response = pod.read(path)
+        assert (response.status, b"File too large" in response.body) == (500, True)
+        assert (pod.calls(), list(tmp_path.glob("etl-*"))) == ([], [])
+
+
 OF_CHUNK = len(CHUNK)
 SAYING_PART = [  # attributes that say that the file is not the whole object
     attribute(OF_CHUNK + 1), attribute(OF_CHUNK - 1), attribute(0), attribute(1 << 63),
@@ -660,6 +682,14 @@ def test_a_download_gets_the_name_it_shall_have_and_the_outside_world_learns_no_
     assert not {"authorization", "cookie", "range", "ais-node-url"} & set(fetched.headers)
     assert not [secret for secret in SECRETS if secret in str(fetched)]
     assert pod.target.requests == []
+
+
+def test_letters_in_the_url_of_a_download_are_sent_as_utf_8(
+    buffered: Pod, outside: StandInTarget
+) -> None:
+    for url, sent in (("/ü€%20", "/%C3%BC%E2%82%AC%20"), ("/x?é=\xff", "/x?%C3%A9=%C3%BF")):
+        assert buffered.ask("POST", download_target(outside.root + url)).status == 200
+        assert outside.requests.pop().target == sent
 
 
 NO_HTTP_URLS = [
