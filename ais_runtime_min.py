@@ -1461,6 +1461,7 @@ class NodeAnswer(NamedTuple):
     headers: Mapping[str, str]
     content: bytes
     url: str
+    is_early: bool = False  # whether it came before all was sent
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
@@ -1976,7 +1977,8 @@ class ETLServer(ABC):
             "PUT", Hop.of(url), path_of(url), headers, body, timeout or CONNECT_SECONDS,
             timeout or HOP_SILENCE_SECONDS)
         with Current.pool.open(request) as answer:
-            return NodeAnswer(answer.status, answer.headers, answer.readall(), url)
+            return NodeAnswer(answer.status, answer.headers, answer.readall(), url,
+                              answer.is_early)
 
     def handle_direct_put_response(self, resp: Any, data: bytes,
                                    data_length: int = -1) -> Tuple[int, bytes, int]:
@@ -3522,6 +3524,12 @@ def is_overridden(server: ETLServer, name: str) -> bool:
     return getattr(type(server), name) is not getattr(ETLServer, name)
 
 
+def check_early(to: Destination, status: int, is_early: bool) -> None:
+    """Raise BadGateway if a target says that it has an object of which it has not got all."""
+    if is_early and status < 300 and to.is_final:
+        raise BadGateway("the target answered before it had the object")
+
+
 class Deliveries:
     """Put outputs to the next hop, and turn its answers into ours.
 
@@ -3566,6 +3574,7 @@ class Deliveries:
     def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
         """Let the class's own methods put the output, and judge the answer if they do that."""
         response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
+        check_early(to, response.status_code, getattr(response, "is_early", False))
         if not self._judges:
             answer = NodeAnswer(
                 response.status_code, response.headers, response.content, to.url)
@@ -3591,8 +3600,7 @@ class Deliveries:
             first = next(pieces, b"")
             return Answer(HTTPStatus.OK, chain_first(first, pieces), content_type(body.headers))
         with body:
-            if body.is_early and body.status < 300 and to.is_final:
-                raise BadGateway("the target answered before it had the object")
+            check_early(to, body.status, body.is_early)
             content = body.readall() if is_content else body.read_text()
             answer = NodeAnswer(body.status, body.headers, content, to.url)
             return self._judge(to, answer, size_of(output))
@@ -6970,7 +6978,8 @@ class Supervisor:
         elif time.monotonic() >= self._forsaken_at:
             self._forsaken_at = 0.0
             self._fail(StartupError(
-                f"{self._breakage} (no WebSocket connection is left, and AIStore opens none again)"))
+                f"{self._breakage} (no WebSocket connection is left, "
+                f"and AIStore opens none again)"))
 
     # -- stopping --
 
@@ -7343,7 +7352,8 @@ def pickle_from_file(packing: Packing) -> Tuple[str, str]:
     try:
         import cloudpickle
     except ImportError:
-        raise PackageError(f"pack needs cloudpickle: {pip_command(['cloudpickle>=3,<4'])}") from None
+        command = pip_command(["cloudpickle>=3,<4"])
+        raise PackageError(f"pack needs cloudpickle: {command}") from None
     before, path = set(sys.modules), list(sys.path)
     try:
         etl_class = class_from_file(packing.file)

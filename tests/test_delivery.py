@@ -717,7 +717,7 @@ def test_a_body_that_cannot_be_sent_twice_takes_a_new_connection(pods: Pods, hop
 
 def test_a_target_that_answers_before_it_has_the_object_has_not_got_it(
         pods: Pods, hop: StandInTarget) -> None:
-    for kind in ("buffered", "streaming"):
+    for kind in ("buffered", "streaming", "put-buffered"):
         hop.default = Behaviour(status=200, early=True, stall=At.BEFORE_BODY, stall_seconds=0.3)
         response = pods(kind).send("fqn", os.urandom(MORE_THAN_BUFFERS), final(hop))
         assert (response.status, "before it had" in detail(response)) == (502, True)
