@@ -4666,7 +4666,11 @@ class ObjectExchange:
             self.answer(taken)
 
     def answer(self, taken: PendingObject) -> None:
-        """Answer an object; send the replies that wait for no reply before them."""
+        """Answer an object; send the replies that wait for no reply before them.
+
+        If another thread is sending, it sends these as well.
+        """
+        # `_answer_inline` may have made the reply
         taken.reply = taken.reply or self._reply_to(taken)
         while True:
             with self._lock:
