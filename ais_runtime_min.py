@@ -2817,14 +2817,15 @@ class ReceivedObject(LoadedObject):
     be called twice.
     """
 
-    def __init__(self, data: bytes = b"", leave: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, data: bytes = b"", leave: Optional[Callable[[], object]] = None) -> None:
         super().__init__(data)
-        self._leave = leave
+        self._leave = leave  # None if the object is too small to be counted
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make a function that gives the memory back and then calls another function."""
         def call(*args: Any) -> Any:
-            self._leave()
+            if self._leave is not None:
+                self._leave()
             return function(*args)
 
         return call
@@ -2832,7 +2833,8 @@ class ReceivedObject(LoadedObject):
     def close(self) -> None:
         """Give the memory back, also if no transform has begun."""
         super().close()
-        self._leave()
+        if self._leave is not None:
+            self._leave()
 
 
 RequestBody = Union[MessageBody, ReceivedObject]
