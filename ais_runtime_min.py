@@ -6304,10 +6304,10 @@ def exit_now(code: int) -> NoReturn:
 def descendants() -> List[int]:
     """Return the ids of the processes that this program has started, directly or not.
 
-    They are read from /proc; without it there are none. In a worker all members of its process
-    group count, so that orphans are found. Two kinds are left out: processes older than this
-    program, which a shell has started before it executed this program; and the resource tracker of
-    multiprocessing, which cleans up after all others.
+    They are read from /proc; where there is none, the list is empty. In a worker all members of
+    its process group count, so that orphans are found. Two kinds are left out: processes older
+    than this program, which a shell has started before it executed this program; and the resource
+    tracker of multiprocessing, which cleans up after all others.
     """
     own = os.getpid()
     group = own if os.getpgrp() == own and Current.reports is not None else 0
@@ -6333,7 +6333,7 @@ def end_children() -> None:
     pids: Set[int] = set()
 
     def send(number: int) -> bool:
-        # kept from call to call: the child of one that has ended may not be found again
+        # ids are kept from call to call: when a parent has ended, its child may not be found again
         pids.update(descendants() if number else ())
         while (attempt(os.waitpid, -1, os.WNOHANG).value or (0,))[0]:
             pass
@@ -6358,7 +6358,7 @@ def finish_threads() -> None:
 
 
 def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function after some time, if this process still runs then and can have a thread."""
+    """Call a function after some time, on a thread; do nothing if no thread can be started."""
     timer = threading.Timer(seconds, function, args)
     timer.daemon = True
     attempt(timer.start)
@@ -6367,10 +6367,10 @@ def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> Non
 def leave(code: int, seconds: float) -> NoReturn:
     """End this process as Python does: wait for threads, call `atexit` functions, end children.
 
-    After `seconds` the process ends whatever is left to do. Children, and threads other than those
-    of executors, have less time. Threads are waited for by the main thread alone: if another one
-    calls this, the main thread is held up. Modules are not torn down, since libraries that complain
-    then would write many lines behind the reason of a failed start.
+    When `seconds` are over the process ends at once. Children, and threads other than those of
+    executors, have less time. If another thread than the main one calls this, the main thread is
+    held up, and no thread is waited for. Modules are not torn down: libraries that complain then
+    would write many lines behind the reason of a failed start.
     """
     import atexit
 
@@ -6391,10 +6391,10 @@ def leave(code: int, seconds: float) -> NoReturn:
 
 
 def drop_inherited_cleanup() -> None:
-    """Let a forked worker forget the clean-up that is the supervisor's.
+    """Let a forked worker forget the clean-up that is left to the supervisor.
 
-    This concerns what the class's module has made when it was loaded: temporary folders, processes
-    of multiprocessing. All workers share it, so no worker may remove it when it ends.
+    The class's module may have made temporary folders, or processes of multiprocessing, when it was
+    loaded. All workers share these, so a worker that ends must not remove them.
     """
     for finalizer in list(getattr(weakref.finalize, "_registry", ())):
         finalizer.atexit = False
@@ -6602,9 +6602,9 @@ def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
 
 @contextlib.contextmanager
 def stop_signals_deferred() -> Iterator[None]:
-    """Let signals to stop wait for the end of a block.
+    """Delay signals to stop until the end of a block.
 
-    Their handler raises an exception, which Python would ignore within a hook of a fork.
+    Their handler raises an exception, and Python ignores exceptions in the hooks of a fork.
     """
     came: List[int] = []
     before = {number: signal.signal(number, lambda each, _: came.append(each))
@@ -6619,13 +6619,13 @@ def stop_signals_deferred() -> Iterator[None]:
 
 
 def trial_fork_ends() -> bool:
-    """Fork a child that ends at once; return False if it does not, or not well."""
+    """Fork a child that ends at once; return False if it fails or is not done in time."""
     import warnings
 
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of the threads, which are tried here
+            warnings.simplefilter("ignore")  # Python warns of a fork with threads
             pid = os.fork()
         if pid == 0:
             os._exit(0)
@@ -6838,6 +6838,7 @@ class Supervisor:
     # -- starting --
 
     def _start_due(self) -> None:
+        """Start the workers whose time has come."""
         now = time.monotonic()
         while self._due and min(self._due) <= now:
             self._due.remove(min(self._due))
@@ -6866,8 +6867,8 @@ class Supervisor:
         """Give up what is the supervisor's, serve, and end; runs in the forked child."""
         code: int = Exit.SOFTWARE
         try:
-            if not os.isatty(0):  # else a debugger could not read from it
-                os.setpgid(0, 0)  # by its group the supervisor ends all that the class starts
+            if not os.isatty(0):  # else a debugger in the worker could not read the terminal
+                os.setpgid(0, 0)  # the supervisor ends all that the class starts by its group
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # a terminal sends Ctrl-C to all processes, but the supervisor alone decides
             signal.signal(signal.SIGINT, lambda *_: None)
@@ -6900,7 +6901,7 @@ class Supervisor:
             self._open_gate()
 
     def _open_gate(self) -> None:
-        """Let workers serve that wait in `start_listening`, or will."""
+        """Let workers serve that wait in `start_listening`, now or later."""
         if self._gate[1] >= 0:
             os.close(self._gate[1])
             self._gate = (self._gate[0], -1)
