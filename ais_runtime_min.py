@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Serve a pickled ETL class to NVIDIA AIStore: the whole runtime of an ETL pod in one file.
+"""Serve a pickled ETL class to NVIDIA AIStore: the whole runtime in one file.
 
-An AIStore *target* starts one pod beside itself for each ETL. The pod gets a user's class in its environment
-(`ETL_CLASS_PAYLOAD`, the base64 of a cloudpickle), and this file installs what the class needs, unpickles it without
-the AIStore SDK, and transforms the objects that the target sends. It wants the standard library and, for payloads,
-`cloudpickle`; Python 3.9 or newer; Linux, or macOS to try a class on a laptop:
+An AIStore *target*, a storage node, starts one pod beside itself for each ETL. The pod finds the
+user's class in its environment: `ETL_CLASS_PAYLOAD` is the base64 of a cloudpickle. This file
+installs the packages that the class needs, unpickles the class without the AIStore SDK, and
+transforms the objects that the target sends. It needs the standard library and, for payloads,
+`cloudpickle`; Python 3.9 or newer; Linux, or macOS for trying a class on a laptop.
 
-    python3 ais_runtime_min.py                          serve what the environment describes
-    python3 ais_runtime_min.py serve FILE[:CLASS]       serve a class from a file, nothing else needed
-    python3 ais_runtime_min.py install                  install the environment's packages, while an image is built
+    python3 ais_runtime_min.py                       serve what the environment describes
+    python3 ais_runtime_min.py serve FILE[:CLASS]    serve a class from a file, for trying it
+    python3 ais_runtime_min.py install               install the packages, while an image is built
 
-The map. A request passes four stages that hand each other plain values; each stage knows only the value. No section
-uses a name of a later one, but for `main` and a class's own `start()`.
+The map. A request passes four stages, sections 9 to 12, which hand each other plain values. No
+section uses a name of a later one, except for `main` and the `start()` of a class.
 
     1. Names and limits
     2. Errors
@@ -33,14 +34,17 @@ uses a name of a later one, but for `main` and a class's own `start()`.
     18. Workers
     19. Entry
 
-The life of the process: read the settings, install packages, unpickle the class, bind the port, fork the workers.
-Each worker constructs the class and answers requests; the supervisor watches them, and ends them on SIGTERM once they
-have answered what they had begun to read. What stops the start is told in the last line of the log.
+The life of the process: read the settings, install packages, unpickle the class, bind the port,
+fork the workers. Each worker constructs the class and answers requests. The supervisor replaces
+workers that die. On SIGTERM the workers answer every request that they have begun to read, then
+all processes end. If the start fails, the last line of the log tells the reason.
 
-The life of a request: bytes of a connection become an `ETLRequest`, which opens a `Source`, whose bytes the class
-transforms; the output becomes an `Answer`. Every failure on the way is mapped to an answer in one place, `answer_for`.
+The life of a request: bytes of a connection become an `ETLRequest`, which opens a `Source`; the
+class transforms its bytes; the output becomes an `Answer`. Every failure on the way becomes an
+answer in one place, `answer_for`.
 
-What it does not do: authenticate its callers (the cluster's network does), speak HTTP/2, or terminate TLS.
+The runtime does not authenticate its callers (the cluster's network does), speak HTTP/2, or
+terminate TLS.
 """
 from __future__ import annotations
 
@@ -51,12 +55,16 @@ import threading
 import types
 
 if __name__ == "__main__":
-    gc.disable()  # what is loaded now stays: collecting would take a sixth of the start and find nothing
+    # A class that imports this file by its name must get the same ETLServer.
+    sys.modules["ais_runtime_min"] = sys.modules["__main__"]
+    # What is imported now stays: looking for garbage would take a sixth of the start.
+    gc.disable()
 
     class LateModule(types.ModuleType):
-        """Stand in for a module that is loaded when something of it is first asked for, or set.
+        """Stand in for a module, and load it when one of its attributes is read or set.
 
-        What of the library has imported it keeps this, which passes all on. The class's code finds the module itself.
+        Modules that imported the stand-in keep it; it forwards every attribute. The class imports
+        the module itself: `leave_late_modules` has removed the stand-ins by then.
         """
 
         _lock = threading.Lock()
@@ -67,22 +75,21 @@ if __name__ == "__main__":
         def __setattr__(self, name: str, value: object) -> None:
             setattr(self._load(), name, value)
 
-        def __delattr__(self, name: str) -> None:
-            delattr(self._load(), name)
-
-        def __dir__(self) -> Iterable[str]:
-            return dir(self._load())
-
         def _load(self) -> types.ModuleType:
-            with self._lock:  # no other thread may take the module itself away
+            with self._lock:  # or a slower thread would remove what a faster one has loaded
                 if sys.modules.get(self.__name__) is self:
                     del sys.modules[self.__name__]
             return importlib.import_module(self.__name__)
 
-    # The library and cloudpickle import these for what few pods do. They take a fifth of the start and of the memory.
+    # The library and cloudpickle import these modules, but few pods use them. Loading them would
+    # take a fifth of the start and of the memory.
     late_modules: Dict[str, types.ModuleType] = {
-        name: LateModule(name) for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")}
-    sys.modules.update({**late_modules, **sys.modules})
+        name: LateModule(name)
+        for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")
+        if name not in sys.modules}
+    sys.modules.update(late_modules)
+else:
+    late_modules = {}
 
 import codecs
 import collections
@@ -117,24 +124,21 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from http import HTTPStatus
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union, cast)
+from typing import (
+    TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List,
+    Mapping, MutableMapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar,
+    Union, cast)
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     import argparse
     import subprocess
 
-if __name__ == "__main__":  # classes that import this file by its name must meet the same ETLServer
-    sys.modules["ais_runtime_min"] = sys.modules["__main__"]
-else:
-    late_modules = {}
-
 __version__ = "0.1.0"
 
 # == 1. Names and limits ==
-# The wire contract with AIStore (ext/etl and ais/tgtetl.go of its sources), and every number with
-# its reason.
+# The names of the wire contract with AIStore (ext/etl and ais/tgtetl.go in its sources), and every
+# number with its unit and its reason.
 
 HEADER_NODE_URL = "Ais-Node-Url"
 HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"
@@ -145,120 +149,95 @@ QPARAM_ARGS = "etl_args"
 QPARAM_LATEST = "latest-ver"
 QPARAM_ORIGINAL_URL = "original_url"
 QPARAM_OBJECT_TO = "object_to"
-# for /download: some servers refuse requests without one
+# for /download: some servers refuse requests without a User-Agent
 AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
+FRESH_START = "AIS_RUNTIME_FRESH_START"  # set by a process that starts over, for its next program
 
-# as much as AIStore's own server takes for a pipeline of many stages, and then some
-HEAD_LIMIT_BYTES = 64 << 10
-HEAD_LIMIT_FIELDS = 100  # as http.client; real requests have under ten
-READ_BYTES = 64 << 10  # one receive; most objects of many-object jobs fit with their head
-WRITE_BYTES = 1 << 20  # one send; TLS fails on pieces of several GiB
-# of a body that an error leaves unread; past this, closing is cheaper than reading on
-DRAIN_LIMIT_BYTES = 1 << 20
-# read after the last answer, so that a client which sends on can still see it
-LINGER_LIMIT_BYTES = 64 << 20
+HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes for a pipeline of many stages
+HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
+READ_BYTES = 64 << 10  # of one receive: a small object mostly comes together with its head
+WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
+DRAIN_LIMIT_BYTES = 1 << 20  # read on after an error; beyond this, closing is cheaper
+LINGER_LIMIT_BYTES = 64 << 20  # read before closing, so that a client still sending gets the answer
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
-# of what another node says of a failure; AIStore cuts it long before
-ERROR_TEXT_LIMIT_BYTES = 64 << 10
-# of bodies that are in a worker's memory before their transform begins, all together
-WAITING_LIMIT_BYTES = 256 << 20
-# the variable by which a process that starts over tells itself of the class
-FRESH_START = "AIS_RUNTIME_FRESH_START"
-# of a WebSocket message that whoever leads takes at once, and unmasks as one number
-UNMASK_BYTES = 16 << 10
-# objects of one WebSocket connection that are read and not yet answered: transforms have 16 slots
-AHEAD_LIMIT_MESSAGES = 64
-# of such objects and their results, past which no more are read; one is always read
-AHEAD_LIMIT_BYTES = 16 << 20
-BATCH_LIMIT_PARTS = 512  # of results that leave in one system call: it takes 1024
-# a hop's answer of this size is read whole before ours begins, so that it can fail well
+ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error; AIStore cuts its text far earlier
+# a stage's smaller answer is read to its end before ours begins, so that a failure has a status
 SMALL_ANSWER_BYTES = 64 << 10
+WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
+UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads; unmasked as one number
+AHEAD_LIMIT_MESSAGES = 64  # unanswered objects of a WebSocket connection; transforms have 16 slots
+AHEAD_LIMIT_BYTES = 16 << 20  # of these objects and their results; one object is always read
+BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes 1024
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
-BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before us may be computing
-RESULT_UNREAD_SECONDS = 60.0  # until a result that nobody reads is cut
+BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before may be computing
+RESULT_UNREAD_SECONDS = 60.0  # until a result that the client does not read is cut
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
-SWEEP_SECONDS = 5.0  # between two looks for connections that have been idle for too long
+SWEEP_SECONDS = 5.0  # between two searches for connections that have timed out
 DRAIN_LOOK_SECONDS = 0.2  # the same while the pod stops
-DRAIN_SECONDS = 5.0  # until a client that goes on sending after an error is cut off
-CONNECT_SECONDS = 5.0  # to reach another node, which is near
-HOP_SILENCE_SECONDS = 300.0  # until a node that says nothing is given up: it may be computing
+DRAIN_SECONDS = 5.0  # for a client to stop sending after an error
+CONNECT_SECONDS = 5.0  # to connect to another node, which is near
+HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
+HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
-# for all attempts after the first to connect, together: with the default of three retries
+# to connect, for all retries of a delivery together. The default three retries then end within
+# 8 s of the first failure; AIStore's own limit for an object may be 10 s.
 RETRY_CONNECT_SECONDS = 1.0
-# waits and attempts then end within 8 s of the first failure, and AIStore's own limit for an object
-# may be 10
-# AIStore closes idle connections after 30 s; ours must not meet that moment
-HOP_IDLE_SECONDS = 20.0
-# until a pod whose failed objects have closed all its WebSocket connections ends
-FORSAKEN_SECONDS = 10.0
-# until a connection that goes on sending is ended while the pod stops
-WEBSOCKET_DRAIN_SECONDS = 15.0
-GRACE_SECONDS = 25.0  # for SIGTERM to finish what is in flight: a node drain leaves 30
-# of these for a worker, which then has time for what is registered for its exit
-WORKER_GRACE_SECONDS = 23.0
-LEAVE_SECONDS = 2.0  # for a process that has nothing in flight to end
-REPEAT_SECONDS = 0.3  # between two signals to stop: others are one, for a process and its group
-CHILDREN_SECONDS = 0.3  # for what a class has started to end on SIGTERM, when its worker ends
-# for threads of a class, other than those of executors, to end with their worker
-THREADS_SECONDS = 0.2
-# for the child of a trial fork, which ends at once unless forking is not safe
-TRIAL_FORK_SECONDS = 5.0
-# for an installer: building a large wheel takes minutes, half an hour means it hangs
-TOOL_SECONDS = 1800.0
+FORSAKEN_SECONDS = 10.0  # without a WebSocket connection, until the pod ends (see Forsaken)
+WEBSOCKET_DRAIN_SECONDS = 15.0  # for WebSocket clients that go on sending while the pod stops
+GRACE_SECONDS = 25.0  # from SIGTERM to the pod's end: a node drain leaves 30 s
+WORKER_GRACE_SECONDS = 23.0  # of these, for the requests of a worker; its exit hooks have the rest
+LEAVE_SECONDS = 2.0  # for a process without requests to end
+REPEAT_SECONDS = 0.3  # signals to stop within this time are one, for a process and its group
+CHILDREN_SECONDS = 0.3  # for a class's child processes to end on SIGTERM, when its worker ends
+THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; executors' have longer
+TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once if forking is safe
+TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, not half an hour
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
-TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that say that an installer still runs
-TOOL_QUERY_SECONDS = 60.0  # for an installer to say whether a package is there: it reads a file
-TOOL_LINES_LIMIT = 40  # of an installer's output that are kept; its errors are among the last
-TOOL_OUTPUT_BYTES = 128 << 10  # of an installer's output that are looked at for these
-TOOL_LINE_LIMIT_BYTES = 2000  # of one such line
+TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that an installer still runs
+TOOL_QUERY_SECONDS = 60.0  # for an installer to tell whether a package is there: it reads a file
+TOOL_LINES_LIMIT = 40  # last lines of an installer's output that are kept: errors are among them
+TOOL_OUTPUT_BYTES = 128 << 10  # end of an installer's output, where these lines are looked for
+TOOL_LINE_LIMIT_BYTES = 2000  # of one of these lines
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
-THREAD_LIMIT = 1024  # connections that one worker reads or answers at the same time
-# WebSocket connections of one worker, each of which may want a thread: half are left to requests
-WEBSOCKET_LIMIT = 512
-# calls of the class that take less are made by the leader: other threads are not worth it
-QUICK_SECONDS = 0.0005
-# of calls of the class that one connection has from the leader at a time: others wait meanwhile
-TURN_SECONDS = 0.05
-LEAD_SECONDS = 0.01  # until a leader that is held up by one thing has lost the lead to its deputy
-# for another worker to accept a connection, by one that has more of them already
-YIELD_SECONDS = 0.001
-# connections that are accepted at once, or of idle ones closed when no more can be opened
-CROWD_LIMIT = 64
-# connections that a busy worker may accept beyond what another has, which may be as busy
-EXCESS_LIMIT = 8
+THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
+WEBSOCKET_LIMIT = 512  # WebSocket connections of a worker: half of the threads are left to HTTP
+QUICK_SECONDS = 0.0005  # the leader makes shorter calls of the class: handing over costs more
+TURN_SECONDS = 0.05  # of calls of the class for one connection, while others wait for the leader
+LEAD_SECONDS = 0.01  # until a leader that is held up loses the lead to its deputy
+YIELD_SECONDS = 0.001  # for another worker with fewer connections to accept the next one
+CROWD_LIMIT = 64  # connections accepted in a row, or idle ones closed to make room
+EXCESS_LIMIT = 8  # connections that a busy worker may have beyond another, which may be as busy
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
-# transforms at once in a worker: they share one interpreter lock, but many wait for disks
-DEFAULT_THREADS = 16
-RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # the delay before a dead worker is replaced doubles up to this
-DEATHS_LIMIT = 10  # workers dying in a row, none of which answered anything: the pod is hopeless
-# what passes when others are done
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for disks
+RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # before a dead worker is replaced; the delay doubles up to this
+DEATHS_LIMIT = 10  # workers that die in a row and answered nothing: the pod is hopeless
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # temporary
 DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
 TERMINATION_LOG = "/dev/termination-log"
-TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more of a message of this kind
+TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more
 
-# in a tree of its own: no configuration of the class's, nor logging.disable(), can silence it
+# outside the root logger's tree: neither the class's setup nor logging.disable() can silence it
 logger = logging.Manager(cast(Any, logging.root)).getLogger("ais_runtime_min")
 
 
 class Exit(enum.IntEnum):
-    """The exit codes of the pod, sysexits(3) where it has one: `kubectl describe pod` shows them."""
+    """Exit codes of the pod, as in sysexits(3); `kubectl describe pod` shows them."""
 
     OK = 0
     USAGE = os.EX_USAGE  # 64: the command line
     DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
-    UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package cannot be installed or is missing
+    UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package is missing or cannot be installed
     SOFTWARE = os.EX_SOFTWARE  # 70: the user's code failed, or workers keep dying
     SYSTEM = os.EX_OSERR  # 71: the port is taken, a file cannot be read
     CONFIG = os.EX_CONFIG  # 78: an environment variable
 
 
 # == 2. Errors ==
-# What each failure means to the client (a status) and to the operator (an exit code). Raised where
-# a fault is found, caught once: RequestError in `answer_for`, StartupError in `main`.
+# What each failure means to the client (a status) and to the operator (an exit code). An error is
+# raised where it is found and caught once: RequestError in `answer_for`, StartupError in `main`.
 
 
 class RequestError(Exception):
@@ -267,58 +246,56 @@ class RequestError(Exception):
     status: int = HTTPStatus.INTERNAL_SERVER_ERROR
     headers: Mapping[str, str] = {}
 
-    def __init__(self, detail: str, status: Optional[int] = None, headers: Optional[Mapping[str, str]] = None) -> None:
+    def __init__(self, detail: str, status: Optional[int] = None,
+                 headers: Optional[Mapping[str, str]] = None) -> None:
         super().__init__(detail)
-        if status is not None:
-            self.status = status
-        if headers is not None:
-            self.headers = headers
+        self.status = status or self.status
+        self.headers = headers or self.headers
 
 
 class BadRequest(RequestError):
-    """The request is malformed, or names a pipeline that is."""
+    """The request, or the pipeline that it names, is malformed."""
 
     status = HTTPStatus.BAD_REQUEST
 
 
+class UnframedRequest(BadRequest):
+    """Where the request ends is unknown: it is answered, and the connection closed."""
+
+
+class ShortBody(BadRequest):
+    """A body ended early, stalled or is malformed; it is never taken for whole."""
+
+
 class Forbidden(RequestError):
-    """The file exists, perhaps, but is not one of AIStore's objects."""
+    """The path is not that of an object of AIStore, whether a file is there or not."""
 
     status = HTTPStatus.FORBIDDEN
 
 
 class NotFound(RequestError):
-    """The source object is not there; AIStore takes a 404 for exactly that."""
+    """The source object is not there; a 404 means nothing else to AIStore."""
 
     status = HTTPStatus.NOT_FOUND
 
 
 class ObjectTooLarge(RequestError):
-    """The class wants the object whole, and the container has no memory for it."""
+    """The class wants the whole object, and the container has no memory for it."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 class BadGateway(RequestError):
-    """Another node cannot be reached, or answered what it must not."""
+    """Another node cannot be reached, or its answer is not one that it may give."""
 
     status = HTTPStatus.BAD_GATEWAY
 
 
-class UnframedRequest(RequestError):
-    """Where this request ends cannot be told: it is answered, and the connection closed."""
-
-    status = HTTPStatus.BAD_REQUEST
-
-
-class ShortBody(RequestError):
-    """A body ended early or stalled: its object is cut and must not be taken for whole."""
-
-    status = HTTPStatus.BAD_REQUEST
-
-
 class HopLost(BadGateway):
-    """The next hop was lost before it had answered: the delivery may be tried again, unless that is hopeless."""
+    """The next hop was lost before it had answered.
+
+    The delivery may be tried again, unless `hopeless` says that no attempt can succeed.
+    """
 
     def __init__(self, detail: str, hopeless: bool = False) -> None:
         super().__init__(detail)
@@ -326,44 +303,44 @@ class HopLost(BadGateway):
 
 
 class NodeBodyLost(BadGateway):
-    """Another node's answer ended before its time."""
+    """Another node's answer ended early."""
 
 
 class Outcome(NamedTuple):
-    """What a call came to: a value, or an error."""
+    """The result of a call: a value or an error."""
 
     value: Any = None
     error: Optional[BaseException] = None
 
 
 class Terminated(SystemExit):
-    """A signal came before there was a worker to be stopped."""
+    """A signal to stop came before there were workers to stop."""
 
 
 def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
-    """Make a call that may raise anything: users' code runs in it, and its SystemExit must not end a thread.
+    """Call a function that may raise anything, and return its value or its error.
 
-    Only `Terminated` passes: a signal that comes while the user's code is loaded is meant for us.
-    Whoever gets the outcome decides what an error means; none may be dropped unless that is said.
+    Users' code runs in it, and a SystemExit of that code must not end a thread. Only `Terminated`
+    passes: a signal that comes while users' code is loaded is for the runtime. The caller decides
+    what an error means, and drops none without saying so.
     """
     try:
         return Outcome(function(*args))
     except Terminated:
         raise
-    except BaseException as error:  # the one place that catches everything; the callers sort it
+    except BaseException as error:  # the only place that catches everything
         return Outcome(error=error)
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception's text, or its type where it has none; users' exceptions may fail at that too."""
+    """Return an exception's text, or its type if it has none or its `str` fails."""
     return str(attempt(str, error).value or "") or type(error).__name__
 
 
 class StartupError(Exception):
-    """What keeps the pod from serving; its text is the last line of the log.
+    """The pod cannot serve; the error's text becomes the last line of the log.
 
-    `story` is what the log has before that: the traceback of the user's code. It is logged once, by
-    the supervisor.
+    `story` is logged before that line, once, by the supervisor: the traceback of the user's code.
     """
 
     exit = Exit.SOFTWARE
@@ -371,7 +348,7 @@ class StartupError(Exception):
 
 
 class ConfigError(StartupError):
-    """Environment variables that cannot be used, all of them in one line."""
+    """Some environment variables cannot be used; the text names all of them."""
 
     exit = Exit.CONFIG
 
@@ -383,34 +360,31 @@ class PayloadError(StartupError):
 
 
 class PackageError(StartupError):
-    """A package is missing or could not be installed."""
+    """A package is missing or cannot be installed."""
 
     exit = Exit.UNAVAILABLE
 
 
 class FrameworkNeeded(PackageError):
-    """The class needs a framework, which shows only now: it is to be installed, and the start made once more.
+    """The class turns out to need a framework: install it and start once more.
 
-    `serves` tells whether the framework is to serve the class, or is merely imported by it.
+    `serves` tells whether the framework must serve the class, or the class merely imports it.
     """
 
     def __init__(self, framework: str, serves: bool) -> None:
-        super().__init__(f"the class needs {framework} to serve it, which must show when it is constructed: use self.app in "
-                         f"__init__" if serves else f"the class imports {framework}")
+        super().__init__(
+            f"the class must need {framework} when it is constructed: use self.app in __init__"
+            if serves else f"the class imports {framework}")
         self.framework = framework
         self.serves = serves
 
 
 class ClassError(StartupError):
-    """The user's class failed at construction, or asks for what this runtime does not have."""
-
-    exit = Exit.SOFTWARE
+    """The class cannot be constructed, or needs what this runtime does not have."""
 
 
 class Forsaken(StartupError):
-    """Failed objects have closed all WebSocket connections, which AIStore does not open again."""
-
-    exit = Exit.SOFTWARE
+    """Failed objects have closed all WebSocket connections; AIStore opens no others."""
 
 
 class PortError(StartupError):
@@ -420,19 +394,19 @@ class PortError(StartupError):
 
 
 class UsageError(StartupError):
-    """The command line names what is not there."""
+    """The command line is wrong, or names what is not there."""
 
     exit = Exit.USAGE
 
 
 class InvalidPipelineError(ValueError):
-    """The SDK's error for a malformed pipeline, which classes may raise; answered 400."""
+    """The SDK's error for a malformed pipeline, answered 400; classes may raise it."""
 
 
 class ETLDirectPutTransientError(Exception):
-    """The SDK's error for a direct put that may be tried again, which classes may raise.
+    """The SDK's error for a direct put that may succeed later; classes may raise it.
 
-    Answered 502, or 503 with `Ais-Etl-Retry-Reason` where `bail_without_local_retry` is true.
+    The answer is 502, or 503 with `Ais-Etl-Retry-Reason` if `bail_without_local_retry` is true.
     """
 
     def __init__(self, url: str, cause: Exception, bail_without_local_retry: bool = False) -> None:
@@ -443,19 +417,16 @@ class ETLDirectPutTransientError(Exception):
 
 
 # == 3. Settings ==
-# The environment to one frozen value, read once. An empty variable counts as unset.
-
-TRUE_WORDS = frozenset(("1", "t", "true", "y", "yes", "on"))
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+# The environment becomes one frozen value, read once. An empty variable counts as unset.
 
 
 def parse_bool(text: Optional[str]) -> bool:
-    """Tell whether a text means true, as the SDK reads it: anything unknown is false."""
-    return bool(text) and str(text).strip().lower() in TRUE_WORDS
+    """Return whether a text means true to the SDK; any unknown word is false."""
+    return str(text or "").strip().lower() in ("1", "t", "true", "y", "yes", "on")
 
 
 def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Make a parser of whole numbers within bounds, both included."""
+    """Return a parser of whole numbers from `lowest` to `highest`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or not lowest <= int(text) <= highest:
@@ -465,55 +436,55 @@ def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
     return parse
 
 
-def word_of(words: Sequence[str]) -> Callable[[str], str]:
-    """Make a parser of one of `words`, in any case."""
+def word_of(*words: str) -> Callable[[str], str]:
+    """Return a parser of one of `words`, in upper or lower case."""
 
     def parse(text: str) -> str:
-        found = [word for word in words if word.lower() == text.strip().lower()]
-        if not found:
-            raise ValueError("one of " + ", ".join(words))
-        return found[0]
+        for word in words:
+            if word.lower() == text.strip().lower():
+                return word
+        raise ValueError("one of " + ", ".join(words))
 
     return parse
 
 
 def existing_file(text: str) -> str:
-    """Take the path of a file that can be read."""
+    """Parse the path of a file that can be read."""
     if not os.path.isfile(text) or not os.access(text, os.R_OK):
         raise ValueError("a file that can be read")
     return text
 
 
 def folders(text: str) -> Tuple[str, ...]:
-    """Take colon-separated absolute folders, symlinks resolved."""
+    """Parse absolute folders with colons between them; symlinks are resolved."""
     paths = [path for path in text.split(":") if path]
     if not paths or not all(map(os.path.isabs, paths)):
         raise ValueError("absolute folders, separated by colons")
     return tuple(os.path.realpath(path) for path in paths)
 
 
-def has_usable_base(text: str) -> bool:
-    """Tell whether a URL has a host to connect to, or a folder that is there."""
+def target_url(text: str) -> str:
+    """Parse a target's base URL; return it without a slash at its end."""
     try:
         url = urlsplit(text)
         if url.scheme == "file":
-            return not url.netloc and os.path.isdir(unquote(url.path))
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:  # the port is no number
-        return False
-
-
-def target_url(text: str) -> str:
-    """Take a target's base URL, without a slash at its end."""
-    is_plain = re.fullmatch("[!-\"$->@-~]+", text)  # no query, no fragment
-    if not is_plain or not has_usable_base(text) or "@" in urlsplit(text).netloc:
+            is_usable = not url.netloc and os.path.isdir(unquote(url.path))
+        else:
+            has_host = bool(url.hostname) and url.port != 0 and "@" not in url.netloc
+            is_usable = has_host and url.scheme in ("http", "https")
+    except ValueError:  # the port or the IPv6 address is malformed
+        is_usable = False
+    if not is_usable or not re.fullmatch("[!-\"$->@-~]+", text):  # no query, no fragment
         raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that "
                          "is there, without user and password")
-    return text if urlsplit(text).path == "/" else text.rstrip("/")
+    return text if url.path == "/" else text.rstrip("/")
 
 
 class Variable(NamedTuple):
-    """One environment variable: the field of `Settings` it fills, and its parser, whose error says what is allowed."""
+    """An environment variable, the field of `Settings` it fills, and its parser.
+
+    The parser's ValueError says which values are allowed.
+    """
 
     name: str
     field: str
@@ -540,49 +511,36 @@ VARIABLES = (
     Variable("AIS_CRT_KEY", "client_key", existing_file),
     Variable("AIS_AUTHN_TOKEN", "token", str, secret=True),
     Variable("PORT", "port", whole_number(0, 65535)),
-    Variable("LOG_LEVEL", "log_level", word_of(LOG_LEVELS)),
+    Variable("LOG_LEVEL", "log_level", word_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
     Variable("ETL_FQN_ROOTS", "fqn_roots", folders),
-    Variable("ETL_WS_FAILURE", "ws_failure", word_of(("break", "empty"))),
+    Variable("ETL_WS_FAILURE", "ws_failure", word_of("break", "empty")),
 )
 
 
-def _payload_pieces(environ: Mapping[str, str]) -> Dict[int, str]:
-    """Collect the payload's further pieces by number; ValueError names a variable that is numbered otherwise."""
-    pieces = {}
-    for name, text in environ.items():
-        match = re.fullmatch("ETL_CLASS_PAYLOAD_([0-9]+)", name)
-        if match and text:
-            if not re.fullmatch("[2-9]|[1-9][0-9]{1,3}", match[1]):
-                raise ValueError(f"{name} is no further piece: they are numbered 2, 3 and so on")
-            pieces[int(match[1])] = text
-    return pieces
-
-
-def _payload_complaints(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str]:
-    """Join the payload's pieces into `values`; complain of gaps, and of a payload told twice."""
-    try:
-        pieces = _payload_pieces(environ)
-    except ValueError as error:
-        return [str(error)]
-    complaints = [f"ETL_CLASS_PAYLOAD_{number} is not set, but a later piece is"
-                  for number in range(2, max(pieces, default=1)) if number not in pieces]
-    if pieces and not values.get("payload"):
-        complaints.append("ETL_CLASS_PAYLOAD is not set, but ETL_CLASS_PAYLOAD_2 and so on are only its further pieces")
+def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str]:
+    """Join the pieces of the payload in `values`; return complaints about them."""
+    further = {name for name, text in environ.items()
+               if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name)}
+    names = [f"ETL_CLASS_PAYLOAD_{number}" for number in range(2, 2 + len(further))]
+    missing, surplus = sorted({*names} - further), sorted(further - {*names})
+    complaints = [f"{one} is not set, but {other} is" for one, other in zip(missing, surplus)]
+    if further and not values.get("payload"):
+        complaints.append("ETL_CLASS_PAYLOAD is not set, but a further piece of it is")
     if values.get("payload") and values.get("payload_file"):
         complaints.append("ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set")
-    values["payload"] = values.get("payload", "") + "".join(pieces[number] for number in sorted(pieces))
+    values["payload"] = values.get("payload", "") + "".join(environ.get(name, "") for name in names)
     return complaints
 
 
 class Settings(NamedTuple):
-    """What the environment asks for. Made by `from_env`, never changed; times are in seconds, sizes in bytes."""
+    """What the environment asks for; made by `from_env`, never changed."""
 
     payload: str = ""
     payload_file: str = ""
     packages: str = ""
     os_packages: str = ""
     workers: int = DEFAULT_WORKERS
-    threads: Optional[int] = None  # None: the user did not say
+    threads: Optional[int] = None  # None: the environment does not say
     target: str = ""
     direct_put: bool = False
     direct_fqn: bool = False
@@ -594,25 +552,28 @@ class Settings(NamedTuple):
     token: str = ""
     port: int = 8000
     log_level: str = "INFO"
-    fqn_roots: Optional[Tuple[str, ...]] = None  # None: AIStore's layout is the rule
-    server: str = ""  # "": the class tells
+    fqn_roots: Optional[Tuple[str, ...]] = None  # None: files of AIStore's layout may be read
     ws_failure: str = "break"
-    host: str = ""  # every interface; the command line's
+    # No variable sets the fields below.
+    server: str = ""  # the framework that serves the class, "" for the built-in server
+    host: str = ""  # the address to listen on, "" for all interfaces
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] = os.environ, required: Sequence[str] = ()) -> Settings:
-        """Read all variables; raise one ConfigError that tells every bad and every missing one."""
-        values, complaints = {}, []
+    def from_env(cls, environ: Mapping[str, str] = os.environ,
+                 required: Sequence[str] = ()) -> Settings:
+        """Read all variables; raise one ConfigError for all bad and missing ones."""
+        values: Dict[str, Any] = {}
+        complaints = []
         for variable in VARIABLES:
             text = environ.get(variable.name, "")
             try:
                 if text:
                     values[variable.field] = variable.parse(text)
             except ValueError as error:
-                # a key may be in the place of its file
+                # a text with lines may be a private key, given in place of its file
                 shown = "" if variable.secret or "\n" in text else f"={text!r}"
                 complaints.append(f"{variable.name}{shown} must be {error}")
-        complaints += _payload_complaints(environ, values)
+        complaints += join_payload(environ, values)
         complaints += [f"{name} is not set" for name in required if not environ.get(name)]
         if values.get("client_key") and not values.get("client_cert"):
             complaints.append("AIS_CRT_KEY is set without AIS_CRT")
@@ -622,31 +583,28 @@ class Settings(NamedTuple):
 
     @property
     def is_pod(self) -> bool:
-        """Whether the environment brings the class; otherwise somebody tries it on a laptop."""
+        """Whether the environment has the class; without it, somebody tries a class."""
         return bool(self.payload or self.payload_file)
 
     def redact(self, text: str) -> str:
-        """Hide the target's secret path and the token, which user code may have put into its errors."""
-        for secret in self.secrets():
-            text = text.replace(secret, "***")
-        return text
-
-    def secrets(self) -> List[str]:
-        """List the texts that no answer and no log line may show, the longest first."""
+        """Replace the token and the target's secret path; users' errors may quote them."""
         path = "" if self.target.startswith("file:") else urlsplit(self.target).path
-        secret = path.rpartition("/")[2]
-        found = {path, unquote(path), secret, unquote(secret), self.token}
-        return sorted((text for text in found if len(text) > 3), key=len, reverse=True)
+        name = path.rpartition("/")[2]
+        secrets = {self.token, path, unquote(path), name, unquote(name)}
+        for secret in sorted(secrets, key=len, reverse=True):  # a longer one may contain others
+            if len(secret) > 3:
+                text = text.replace(secret, "***")
+        return text
 
 
 LINE_BREAK = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")
-WITH_LINES = {"has_lines": True}  # `extra` of a log record
+WITH_LINES = {"has_lines": True}  # `extra` of a log record whose message has several lines
 
 
 class RedactingFormatter(logging.Formatter):
-    """Format log records, tracebacks too, without the secrets of some settings.
+    """Format log records, tracebacks too, without the secrets of the settings.
 
-    A record is one line, whatever texts are in it, but for its traceback, and where it `has_lines`.
+    The message of a record becomes one line, unless the record `has_lines`. A traceback follows it.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -658,25 +616,25 @@ class RedactingFormatter(logging.Formatter):
         return self._settings.redact(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, the library's name
-        """Format all of a record but its traceback."""
+        """Format a record without its traceback."""
         text = super().formatMessage(record)
         return text if getattr(record, "has_lines", False) else LINE_BREAK.sub(" ", text)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, the library's name
-        """Format a traceback; at least what was raised, where that fails, as it may while files run out."""
+        """Format a traceback, or only its exception if no file can be opened for it."""
         text = attempt(super().formatException, ei).value
         return text if isinstance(text, str) else f"{type(ei[1]).__name__}: {describe(ei[1])}"
 
 
 def stdout_handler(settings: Settings) -> logging.Handler:
-    """Make what writes log records to stdout."""
+    """Return a handler that writes log records to stdout, without secrets."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(RedactingFormatter(settings))
     return handler
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send all log records of this process to stdout, the users' too: the pod's log is one stream."""
+    """Send all log records to stdout, users' too: the pod's log is one stream."""
     handler = stdout_handler(settings)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logger.setLevel(settings.log_level)
@@ -1091,9 +1049,9 @@ def pip_command(requirements: Iterable[str]) -> str:
 
 
 # == 5. HTTP messages ==
-# What requests and answers have in common: header fields, and bodies that tell a whole one from a
-# cut one. Bytes come from a connection that the caller owns. The grammar is that of RFC 9110, 5.6
-# and RFC 9112, with nothing forgiven.
+# What requests and answers have in common: header fields, and bodies that know whether they are
+# whole. The caller owns the connection that bytes come from. The grammar is that of RFC 9110, 5.6
+# and RFC 9112; nothing that violates it is repaired.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN.decode()}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
@@ -1103,12 +1061,13 @@ FIELD_LINES = re.compile(f"(?:{FIELD_LINE.pattern.decode()})*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
-HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # others the resolver cannot even encode
+HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # the resolver cannot encode other names
+# fields that frame a message, or tell whom it is for: two of them would be ambiguous
 SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
 
 
 class Fields(Dict[str, str]):
-    """Header fields by name, in any case."""
+    """Header fields by name; upper and lower case are the same."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
@@ -1117,15 +1076,15 @@ class Fields(Dict[str, str]):
         return super().__contains__(str(name).lower())
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return a field's value, repeated ones joined by commas."""
+        """Return the value of a field."""
         return super().get(name.lower(), default)
 
 
 def parse_fields(text: str) -> Mapping[str, str]:
-    """Parse header fields, each a line with its CRLF, and return them by name in lower case.
+    """Parse header fields, lines with CRLF; return their values by lower-case name.
 
-    A repeated one is joined by commas, but none that frames. One match of all is several times
-    faster than one a line.
+    Values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated. All
+    fields are matched at once, which is several times faster than line by line.
     """
     if not FIELD_LINES.fullmatch(text):
         raise UnframedRequest("a header field is malformed")
@@ -1141,67 +1100,67 @@ def parse_fields(text: str) -> Mapping[str, str]:
 
 
 KEPT_FIELDS_LIMIT = 1024  # characters of fields that are kept parsed
-# clients send the same ones again and again
+# clients send the same fields again and again
 parse_kept_fields = functools.lru_cache(maxsize=64)(parse_fields)
 
 
 class ConnectionInput:
-    """What a peer sends, received ahead by up to `READ_BYTES`; its heads and bodies are read from here.
+    """Buffered input from a connection, from which heads and bodies are read.
 
-    It does not own the connection. Time-outs are the socket's: a client's are the kernel's
-    (SO_RCVTIMEO), so that a read is one system call, and show as BlockingIOError; a node's are
-    Python's, and show as socket.timeout.
+    The input does not own the connection. Time-outs are those of the socket. A client's are set in
+    the kernel, so that a read is one system call, and raise BlockingIOError; a node's are Python's
+    and raise socket.timeout.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._ahead = b""
-        self._start = 0
-        self.ahead = 0  # the number of bytes that are here already
+        self._buffer = b""
+        self._start = 0  # where the unread bytes of the buffer begin
+        self.ahead = 0  # how many they are
         # sends "100 Continue" before the first wait for a body
         self.invite: Optional[Callable[[], None]] = None
 
     def fill(self, flags: int = 0) -> bool:
-        """Receive once more; False at the end of the connection."""
+        """Receive once more; return False at the end of the connection."""
         return self._add(self._connection.recv(READ_BYTES, flags))
 
     def _add(self, data: bytes) -> bool:
-        self._ahead = self._ahead[self._start:] + data if self.ahead else data
+        self._buffer = self._buffer[self._start:] + data if self.ahead else data
         self._start = 0
-        self.ahead = len(self._ahead)
+        self.ahead = len(self._buffer)
         return bool(data)
 
     def need(self, count: int) -> bool:
-        """Receive until `count` bytes are here; False where the connection ends before."""
+        """Receive until `count` bytes are buffered; return False if they do not come."""
         while self.ahead < count:
             if not self.fill():
                 return False
         return True
 
     def find(self, mark: bytes, limit: int) -> int:
-        """Find `mark` within the first `limit` bytes that are here: how many bytes come before it, or -1."""
-        found = self._ahead.find(mark, self._start, self._start + limit)
+        """Return the offset of `mark` in the first `limit` buffered bytes, or -1."""
+        found = self._buffer.find(mark, self._start, self._start + limit)
         return found - self._start if found >= 0 else -1
 
     def has_bare_line_feed(self) -> bool:
-        """Tell whether a line of what is here ends in a line feed alone."""
-        return BARE_LINE_FEED.search(self._ahead, self._start) is not None
+        """Return whether a buffered line ends in a line feed without a carriage return."""
+        return BARE_LINE_FEED.search(self._buffer, self._start) is not None
 
     def peek(self, count: int) -> bytes:
-        """Look at up to `count` of the bytes that are here."""
-        return self._ahead[self._start:self._start + count]
+        """Return up to `count` buffered bytes and leave them in the buffer."""
+        return self._buffer[self._start:self._start + count]
 
     def take(self, count: int) -> bytes:
-        """Cut off up to `count` of the bytes that are here."""
-        data = self._ahead[self._start:self._start + count]
+        """Remove up to `count` bytes from the buffer and return them."""
+        data = self._buffer[self._start:self._start + count]
         self._start += len(data)
         self.ahead -= len(data)
         if not self.ahead:
-            self._ahead, self._start = b"", 0
+            self._buffer, self._start = b"", 0
         return data
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
-        """Read some bytes, from what is here or from the socket; 0 at the end of the connection."""
+        """Read some bytes, buffered or received; return 0 at the connection's end."""
         if not self.ahead:
             self.send_invitation()
             return self._connection.recv_into(buffer, 0, flags)
@@ -1209,32 +1168,24 @@ class ConnectionInput:
         buffer[:len(data)] = data
         return len(data)
 
-    def readline(self, limit: int) -> bytes:
-        """Read up to and with a line feed, but at most `limit` bytes; b"" at the end of the connection."""
-        while True:
-            end = self.find(b"\n", limit)
-            if end >= 0:
-                return self.take(end + 1)
-            if self.ahead >= limit:
-                return self.take(limit)
-            self.send_invitation()
-            if not self.fill():
-                return b""
-
     def send_invitation(self) -> None:
-        """Have the client send a body, if it waits to be told."""
+        """Tell the client to send its body, if it waits for that (RFC 9110, 10.1.1)."""
         if self.invite is not None:
             invite, self.invite = self.invite, None
             invite()
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
-    """Set a time-out in the kernel, for one receive or one send; Python's own costs a system call each time."""
-    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
+    """Set a time-out of the kernel, SO_RCVTIMEO or SO_SNDTIMEO.
+
+    Python's own time-outs cost a system call for each receive and each send.
+    """
+    value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
+    connection.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -> Sequence[Any]:
-    """Send parts in one system call; return what the kernel has not taken."""
+    """Send parts in one system call; return what the kernel did not take."""
     batch = parts[:BATCH_LIMIT_PARTS]
     sent = connection.sendmsg(batch, (), flags)
     if sent == sum(map(len, batch)):
@@ -1247,25 +1198,19 @@ def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -
 
 
 def send_parts(connection: socket.socket, parts: Sequence[Any]) -> None:
-    """Send parts, in one system call if the kernel takes them; BlockingIOError when nobody reads for too long."""
+    """Send all parts; raise BlockingIOError if nobody reads them for too long."""
     while parts:
         parts = send_some(connection, parts)
 
 
-class Whose(NamedTuple):
-    """Whose body it is, and so what it means that it is cut short or malformed."""
-
-    name: str
-    cut: Type[RequestError]
-    malformed: Type[RequestError]
-
-
-OF_REQUEST = Whose("the request's body", ShortBody, UnframedRequest)
-OF_NODE = Whose("another node's answer", NodeBodyLost, NodeBodyLost)
+# the name of a body, and the error to raise if it is cut short or malformed
+BodyKind = Tuple[str, Type[RequestError]]
+OF_REQUEST: BodyKind = ("the request's body", ShortBody)
+OF_NODE: BodyKind = ("another node's answer", NodeBodyLost)
 
 
 def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
-    """Read a raw file into one object without a copy of it all; the file stays open."""
+    """Read a raw file to its end without a second copy in memory; do not close it."""
     if size is None:
         data, block = io.BytesIO(), memoryview(bytearray(READ_BYTES))
         for count in iter(lambda: raw.readinto(block), 0):
@@ -1279,35 +1224,37 @@ def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
 
 
 class BodyStream(io.RawIOBase):
-    """The body of an HTTP message, as a raw binary file whose `read` raises where the body is cut short.
+    """A message's body: a raw file whose `read` raises if the body is cut short.
 
-    Subclasses implement `receive`. `size` is the number of bytes in the whole body, None where only
-    its end tells.
+    Subclasses implement `receive`.
     """
 
-    size: Optional[int] = None
-    failure: Optional[RequestError] = None
-    count = 0  # bytes that were read
+    size: Optional[int] = None  # bytes of the whole body; None if only its end tells
+    failure: Optional[RequestError] = None  # raised by a read
+    count = 0  # bytes read
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes into a buffer, 0 at the end; RequestError where the body is cut short."""
+        """Read some bytes, 0 at the end; raise RequestError if the body is cut short."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """See to it that the body was whole, whatever its reader made of it."""
+        """Raise a RequestError unless the body is whole, whatever has read it."""
         self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Raise what reading has raised: user code may have caught it and taken a cut body for a whole one."""
+        """Raise the error of an earlier read.
+
+        Users' code may have caught it and taken a cut body for a whole one.
+        """
         if self.failure is not None:
             raise self.failure
 
     def readable(self) -> bool:
-        """Tell that this can be read."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some bytes into a buffer, 0 at the end. What has failed once fails again, and reads nothing more."""
+        """Read some bytes, 0 at the end. After a failure, every read raises it again."""
         self.raise_failure()
         try:
             count = self.receive(buffer)
@@ -1323,52 +1270,47 @@ class BodyStream(io.RawIOBase):
 
 
 class MessageBody(BodyStream):
-    """A body that comes over a connection: a binary file that ends where the body does, on whatever thread reads it."""
+    """A body that comes over a connection; any one thread may read it."""
 
-    def __init__(self, source: ConnectionInput, whose: Whose = OF_REQUEST) -> None:
+    def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__()
         self._source = source
-        self._whose = whose
+        self._kind = kind
         self.is_at_end = False
-        # MSG_WAITALL saves system calls where nobody waits for the first bytes of a body
-        self.receive_flags = 0
 
     def finish(self) -> None:
-        """Read on to the end: a sender that goes away must be noticed, also where the class stopped reading."""
+        """Read to the end: a lost client must be noticed, whatever the class has read."""
         while self.failure is None and self.read(READ_BYTES):
             pass
         super().finish()
 
     def drain(self, limit: int, deadline: float) -> None:
-        """Read and forget what is left, up to `limit` bytes and a time of time.monotonic()."""
-        while limit > 0 and time.monotonic() < deadline and not self.is_at_end and self.failure is None:
+        """Read the rest and drop it, up to `limit` bytes and a time of time.monotonic()."""
+        while not (self.is_at_end or self.failure or limit <= 0 or time.monotonic() >= deadline):
             limit -= len(self.read(READ_BYTES) or b"")
 
-    def _read_some(self, buffer: Any) -> int:
-        """Read from the connection; the body is cut where that ends, breaks or says nothing for too long."""
-        count = self._from_connection(self._source.readinto, buffer, self.receive_flags)
-        if not count:
-            raise self._whose.cut(f"{self._whose.name} ended {self._missing()}early")
-        return cast(int, count)
-
-    def _missing(self) -> str:
-        """Tell how much of the body is missing, where that is known."""
-        return ""
-
-    def _from_connection(self, read: Callable[..., Any], *args: Any) -> Any:
+    def _call(self, read: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the input; its errors mean that the body is cut short."""
         try:
             return read(*args)
         except (BlockingIOError, socket.timeout):
-            raise self._whose.cut(f"{self._whose.name} paused for too long") from None
+            raise self._cut("paused for too long") from None
         except OSError as error:
-            raise self._whose.cut(f"{self._whose.name} broke off: {error}") from None
+            raise self._cut(f"broke off: {error}") from None
+
+    def _cut(self, how: str) -> RequestError:
+        name, error = self._kind
+        return error(f"{name} {how}")
 
 
 class BoundedReader(MessageBody):
     """A body with a `Content-Length`; a message without a body has one of 0 bytes."""
 
-    def __init__(self, source: ConnectionInput, size: int, whose: Whose = OF_REQUEST) -> None:
-        super().__init__(source, whose)
+    # MSG_WAITALL saves system calls if nobody waits for the first bytes of a body
+    receive_flags = 0
+
+    def __init__(self, source: ConnectionInput, size: int, kind: BodyKind = OF_REQUEST) -> None:
+        super().__init__(source, kind)
         self.size = size
         self._left = size
         self.is_at_end = not size
@@ -1377,16 +1319,16 @@ class BoundedReader(MessageBody):
         """Read some of the bytes that are left."""
         if not self._left:
             return 0
-        count = self._read_some(memoryview(buffer)[:self._left])
+        view = memoryview(buffer)[:self._left]
+        count: int = self._call(self._source.readinto, view, self.receive_flags)
+        if not count:
+            raise self._cut(f"ended {self._left} bytes early")
         self._left -= count
         self.is_at_end = not self._left
         return count
 
-    def _missing(self) -> str:
-        return f"{self._left} bytes "
-
     def readall(self) -> bytes:
-        """Read what is left; a small body has come with the head, and is cut off in one piece."""
+        """Read what is left; take a small body, which came with its head, in one piece."""
         if self._source.ahead < self._left or self._left != self.size:
             return super().readall()
         data = self._source.take(self._left)
@@ -1395,13 +1337,13 @@ class BoundedReader(MessageBody):
 
 
 class ChunkedReader(MessageBody):
-    """A body in chunks (RFC 9112, 7.1), parsed strictly; only its last chunk makes it whole."""
+    """A body in chunks (RFC 9112, 7.1); only the last chunk makes it whole."""
 
     SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n\0]*)?\r\n")
 
-    def __init__(self, source: ConnectionInput, whose: Whose = OF_REQUEST) -> None:
-        super().__init__(source, whose)
-        self._left = 0
+    def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
+        super().__init__(source, kind)
+        self._left = 0  # bytes of the chunk
         self._is_first = True
 
     def receive(self, buffer: Any) -> int:
@@ -1410,53 +1352,55 @@ class ChunkedReader(MessageBody):
             self._begin_chunk()
         if self.is_at_end:
             return 0
-        count = self._read_some(memoryview(buffer)[:self._left])
+        count: int = self._call(self._source.readinto, memoryview(buffer)[:self._left])
+        if not count:
+            raise self._cut("ended early")
         self._left -= count
         return count
 
     def _begin_chunk(self) -> None:
-        """Read the end of the chunk before and the size of the next; the last one's trailers too."""
+        """Read the end of one chunk and the size of the next, or the trailers."""
         if not self._is_first and self._readline() != b"\r\n":
-            raise self._malformed("a chunk is longer than it said")
+            raise self._cut("is malformed: a chunk is longer than it said")
         self._is_first = False
         match = self.SIZE_LINE.fullmatch(self._readline())
         if match is None:
-            raise self._malformed("a chunk's size is malformed")
+            raise self._cut("is malformed: the size of a chunk")
         self._left = int(match[1], 16)
         if not self._left:
             self._skip_trailers()
             self.is_at_end = True
 
     def _skip_trailers(self) -> None:
-        """Read trailer fields, which mean nothing to us, to the empty line."""
+        """Read trailer fields up to the empty line; they mean nothing to us."""
         for _ in range(HEAD_LIMIT_FIELDS):
             line = self._readline()
             if line == b"\r\n":
                 return
             if not FIELD_LINE.fullmatch(line):
-                raise self._malformed("a trailer field is malformed")
-        raise self._malformed("too many trailer fields")
+                raise self._cut("is malformed: a trailer field")
+        raise self._cut("is malformed: it has too many trailer fields")
 
     def _readline(self) -> bytes:
-        line = self._from_connection(self._source.readline, CHUNK_LINE_LIMIT_BYTES)
-        if not line:
-            raise self._whose.cut(f"{self._whose.name} ended early")
-        if not line.endswith(b"\n"):
-            raise self._malformed("a line is too long")
-        return cast(bytes, line)
-
-    def _malformed(self, why: str) -> RequestError:
-        return self._whose.malformed(f"{self._whose.name} is malformed: {why}")
+        while True:
+            end = self._source.find(b"\n", CHUNK_LINE_LIMIT_BYTES)
+            if end >= 0:
+                return self._source.take(end + 1)
+            if self._source.ahead >= CHUNK_LINE_LIMIT_BYTES:
+                raise self._cut("is malformed: a line is too long")
+            self._source.send_invitation()
+            if not self._call(self._source.fill):
+                raise self._cut("ended early")
 
 
 class ClosingReader(MessageBody):
-    """A body that the end of the connection ends: whether it is whole cannot be told."""
+    """A body that ends with its connection, so that a cut cannot be noticed."""
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes."""
-        count = self._from_connection(self._source.readinto, buffer)
+        count: int = self._call(self._source.readinto, buffer)
         self.is_at_end = not count
-        return cast(int, count)
+        return count
 
 
 # == 6. Other nodes ==

@@ -139,7 +139,7 @@ def test_pieces_of_the_payload_are_joined_by_number_and_not_by_name() -> None:
 
 
 @pytest.mark.parametrize("present, missing", [
-    ((1, 3), ["_2"]), ((1, 2, 5), ["_3", "_4"]), ((2,), [""])])
+    ((1, 3), ["_2"]), ((1, 2, 5, 6), ["_3", "_4"]), ((2,), [""])])
 def test_a_gap_between_pieces_is_refused(present: Tuple[int, ...], missing: List[str]) -> None:
     told = complaint({"ETL_CLASS_PAYLOAD" + ("_%d" % number if number > 1 else ""): "text"
                       for number in present})
