@@ -1059,7 +1059,6 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]
 FIELD_LINE = re.compile(rb"%b:[\t -~\x80-\xff]*\r\n" % TOKEN)
 FIELD_LINES = re.compile(f"(?:{FIELD_LINE.pattern.decode()})*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
-BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
 HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # the resolver cannot encode other names
 # fields that frame a message, or tell whom it is for: two of them would be ambiguous
@@ -1080,11 +1079,13 @@ class Fields(Dict[str, str]):
         return super().get(name.lower(), default)
 
 
+@functools.lru_cache(maxsize=32)
 def parse_fields(text: str) -> Mapping[str, str]:
     """Parse header fields, lines with CRLF; return their values by lower-case name.
 
     Values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated. All
-    fields are matched at once, which is several times faster than line by line.
+    fields are matched at once, which is several times faster than line by line. Results are cached,
+    since clients send the same fields again and again.
     """
     if not FIELD_LINES.fullmatch(text):
         raise UnframedRequest("a header field is malformed")
@@ -1097,11 +1098,6 @@ def parse_fields(text: str) -> Mapping[str, str]:
             value = f"{fields[name]}, {value}"
         fields[name] = value
     return fields
-
-
-KEPT_FIELDS_LIMIT = 1024  # characters of fields that are kept parsed
-# clients send the same fields again and again
-parse_kept_fields = functools.lru_cache(maxsize=64)(parse_fields)
 
 
 class ConnectionInput:
@@ -1141,10 +1137,6 @@ class ConnectionInput:
         """Return the offset of `mark` in the first `limit` buffered bytes, or -1."""
         found = self._buffer.find(mark, self._start, self._start + limit)
         return found - self._start if found >= 0 else -1
-
-    def has_bare_line_feed(self) -> bool:
-        """Return whether a buffered line ends in a line feed without a carriage return."""
-        return BARE_LINE_FEED.search(self._buffer, self._start) is not None
 
     def peek(self, count: int) -> bytes:
         """Return up to `count` buffered bytes and leave them in the buffer."""
@@ -4104,7 +4096,7 @@ def parse_head(data: bytes) -> Head:
     method, target, major, minor = match.groups()
     if major != "1":
         raise UnframedRequest(f"HTTP/{major}.{minor} is not spoken here", 505)
-    fields = parse_kept_fields(rest) if len(rest) < KEPT_FIELDS_LIMIT else parse_fields(rest)
+    fields = parse_fields(rest)
     host = fields.get("host")
     if host is None and minor != "0":
         raise UnframedRequest("the Host field is missing")
@@ -4130,6 +4122,7 @@ def body_of(head: Head, source: ConnectionInput) -> MessageBody:
     return ChunkedReader(source)
 
 
+BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 METHOD_BEGINNING = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?: |\Z)")
 
 
@@ -4138,9 +4131,9 @@ def check_partial_head(source: ConnectionInput) -> None:
     if source.ahead >= HEAD_LIMIT_BYTES:
         is_in_request_line = source.find(b"\n", HEAD_LIMIT_BYTES) < 0
         raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
-    if source.has_bare_line_feed():
+    beginning = source.peek(HEAD_LIMIT_BYTES)
+    if BARE_LINE_FEED.search(beginning):
         raise UnframedRequest("a line of the head does not end in CRLF")
-    beginning = source.peek(READ_BYTES)
     if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):  # of TLS, for one
         raise UnframedRequest("this is not HTTP")
 
