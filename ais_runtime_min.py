@@ -140,15 +140,15 @@ __version__ = "0.1.0"
 # The names of the wire contract with AIStore (ext/etl and ais/tgtetl.go in its sources), and every
 # number with its unit and its reason.
 
-HEADER_NODE_URL = "Ais-Node-Url"
-HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"
-HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"
+HEADER_NODE_URL = "Ais-Node-Url"  # of a request: the hops that its result goes to
+HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"  # of an answer: the bytes delivered to a hop
+HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"  # of a 503: the client is to send the object again
 RETRY_REASON_TRANSIENT = "direct-put-transient"
-QPARAM_FQN = "etl_fqn"
-QPARAM_ARGS = "etl_args"
-QPARAM_LATEST = "latest-ver"
-QPARAM_ORIGINAL_URL = "original_url"
-QPARAM_OBJECT_TO = "object_to"
+QPARAM_FQN = "etl_fqn"  # the path of the object's file
+QPARAM_ARGS = "etl_args"  # the user's argument for the transform
+QPARAM_LATEST = "latest-ver"  # whether to read the object from the target and not from its file
+QPARAM_ORIGINAL_URL = "original_url"  # of /download: the URL to fetch
+QPARAM_OBJECT_TO = "object_to"  # of /download: the object's path
 # for /download: some servers refuse requests without a User-Agent
 AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
@@ -184,7 +184,7 @@ RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 
 # to connect, for all retries of a delivery together. The default three retries then end within
 # 8 s of the first failure; AIStore's own limit for an object may be 10 s.
 RETRY_CONNECT_SECONDS = 1.0
-FORSAKEN_SECONDS = 10.0  # without a WebSocket connection, until the pod ends (see Forsaken)
+FORSAKEN_SECONDS = 10.0  # until the pod ends after failures have closed all WebSocket connections
 WEBSOCKET_DRAIN_SECONDS = 15.0  # for WebSocket clients that go on sending while the pod stops
 GRACE_SECONDS = 25.0  # from SIGTERM to the pod's end: a node drain leaves 30 s
 WORKER_GRACE_SECONDS = 23.0  # of these, for the requests of a worker; its exit hooks have the rest
@@ -489,9 +489,10 @@ class Variable(NamedTuple):
     name: str
     field: str
     parse: Callable[[str], Any]
-    secret: bool = False
+    secret: bool = False  # whether error texts must not show the value
 
 
+# Of two variables for one field, the later one wins.
 VARIABLES = (
     Variable("ETL_CLASS_PAYLOAD", "payload", str, secret=True),
     Variable("ETL_CLASS_PAYLOAD_FILE", "payload_file", existing_file),
@@ -583,7 +584,7 @@ class Settings(NamedTuple):
 
     @property
     def is_pod(self) -> bool:
-        """Whether the environment has the class; without it, somebody tries a class."""
+        """Whether the environment has the class; else somebody tries one from a file."""
         return bool(self.payload or self.payload_file)
 
     def redact(self, text: str) -> str:
