@@ -383,10 +383,6 @@ class ClassError(StartupError):
     """The class cannot be constructed, or needs what this runtime does not have."""
 
 
-class Forsaken(StartupError):
-    """Failed objects have closed all WebSocket connections; AIStore opens no others."""
-
-
 class PortError(StartupError):
     """The port cannot be listened on."""
 
@@ -7155,8 +7151,8 @@ class Supervisor:
             self._forsaken_at = time.monotonic() + FORSAKEN_SECONDS
         elif time.monotonic() >= self._forsaken_at:
             self._forsaken_at = 0.0
-            self._fail(Forsaken(f"{self._breakage} (no WebSocket connection is left, and AIStore "
-                                f"opens none again)"))
+            self._fail(StartupError(
+                f"{self._breakage} (no WebSocket connection is left, and AIStore opens none again)"))
 
     def _bury(self, worker: Worker, status: int) -> None:
         """Decide what a worker's end means: the end of all, or a replacement."""
