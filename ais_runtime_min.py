@@ -268,7 +268,7 @@ class ShortBody(BadRequest):
 
 
 class Forbidden(RequestError):
-    """The path is not that of an object of AIStore, whether a file is there or not."""
+    """No object of AIStore has this path, whether a file is there or not."""
 
     status = HTTPStatus.FORBIDDEN
 
@@ -286,7 +286,7 @@ class ObjectTooLarge(RequestError):
 
 
 class BadGateway(RequestError):
-    """Another node cannot be reached, or its answer is not one that it may give."""
+    """Another node cannot be reached, or its answer is against the protocol."""
 
     status = HTTPStatus.BAD_GATEWAY
 
