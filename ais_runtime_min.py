@@ -7387,16 +7387,16 @@ def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
     waiting, done = [(text, "") for text in requirements], set()
     while waiting:
         text, extra = waiting.pop()
-        wanted = parse_requirement(text)  # None without pip
-        found = attempt(importlib.metadata.distribution,
-                        wanted.name if wanted else re.split(r"[^\w.-]", text)[0]).value
-        marker = wanted and wanted.marker
-        is_for_us = marker.evaluate({"extra": extra}) if marker else wanted or "extra" not in text
+        # without pip the name alone can be read
+        wanted = parse_requirement(text) or types.SimpleNamespace(
+            name=re.split(r"[^\w.-]", text)[0], marker=None, extras=())
+        found = attempt(importlib.metadata.distribution, wanted.name).value
+        is_for_us = not wanted.marker or wanted.marker.evaluate({"extra": extra})
         if found is not None and is_for_us and (text, extra) not in done:
             done.add((text, extra))
             yield found
             waiting += [(each, extra) for each in found.requires or ()
-                        for extra in ("", *getattr(wanted, "extras", ()))]
+                        for extra in ("", *wanted.extras)]
 
 
 def lend_packages(requirements: Iterable[str], folder: str) -> None:
