@@ -673,6 +673,28 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
         send(signal.SIGKILL)
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stop_signals_deferred() -> Iterator[None]:
+    """Delay signals to stop until the end of a block.
+
+    Their handler raises an exception. Python ignores exceptions in the hooks of a fork, and a child
+    that is being started would be forgotten.
+    """
+    came: List[int] = []
+    before = {number: signal.signal(number, lambda each, _: came.append(each))
+              for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
 def last_lines(output: int) -> List[str]:
     """Return the last lines of a tool's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
@@ -724,12 +746,13 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     with contextlib.ExitStack() as stack:
         try:
             output = stack.enter_context(tempfile.TemporaryFile()).fileno()
-            process = subprocess.Popen(
-                command, env=environ, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True)
+            with stop_signals_deferred():
+                process = subprocess.Popen(
+                    command, env=environ, stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True)
+                stack.callback(end_all, send, TOOL_STOP_SECONDS)
         except OSError as error:
             raise PackageError(f"{why}: {name} cannot be run: {error.strerror}") from None
-        stack.callback(end_all, send, TOOL_STOP_SECONDS)
         began = time.monotonic()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -6281,9 +6304,6 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
 # Processes: workers construct the class and serve it; the supervisor forks and watches them,
 # replaces those that die, and stops them.
 
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 # -- how a process ends --
 
 
@@ -6598,24 +6618,6 @@ def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
 
 
 # -- whether a process can be forked --
-
-
-@contextlib.contextmanager
-def stop_signals_deferred() -> Iterator[None]:
-    """Delay signals to stop until the end of a block.
-
-    Their handler raises an exception, and Python ignores exceptions in the hooks of a fork.
-    """
-    came: List[int] = []
-    before = {number: signal.signal(number, lambda each, _: came.append(each))
-              for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for late in came:
-            signal.raise_signal(late)
 
 
 def trial_fork_ends() -> bool:
@@ -7502,15 +7504,16 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
             file.write(payload)
         env.update(packing.variables, ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
                    AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
-        process = subprocess.Popen(
-            [sys.executable, "-S", script, "prove", answer, packing.folder, *needs], cwd=empty,
-            env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
 
         def send(number: int) -> bool:
             signal_group(process.pid, number)
             return process.poll() is None
 
-        stack.callback(end_all, send, CHILDREN_SECONDS)
+        with stop_signals_deferred():
+            process = subprocess.Popen(
+                [sys.executable, "-S", script, "prove", answer, packing.folder, *needs], cwd=empty,
+                env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+            stack.callback(end_all, send, CHILDREN_SECONDS)
         while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
             logger.info("the class is still being constructed")
         try:

@@ -3,6 +3,7 @@
 Stand-ins take their places, and note how they are called.
 """
 import base64
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from typing import Callable, List, Optional
 
 import pytest
 
-from ais_runtime_min import Exit, PackageError, install_os_packages, install_python_packages
+from ais_runtime_min import (Exit, PackageError, install_os_packages, install_python_packages,
+                             terminate)
 from harness import (QUICK_NUMBERS, Environ, Finished, Numbers, Server, interpreter, run_to_end,
                      started)
 
@@ -92,6 +94,38 @@ def refusal_of(text: str) -> str:
     with pytest.raises(PackageError) as caught:
         install_os_packages(text)
     return str(caught.value)
+
+
+# == Starting and ending ==
+
+
+def test_a_signal_while_a_tool_is_being_started_ends_it(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tools.folder / "pid"
+    tools.make("apk", UNKNOWN + 'echo $$ > "%s.new"; mv "%s.new" "%s"; sleep 600' % (
+        file, file, file))
+
+    class Signalled(subprocess.Popen):  # type: ignore[type-arg]
+        """A process whose maker gets a signal before it knows of the process."""
+
+        def __init__(self, command: List[str], **options: object) -> None:
+            super().__init__(command, **options)  # type: ignore[call-overload]
+            if "add" in command:
+                deadline = time.monotonic() + SECONDS
+                while not file.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(SystemExit):
+            install_os_packages("hello")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
 
 
 # == What pip is asked for ==
