@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """Serve a pickled ETL class to NVIDIA AIStore: the whole runtime in one file.
 
-An AIStore *target*, a storage node, starts one pod beside itself for each ETL. The pod finds the
-user's class in its environment: `ETL_CLASS_PAYLOAD` is the base64 of a cloudpickle. This file
-installs the packages that the class needs, unpickles the class without the AIStore SDK, and
+Each AIStore *target*, a storage node, starts a pod of its own for each ETL. The pod finds the
+user's class in its environment: `ETL_CLASS_PAYLOAD` is a cloudpickle of the class, in base64. This
+file installs the packages that the class needs, unpickles the class without the AIStore SDK, and
 transforms the objects that the target sends. It needs the standard library and, for payloads,
 `cloudpickle`; Python 3.9 or newer; Linux, or macOS for trying a class on a laptop.
 
     python3 ais_runtime_min.py                       serve what the environment describes
     python3 ais_runtime_min.py serve FILE[:CLASS]    serve a class from a file, for trying it
+    python3 ais_runtime_min.py pack FILE[:CLASS]     make the payload of a class in a file
     python3 ais_runtime_min.py install               install the packages, while an image is built
 
-The map. A request passes four stages, sections 9 to 12, which hand each other plain values. No
-section uses a name of a later one, except for `main` and the `start()` of a class.
+The map. A request passes four stages, sections 9 to 12, which hand plain values to each other. No
+section uses a name that a later section defines, except in the `start()` method of a class.
 
     1. Names and limits
     2. Errors
@@ -35,16 +36,16 @@ section uses a name of a later one, except for `main` and the `start()` of a cla
     19. Entry
 
 The life of the process: read the settings, install packages, unpickle the class, bind the port,
-fork the workers. Each worker constructs the class and answers requests. The supervisor replaces
-workers that die. On SIGTERM the workers answer every request that they have begun to read, then
-all processes end. If the start fails, the last line of the log tells the reason.
+fork the workers. Each worker makes an instance of the class and answers requests. The supervisor
+replaces workers that die. On SIGTERM the workers answer every request that they have begun to
+read, and then all processes end. If the start fails, the last line of the log gives the reason.
 
-The life of a request: bytes of a connection become an `ETLRequest`, which opens a `Source`; the
-class transforms its bytes; the output becomes an `Answer`. Every failure on the way becomes an
-answer in one place, `answer_for`.
+The life of a request: the bytes of a connection become an `ETLRequest`; a `Source` is opened for
+the object that the request names; the class transforms the object; the output becomes an `Answer`.
+Every failure on the way becomes an answer in one place, `answer_for`.
 
-The runtime does not authenticate its callers (the cluster's network does), speak HTTP/2, or
-terminate TLS.
+The runtime does not authenticate its callers: the cluster's network has to keep strangers out. It
+does not speak HTTP/2 or terminate TLS.
 """
 from __future__ import annotations
 
@@ -55,16 +56,19 @@ import threading
 import types
 
 if __name__ == "__main__":
-    # A class that imports this file by its name must get the same ETLServer.
+    # A class that imports this file by its name must get this module, with the same ETLServer, and
+    # not a second copy.
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
-    # What is imported now stays: looking for garbage would take a sixth of the start.
+    # Imported modules are never garbage: looking for some would take a sixth of the start-up time.
+    # `freeze_heap` enables the collector again.
     gc.disable()
 
     class LateModule(types.ModuleType):
-        """Stand in for a module, and load it when one of its attributes is read or set.
+        """A stand-in for a module that is loaded when an attribute is first read or set.
 
-        Modules that imported the stand-in keep it; it forwards every attribute. The class imports
-        the module itself: `leave_late_modules` has removed the stand-ins by then.
+        Modules that have imported the stand-in keep it, and it forwards every attribute. The user's
+        class imports the module itself, since `leave_late_modules` has removed the stand-ins by
+        then.
         """
 
         _lock = threading.Lock()
@@ -76,13 +80,13 @@ if __name__ == "__main__":
             setattr(self._load(), name, value)
 
         def _load(self) -> types.ModuleType:
-            with self._lock:  # or a slower thread would remove what a faster one has loaded
+            with self._lock:  # else a slow thread could remove the module that a fast one loads
                 if sys.modules.get(self.__name__) is self:
                     del sys.modules[self.__name__]
             return importlib.import_module(self.__name__)
 
-    # The library and cloudpickle import these modules, but few pods use them. Loading them would
-    # take a fifth of the start and of the memory.
+    # The standard library and cloudpickle import these modules, but few pods use them. Loading them
+    # would take a fifth of the start-up time and of the memory.
     late_modules: Dict[str, types.ModuleType] = {
         name: LateModule(name)
         for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")
@@ -137,37 +141,39 @@ __version__ = "0.1.0"
 
 # == 1. Names and limits ==
 # The names of the wire contract with AIStore (ext/etl and ais/tgtetl.go in its sources), and every
-# number with its unit and its reason.
+# number with its unit and its reason. The *leader* is the thread of a worker that waits for all of
+# its connections; a *hop* is the next stage of a pipeline, or the target that takes the result.
 
-HEADER_NODE_URL = "Ais-Node-Url"  # of a request: the hops that its result goes to
-HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"  # of an answer: the bytes delivered to a hop
-HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"  # of a 503: the client is to send the object again
+HEADER_NODE_URL = "Ais-Node-Url"  # in a request: the pipeline, the hops that its result passes
+HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"  # in an answer: the bytes delivered to a hop
+HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"  # in a 503: why to send the object once more
 RETRY_REASON_TRANSIENT = "direct-put-transient"
 QPARAM_FQN = "etl_fqn"  # the path of the object's file
 QPARAM_ARGS = "etl_args"  # the user's argument for the transform
-QPARAM_LATEST = "latest-ver"  # whether to read the object from the target and not from its file
+QPARAM_LATEST = "latest-ver"  # whether to ask the target for the object, and not read its file
 QPARAM_ORIGINAL_URL = "original_url"  # of /download: the URL to fetch
 QPARAM_OBJECT_TO = "object_to"  # of /download: the object's path
 # for /download: some servers refuse requests without a User-Agent
 AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
-FRESH_START = "AIS_RUNTIME_FRESH_START"  # set by a process that starts over, for its next program
+FRESH_START = "AIS_RUNTIME_FRESH_START"  # the state that `Start.over` leaves to the next program
 
-HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes for a pipeline of many stages
+HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes; room for many stages' URLs
 HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
-READ_BYTES = 64 << 10  # of one receive: a small object mostly comes together with its head
+READ_BYTES = 64 << 10  # of one receive: a small object usually comes together with its head
 WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
-DRAIN_LIMIT_BYTES = 1 << 20  # read on after an error; beyond this, closing is cheaper
+DRAIN_LIMIT_BYTES = 1 << 20  # of a body, read on after an error; beyond this, closing is cheaper
 LINGER_LIMIT_BYTES = 64 << 20  # read before closing, so that a client still sending gets the answer
-CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
-ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error; AIStore cuts its text far earlier
-# a stage's smaller answer is read to its end before ours begins, so that a failure has a status
+CHUNK_LINE_LIMIT_BYTES = 4 << 10  # of a chunk's size and its extensions, which nobody sends
+ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore cuts far earlier
+# a smaller answer of the next stage is read to its end before our answer begins: if that fails, a
+# status can still tell it
 SMALL_ANSWER_BYTES = 64 << 10
 WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
-UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads; unmasked as one number
-AHEAD_LIMIT_MESSAGES = 64  # unanswered objects of a WebSocket connection; transforms have 16 slots
+UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads, unmasked as one integer
+AHEAD_LIMIT_MESSAGES = 64  # of a WebSocket connection, read and not answered; 16 are transformed
 AHEAD_LIMIT_BYTES = 16 << 20  # of these objects and their results; one object is always read
-BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes 1024
+BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes at most 1024
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
 BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before may be computing
@@ -180,41 +186,41 @@ CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
-# to connect, for all retries of a delivery together. The default three retries then end within
-# 8 s of the first failure; AIStore's own limit for an object may be 10 s.
+# to connect, in all retries of a delivery together. The default, three retries, then ends within
+# 8 s of the first failure (1 + 2 + 4 + 1); AIStore's own limit for an object may be 10 s.
 RETRY_CONNECT_SECONDS = 1.0
 FORSAKEN_SECONDS = 10.0  # until the pod ends after failures have closed all WebSocket connections
 WEBSOCKET_DRAIN_SECONDS = 15.0  # for WebSocket clients that go on sending while the pod stops
 GRACE_SECONDS = 25.0  # from SIGTERM to the pod's end: a node drain leaves 30 s
 WORKER_GRACE_SECONDS = 23.0  # of these, for the requests of a worker; its exit hooks have the rest
 LEAVE_SECONDS = 2.0  # for a process without requests to end
-REPEAT_SECONDS = 0.3  # signals to stop within this time are one, for a process and its group
+REPEAT_SECONDS = 0.3  # stop signals this close are one, sent to the process and to its group
 CHILDREN_SECONDS = 0.3  # for a class's child processes to end on SIGTERM, when its worker ends
-THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; executors' have longer
+THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; those of executors have more
 TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once if forking is safe
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, not half an hour
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
-TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that an installer still runs
-TOOL_QUERY_SECONDS = 60.0  # for an installer to tell whether a package is there: it reads a file
+TOOL_PROGRESS_SECONDS = 5.0  # between two log lines which say that an installer still runs
+TOOL_QUERY_SECONDS = 60.0  # for the query whether a package is installed, which only reads a file
 TOOL_LINES_LIMIT = 40  # last lines of an installer's output that are kept: errors are among them
-TOOL_OUTPUT_BYTES = 128 << 10  # end of an installer's output, where these lines are looked for
+TOOL_OUTPUT_BYTES = 128 << 10  # of the end of an installer's output, which has these lines
 TOOL_LINE_LIMIT_BYTES = 2000  # of one of these lines
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
 WEBSOCKET_LIMIT = 512  # WebSocket connections of a worker: half of the threads are left to HTTP
-QUICK_SECONDS = 0.0005  # the leader makes shorter calls of the class: handing over costs more
-TURN_SECONDS = 0.05  # of calls of the class for one connection, while others wait for the leader
+QUICK_SECONDS = 0.0005  # the leader itself calls a class that is faster: a handover costs more
+TURN_SECONDS = 0.05  # in which the leader calls the class for one connection, while others wait
 LEAD_SECONDS = 0.01  # until a leader that is held up loses the lead to its deputy
 YIELD_SECONDS = 0.001  # for another worker with fewer connections to accept the next one
 CROWD_LIMIT = 64  # connections accepted in a row, or idle ones closed to make room
 EXCESS_LIMIT = 8  # connections that a busy worker may have beyond another, which may be as busy
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
-DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for disks
+DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for I/O
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # before a dead worker is replaced; the delay doubles up to this
-DEATHS_LIMIT = 10  # workers that die in a row and answered nothing: the pod is hopeless
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # temporary
-DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
+DEATHS_LIMIT = 10  # workers that die in a row, none having answered a request; then the pod ends
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # shortages that pass
+DOWNLOAD_REDIRECTS_LIMIT = 5  # more are probably a loop
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more
 
@@ -227,12 +233,12 @@ class Exit(enum.IntEnum):
 
     OK = 0
     USAGE = os.EX_USAGE  # 64: the command line
-    DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
+    DATA = os.EX_DATAERR  # 65: the payload is not a class that can be served
     UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package is missing or cannot be installed
     SOFTWARE = os.EX_SOFTWARE  # 70: the user's code failed, or workers keep dying
     SYSTEM = os.EX_OSERR  # 71: the port is taken, a file cannot be read
     OUTPUT = os.EX_IOERR  # 74: the result of a command cannot be written
-    CONFIG = os.EX_CONFIG  # 78: an environment variable
+    CONFIG = os.EX_CONFIG  # 78: an environment variable cannot be used, or is missing
 
 
 # == 2. Errors ==
@@ -260,21 +266,21 @@ class BadRequest(RequestError):
 
 
 class UnframedRequest(BadRequest):
-    """Where the request ends is unknown: it is answered, and the connection closed."""
+    """The request's end is unknown: an answer is sent, and the connection is closed."""
 
 
 class ShortBody(BadRequest):
-    """A body ended early, stalled or is malformed; it is never taken for whole."""
+    """The body ended early, stalled or is malformed; it never counts as a whole one."""
 
 
 class Forbidden(RequestError):
-    """No object of AIStore has this path, whether a file is there or not."""
+    """No object of AIStore can have this path, whether or not a file is there."""
 
     status = HTTPStatus.FORBIDDEN
 
 
 class NotFound(RequestError):
-    """The source object is not there; a 404 means nothing else to AIStore."""
+    """The source object does not exist; to AIStore, a 404 means nothing else."""
 
     status = HTTPStatus.NOT_FOUND
 
@@ -292,7 +298,7 @@ class BadGateway(RequestError):
 
 
 class HopLost(BadGateway):
-    """The next hop was lost before it had answered.
+    """The next hop was lost before its answer was whole, or wants the object again.
 
     The delivery may be tried again, unless `hopeless` says that no attempt can succeed.
     """
@@ -303,7 +309,7 @@ class HopLost(BadGateway):
 
 
 class NodeBodyLost(BadGateway):
-    """Another node's answer ended early."""
+    """Another node's answer ended early, stalled or is malformed."""
 
 
 class Outcome(NamedTuple):
@@ -320,9 +326,9 @@ class Terminated(SystemExit):
 def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
     """Call a function that may raise anything, and return its value or its error.
 
-    Users' code runs in it, and a SystemExit of that code must not end a thread. Only `Terminated`
-    passes: a signal that comes while users' code is loaded is for the runtime. The caller decides
-    what an error means, and drops none without saying so.
+    Users' code is called this way, and a SystemExit that it raises must not end a thread. Only
+    `Terminated` passes: a signal to stop that comes while users' code is being loaded is meant for
+    the runtime. The caller decides what an error means; if it ignores errors, it says so.
     """
     try:
         return Outcome(function(*args))
@@ -340,7 +346,7 @@ def describe(error: BaseException) -> str:
 class StartupError(Exception):
     """The pod cannot serve; the error's text becomes the last line of the log.
 
-    `story` is logged before that line, once, by the supervisor: the traceback of the user's code.
+    `story` is the traceback of the user's code. The supervisor logs it once, before that line.
     """
 
     exit = Exit.SOFTWARE
@@ -354,7 +360,7 @@ class ConfigError(StartupError):
 
 
 class PayloadError(StartupError):
-    """The payload is no class that this runtime can serve."""
+    """The payload is not a class that this runtime can serve."""
 
     exit = Exit.DATA
 
@@ -366,9 +372,10 @@ class PackageError(StartupError):
 
 
 class FrameworkNeeded(PackageError):
-    """The class turns out to need a framework: install it and start once more.
+    """The class turns out to need a framework, which is installed before a new start.
 
-    `serves` tells whether the framework must serve the class, or the class merely imports it.
+    `serves` is true if the framework must serve the class, and false if the class merely imports
+    the framework.
     """
 
     def __init__(self, framework: str, serves: bool) -> None:
@@ -390,7 +397,7 @@ class PortError(StartupError):
 
 
 class UsageError(StartupError):
-    """The command line is wrong, or names what is not there."""
+    """The command line is wrong, or names something that does not exist."""
 
     exit = Exit.USAGE
 
@@ -417,7 +424,7 @@ class ETLDirectPutTransientError(Exception):
 
 
 def parse_bool(text: Optional[str]) -> bool:
-    """Return whether a text means true to the SDK; any unknown word is false."""
+    """Return whether a text means true to the SDK; an unknown word means false."""
     return str(text or "").strip().lower() in ("1", "t", "true", "y", "yes", "on")
 
 
@@ -452,7 +459,7 @@ def existing_file(text: str) -> str:
 
 
 def folders(text: str) -> Tuple[str, ...]:
-    """Parse absolute folders with colons between them; symlinks are resolved."""
+    """Parse a colon-separated list of absolute folders, and resolve symlinks."""
     paths = [path for path in text.split(":") if path]
     if not paths or not all(map(os.path.isabs, paths)):
         raise ValueError("absolute folders, separated by colons")
@@ -460,7 +467,7 @@ def folders(text: str) -> Tuple[str, ...]:
 
 
 def target_url(text: str) -> str:
-    """Parse a target's base URL; return it without a slash at its end."""
+    """Parse a target's base URL; drop the slashes at its end, unless its path is `/`."""
     try:
         url = urlsplit(text)
         if url.scheme == "file":
@@ -470,7 +477,8 @@ def target_url(text: str) -> str:
             is_usable = has_host and url.scheme in ("http", "https")
     except ValueError:  # the port or the IPv6 address is malformed
         is_usable = False
-    if not is_usable or not re.fullmatch("[!-\"$->@-~]+", text):  # no query, no fragment
+    # the pattern is visible ASCII without "#" and "?": a path is appended to the URL
+    if not is_usable or not re.fullmatch("[!-\"$->@-~]+", text):
         raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that "
                          "is there, without user and password")
     return text if url.path == "/" else text.rstrip("/")
@@ -485,7 +493,7 @@ class Variable(NamedTuple):
     name: str
     field: str
     parse: Callable[[str], Any]
-    secret: bool = False  # whether error texts must not show the value
+    secret: bool = False  # whether error texts must hide the value
 
 
 # Of two variables for one field, the later one wins.
@@ -515,7 +523,10 @@ VARIABLES = (
 
 
 def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str]:
-    """Join the pieces of the payload in `values`; return complaints about them."""
+    """Join the pieces of the payload into `values`; return complaints about them.
+
+    A large payload comes in pieces, since Linux takes at most 128 KiB in one variable.
+    """
     further = {name for name, text in environ.items()
                if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name)}
     names = [f"ETL_CLASS_PAYLOAD_{number}" for number in range(2, 2 + len(further))]
@@ -567,7 +578,7 @@ class Settings(NamedTuple):
                 if text:
                     values[variable.field] = variable.parse(text)
             except ValueError as error:
-                # a text with lines may be a private key, given in place of its file
+                # a text of several lines may be a private key, given instead of its file's path
                 shown = "" if variable.secret or "\n" in text else f"={text!r}"
                 complaints.append(f"{variable.name}{shown} must be {error}")
         complaints += join_payload(environ, values)
@@ -580,16 +591,16 @@ class Settings(NamedTuple):
 
     @property
     def is_pod(self) -> bool:
-        """Whether the environment has the class; else somebody tries one from a file."""
+        """Whether the environment holds the class; otherwise it comes from a file."""
         return bool(self.payload or self.payload_file)
 
     def redact(self, text: str) -> str:
-        """Replace the token and the target's secret path; users' errors may quote them."""
+        """Replace the token and the target's secret path, which users' errors may quote."""
         path = "" if self.target.startswith("file:") else urlsplit(self.target).path
         name = path.rpartition("/")[2]
         secrets = {self.token, path, unquote(path), name, unquote(name)}
         for secret in sorted(secrets, key=len, reverse=True):  # a longer one may contain others
-            if len(secret) > 3:
+            if len(secret) > 3:  # a shorter one would be found in harmless words
                 text = text.replace(secret, "***")
         return text
 
@@ -599,9 +610,10 @@ WITH_LINES = {"has_lines": True}  # `extra` of a log record whose message has se
 
 
 class RedactingFormatter(logging.Formatter):
-    """Format log records, tracebacks too, without the secrets of the settings.
+    """Format log records and their tracebacks without the secrets of the settings.
 
-    The message of a record becomes one line, unless the record `has_lines`. A traceback follows it.
+    The message of a record becomes one line, unless the record `has_lines`. The traceback, if there
+    is one, follows in lines of its own.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -618,7 +630,7 @@ class RedactingFormatter(logging.Formatter):
         return text if getattr(record, "has_lines", False) else LINE_BREAK.sub(" ", text)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, the library's name
-        """Format a traceback, or only its exception if no file can be opened for it."""
+        """Format a traceback; if that fails, as without free descriptors, its exception."""
         text = attempt(super().formatException, ei).value
         return text if isinstance(text, str) else f"{type(ei[1]).__name__}: {describe(ei[1])}"
 
@@ -631,7 +643,7 @@ def stdout_handler(settings: Settings) -> logging.Handler:
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send all log records to stdout, users' too: the pod's log is one stream."""
+    """Send all log records to stdout, those of users' code too: a pod's log is one stream."""
     handler = stdout_handler(settings)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logger.setLevel(settings.log_level)
@@ -645,7 +657,8 @@ def configure_logging(settings: Settings) -> None:
 
 def hide_credentials(text: str) -> str:
     """Return a text without the users and passwords in its URLs."""
-    # a password may contain a bare slash; up to five digits before a slash are a port
+    # The first alternative ends at a slash. The second allows for a bare slash in a password, but
+    # takes up to five digits before a slash for a port.
     return re.sub(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@", "://***@", text)
 
 
@@ -659,9 +672,10 @@ def signal_group(group: int, number: int) -> bool:
 
 
 def end_all(send: Callable[[int], bool], seconds: float) -> None:
-    """End processes with SIGTERM, and with SIGKILL if some are left after `seconds`.
+    """Send SIGTERM to processes, wait up to `seconds` for their end, send SIGKILL.
 
-    `send` sends a signal to all of them, 0 for none, and returns whether any is left.
+    `send(number)` sends a signal to all of the processes and returns whether any is left; the
+    signal 0 only asks.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -669,46 +683,47 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
         while is_left and time.monotonic() < deadline:
             time.sleep(0.01)
             is_left = send(0)
-    finally:  # also if a second signal to this process ends the wait
+    finally:  # also if a further signal to this process raises an exception in the wait
         send(signal.SIGKILL)
 
 
 def last_lines(output: int) -> List[str]:
-    """Return the last lines of a tool's output file, without credentials."""
+    """Return the last lines of an installer's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
     found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
     if start:
-        del found[0]  # its beginning is not here
+        del found[0]  # the beginning of this line was not read
     lines = []
     for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
         text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
         if len(line) > TOOL_LINE_LIMIT_BYTES:
-            # drop the last word: in half of a URL no password can be recognized
+            # the last word may be half of a URL, in which no password can be recognized
             text = text.rpartition(" ")[0] + " …"
         lines.append(hide_credentials(text))
     return lines
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Return what went wrong: the errors in a tool's last lines, or the last line."""
+    """Return the errors in an installer's last lines or, without any, the last line."""
     text = "\n".join(map(str.strip, lines))
     errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
     if not errors:
-        # the last error of apk or pip, with the lines that a colon at its end announces
+        # the last error of apk or pip; if its line ends in a colon, the next line belongs to it
         errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
     words = "; ".join(errors).replace("\n", " ")
     if "No matching distribution" in words and "connection broken by" in text:
-        words += "; the package index cannot be reached"  # pip takes it for an empty index
+        words += "; the package index cannot be reached"  # pip treats it as an empty index
     return words or text.rpartition("\n")[2] or "it printed nothing"
 
 
 def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
              environ: Mapping[str, str]) -> List[str]:
-    """Run an installer to its end, and return its last lines; log that it runs.
+    """Run an installer to its end and return its last lines; log that it still runs.
 
     Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
-    long. The tool's process group is ended after it, and also when a signal ends this process. The
-    output goes to a temporary file: a process that the tool leaves behind could keep a pipe open.
+    long. Whatever is left of the tool's process group is ended when the tool has ended, or when a
+    signal ends this process. The output goes to a temporary file and not to a pipe, which a process
+    that the tool leaves behind could keep open.
     """
     import subprocess
     import tempfile
@@ -769,23 +784,23 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
 
 APT_INSTALL = (
     "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
-    # do not read an unknown name with a dot as a regular expression, which could match hundreds
+    # else an unknown name with a dot is a regular expression, which may match hundreds of packages
     "-o", "APT::Cmd::Pattern-Only=true",
-    # keep changed configuration files without a question
+    # keep configuration files that the image has changed, without asking
     "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Install the packages of a comma-separated list that are missing.
+    """Install the missing packages of a comma-separated list.
 
-    Raise PackageError if the image has neither apk nor apt-get, or if the tool fails. A tool needs
-    root, and is not run if no package is missing.
+    Raise PackageError if the image has neither apk nor apt-get, or if the tool fails. Neither is
+    run, and root is not needed, if no package is missing.
     """
     import shutil
 
     names = list(filter(None, map(str.strip, text.split(","))))
     for name in names:
-        # apt-get would remove the package of a name that ends with "-"
+        # apt-get removes a package if a "-" follows its name
         if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
     if not names:
@@ -805,14 +820,15 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
         commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
     for command in commands:
         for line in run_tool("OS_PACKAGES", missing, command, environ):
-            if re.match("[EW]: ", line):  # apt-get succeeds though it cannot fetch a list
+            if re.match("[EW]: ", line):  # apt-get succeeds even if it could not fetch a list
                 logger.warning("%s %s: %s", *command[:2], line)
 
 
 def parse_requirement(text: str) -> Any:
-    """Return a requirement as pip parses it, or None if it is not one.
+    """Return a requirement as pip parses it, or None if pip cannot parse it.
 
-    Paths and bare URLs are not, although pip installs them. Without pip, nothing can be parsed.
+    Paths and bare URLs are not requirements, although pip installs them. Without pip, the result is
+    always None.
     """
     try:
         parser = importlib.import_module("pip._vendor.packaging.requirements")
@@ -825,17 +841,18 @@ def requirements_of(text: str, why: str) -> List[str]:
     """Split comma-separated requirements (PEP 508).
 
     A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
-    Raise PackageError, whose text begins with `why`, if one of them contains an option.
+    Raise PackageError, whose text begins with `why`, if a requirement contains an option of pip.
     """
 
     def is_whole(part: str) -> bool:
-        # an option (refused below), a path, a URL, a bare name, or what pip can parse
+        # an option (refused below), a path, a URL, a bare name, or a requirement that pip can parse
         part = part.strip()
         return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
 
     found: List[str] = []
     for part in filter(str.strip, text.split(",")):
         last = found[-1] if found else ""
+        # another version, or the rest of a URL: even if the text before the comma is whole by itself
         goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
         if last and (goes_on or not is_whole(last)):
             found[-1] += "," + part
@@ -855,7 +872,7 @@ def installed_version(name: str) -> Optional[str]:
 
     # Python 3.9 knows only some of the equivalent spellings of a name (PEP 503)
     for spelling in (name, re.sub(r"[-_.]+", "-", name)):
-        # incomplete metadata can raise anything
+        # incomplete metadata can cause any exception
         version = attempt(importlib.metadata.version, spelling).value
         if isinstance(version, str):
             return version
@@ -866,15 +883,16 @@ def is_met(requirement: str) -> Optional[bool]:
     """Return whether this Python meets a requirement, or None if only pip can tell."""
     wanted = parse_requirement(requirement)
     if wanted is None:
-        return True if installed_version(requirement) else None  # a bare name, without pip
+        return True if installed_version(requirement) else None  # a bare name, if pip is missing
     try:
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-            return True  # the requirement is for other Pythons
+            return True  # the requirement is for other Pythons or systems
         version = installed_version(wanted.name)
         if version is None or not wanted.specifier.contains(version, prereleases=True):
             return False
     except ValueError:  # a version or marker that cannot be compared
         return None
+    # only pip can tell from which URL a distribution came, and what its extras need
     return None if wanted.url or wanted.extras else True
 
 
@@ -884,19 +902,19 @@ def lacking(requirements: Iterable[str]) -> List[str]:
 
 
 class TargetFolder:
-    """The temporary folder that pip fills if it cannot write site-packages.
+    """The temporary folder that pip fills if it cannot, or must not, fill site-packages.
 
-    pip must not write them if they belong to the system. The folder is made when pip first needs
-    it; the process that owns it removes it at its end.
+    pip must not if another package manager owns them (PEP 668). The folder is made when pip first
+    needs it. The process that owns the folder removes it when the process ends.
     """
 
     def __init__(self) -> None:
-        self.path = ""  # "" while there is none
-        self.may_be_made = True  # not by the command `install`, at whose end the folder would go
-        self.requirements: List[str] = []  # of all runs of pip: each resolves all of them
+        self.path = ""  # "" while there is no folder
+        self.may_be_made = True  # False in the command `install`, since its end removes the folder
+        self.requirements: List[str] = []  # of all runs of pip: each run resolves all of them
 
     def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
-        """Own a folder in which pip has installed some requirements."""
+        """Own a folder, and remember the requirements that pip has installed there."""
         import shutil
 
         self.path, self.requirements = path, list(requirements)
@@ -908,12 +926,15 @@ target_folder = TargetFolder()
 
 
 def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
-    """Return the folder that pip is to fill, and its arguments for that."""
+    """Return the folder that pip is to fill, and the arguments for pip.
+
+    Raise PackageError, whose text begins with `why`, if there is no folder to fill.
+    """
     import sysconfig
     import tempfile
 
     paths = sysconfig.get_paths()
-    mark = os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")
+    mark = os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")  # PEP 668; not for environments
     is_of_system = sys.prefix == sys.base_prefix and os.path.exists(mark)
     if not is_of_system and all(
             os.access(paths[name], os.W_OK) for name in ("purelib", "platlib", "scripts")):
@@ -935,7 +956,7 @@ def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Let this process and its children import what pip has installed into a folder."""
+    """Let this process and its children import the packages that pip put into a folder."""
     import site
 
     if folder == target_folder.path and folder not in sys.path:
@@ -946,7 +967,7 @@ def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
         modules = environ.get("PYTHONPATH")
         environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
         environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
-    site.addsitedir(folder)  # reads its .pth files, as Python does at its start
+    site.addsitedir(folder)  # reads the folder's .pth files, as Python does when it starts
     importlib.invalidate_caches()
 
 
@@ -954,8 +975,9 @@ def install_python_packages(text: str, why: str = "PACKAGES",
                             environ: MutableMapping[str, str] = os.environ) -> None:
     """Install comma-separated requirements by one run of pip, unless all are met.
 
-    What pip installs can be imported at once. pip's own variables apply, but for those that have it
-    install elsewhere. Raise PackageError, whose text begins with `why`, if that does not help.
+    The installed packages can be imported at once. pip's own environment variables apply, except
+    for those that make pip install elsewhere. Raise PackageError, whose text begins with `why`, if
+    pip fails, or if a requirement is not met afterwards.
     """
     requirements = requirements_of(text, why)
     if all(map(is_met, requirements)):
@@ -965,7 +987,7 @@ def install_python_packages(text: str, why: str = "PACKAGES",
     variables = {
         "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
     for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
-        variables.pop(name, None)  # what goes elsewhere cannot be imported
+        variables.pop(name, None)  # a package that is installed elsewhere cannot be imported
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
     run_tool(why, requirements, command, variables)
@@ -978,7 +1000,7 @@ def install_python_packages(text: str, why: str = "PACKAGES",
 
 
 def pip_command(requirements: Iterable[str]) -> str:
-    """Return the command that installs requirements."""
+    """Return the command that installs requirements, for a message to the user."""
     import shlex
 
     return hide_credentials(f"pip install {shlex.join(requirements)}")
