@@ -5,12 +5,12 @@ Each AIStore *target*, a storage node, starts a pod of its own for each ETL. The
 user's class in its environment: `ETL_CLASS_PAYLOAD` is a cloudpickle of the class, in base64. This
 file installs the packages that the class needs, unpickles the class without the AIStore SDK, and
 transforms the objects that the target sends. It needs the standard library and, for payloads,
-`cloudpickle`; Python 3.9 or newer; Linux, or macOS for trying a class on a laptop.
+`cloudpickle`; Python 3.9 or newer; Linux, or macOS to try a class on a laptop.
 
     python3 ais_runtime_min.py                       serve what the environment describes
-    python3 ais_runtime_min.py serve FILE[:CLASS]    serve a class from a file, for trying it
-    python3 ais_runtime_min.py pack FILE[:CLASS]     make the payload of a class in a file
-    python3 ais_runtime_min.py install               install the packages, while an image is built
+    python3 ais_runtime_min.py serve FILE[:CLASS]    serve a class from a file, to try it
+    python3 ais_runtime_min.py pack FILE[:CLASS]     make a payload of a class from a file
+    python3 ais_runtime_min.py install               install the packages while an image is built
 
 The map. A request passes four stages, sections 9 to 12, which hand plain values to each other. No
 section uses a name that a later section defines, except in the `start()` method of a class.
@@ -59,8 +59,8 @@ if __name__ == "__main__":
     # A class that imports this file by its name must get this module, with the same ETLServer, and
     # not a second copy.
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
-    # Imported modules are never garbage: looking for some would take a sixth of the start-up time.
-    # `freeze_heap` enables the collector again.
+    # Imported modules stay: a search for garbage among them would take a sixth of the start-up
+    # time. `freeze_heap` enables the collector again.
     gc.disable()
 
     class LateModule(types.ModuleType):
@@ -171,7 +171,7 @@ ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore
 SMALL_ANSWER_BYTES = 64 << 10
 WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
 UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads, unmasked as one integer
-AHEAD_LIMIT_MESSAGES = 64  # of a WebSocket connection, read and not answered; 16 are transformed
+AHEAD_LIMIT_MESSAGES = 64  # of a WebSocket connection, read but unanswered; 16 transforms run
 AHEAD_LIMIT_BYTES = 16 << 20  # of these objects and their results; one object is always read
 BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes at most 1024
 
@@ -852,7 +852,7 @@ def requirements_of(text: str, why: str) -> List[str]:
     found: List[str] = []
     for part in filter(str.strip, text.split(",")):
         last = found[-1] if found else ""
-        # another version, or the rest of a URL: even if the text before the comma is whole by itself
+        # another version, or the rest of a URL, even if the text before it is whole by itself
         goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
         if last and (goes_on or not is_whole(last)):
             found[-1] += "," + part
@@ -1008,8 +1008,8 @@ def pip_command(requirements: Iterable[str]) -> str:
 
 # == 5. HTTP messages ==
 # What requests and answers have in common: header fields, and bodies that know whether they are
-# whole. The caller owns the connection that bytes come from. The grammar is that of RFC 9110, 5.6
-# and RFC 9112; nothing that violates it is repaired.
+# whole. The caller owns the connection from which the bytes come. The grammar is that of RFC 9110,
+# 5.6, and of RFC 9112; a message that violates it is refused, never repaired.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN.decode()}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
@@ -1018,13 +1018,14 @@ FIELD_LINE = re.compile(rb"%b:[\t -~\x80-\xff]*\r\n" % TOKEN)
 FIELD_LINES = re.compile(f"(?:{FIELD_LINE.pattern.decode()})*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
-HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # the resolver cannot encode other names
-# fields that frame a message, or tell whom it is for: two of them would be ambiguous
+HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # Python's resolver takes no others
+# fields that frame a message, tell whom it is for, or ask for a "100 Continue": a second field of
+# the same name would be ambiguous
 SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
 
 
 class Fields(Dict[str, str]):
-    """Header fields by name; upper and lower case are the same."""
+    """Header fields, found by a name in upper or lower case; the keys are in lower case."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
@@ -1039,11 +1040,12 @@ class Fields(Dict[str, str]):
 
 @functools.lru_cache(maxsize=32)
 def parse_fields(text: str) -> Mapping[str, str]:
-    """Parse header fields, lines with CRLF; return their values by lower-case name.
+    """Parse header lines that end in CRLF; return the fields' values by lower-case name.
 
-    Values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated. All
-    fields are matched at once, which is several times faster than line by line. Results are cached,
-    since clients send the same fields again and again.
+    The values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated.
+    Raise UnframedRequest if a line is malformed. All lines are matched at once, which is several
+    times faster than line by line. Results are cached, since clients send the same fields again and
+    again; so no caller may change a result.
     """
     if not FIELD_LINES.fullmatch(text):
         raise UnframedRequest("a header field is malformed")
@@ -1061,16 +1063,16 @@ def parse_fields(text: str) -> Mapping[str, str]:
 class ConnectionInput:
     """Buffered input from a connection, from which heads and bodies are read.
 
-    The input does not own the connection. Time-outs are those of the socket. A client's are set in
-    the kernel, so that a read is one system call, and raise BlockingIOError; a node's are Python's
-    and raise socket.timeout.
+    The input does not own the connection. Reads wait as long as the socket's time-outs allow. The
+    time-outs of a client's socket are set in the kernel, so that a read is one system call, and
+    raise BlockingIOError; those of a node's socket are Python's and raise socket.timeout.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = b""
         self._start = 0  # where the unread bytes of the buffer begin
-        self.ahead = 0  # how many they are
+        self.ahead = 0  # the number of unread bytes
         # sends "100 Continue" before the first wait for a body
         self.invite: Optional[Callable[[], None]] = None
 
@@ -1085,7 +1087,7 @@ class ConnectionInput:
         return bool(data)
 
     def need(self, count: int) -> bool:
-        """Receive until `count` bytes are buffered; return False if they do not come."""
+        """Receive until `count` bytes are buffered; return False if the connection ends."""
         while self.ahead < count:
             if not self.fill():
                 return False
@@ -1097,7 +1099,7 @@ class ConnectionInput:
         return found - self._start if found >= 0 else -1
 
     def peek(self, count: int) -> bytes:
-        """Return up to `count` buffered bytes and leave them in the buffer."""
+        """Return up to `count` buffered bytes, and leave them in the buffer."""
         return self._buffer[self._start:self._start + count]
 
     def take(self, count: int) -> bytes:
@@ -1110,7 +1112,7 @@ class ConnectionInput:
         return data
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
-        """Read some bytes, buffered or received; return 0 at the connection's end."""
+        """Read some bytes, buffered or new ones; return 0 at the connection's end."""
         if not self.ahead:
             self.send_invitation()
             return self._connection.recv_into(buffer, 0, flags)
@@ -1119,23 +1121,24 @@ class ConnectionInput:
         return len(data)
 
     def send_invitation(self) -> None:
-        """Tell the client to send its body, if it waits for that (RFC 9110, 10.1.1)."""
+        """Tell a client that waits for it to send its body (RFC 9110, 10.1.1)."""
         if self.invite is not None:
             invite, self.invite = self.invite, None
             invite()
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
-    """Set a time-out of the kernel, SO_RCVTIMEO or SO_SNDTIMEO.
+    """Set a time-out in the kernel: the option SO_RCVTIMEO or SO_SNDTIMEO.
 
-    Python's own time-outs cost a system call for each receive and each send.
+    Python's own time-outs cost a further system call for each receive and each send.
     """
+    # a struct timeval
     value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
     connection.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -> Sequence[Any]:
-    """Send parts in one system call; return what the kernel did not take."""
+    """Send parts by one system call; return the parts that the kernel did not take."""
     batch = parts[:BATCH_LIMIT_PARTS]
     sent = connection.sendmsg(batch, (), flags)
     if sent == sum(map(len, batch)):
@@ -1148,19 +1151,22 @@ def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -
 
 
 def send_parts(connection: socket.socket, parts: Sequence[Any]) -> None:
-    """Send all parts; raise BlockingIOError if nobody reads them for too long."""
+    """Send all parts; raise BlockingIOError if the client reads nothing for too long."""
     while parts:
         parts = send_some(connection, parts)
 
 
-# the name of a body, and the error to raise if it is cut short or malformed
+# the name of a body in messages, and the error to raise if the body is cut short or malformed
 BodyKind = Tuple[str, Type[RequestError]]
 OF_REQUEST: BodyKind = ("the request's body", ShortBody)
 OF_NODE: BodyKind = ("another node's answer", NodeBodyLost)
 
 
 def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
-    """Read a raw file to its end without a second copy in memory; do not close it."""
+    """Read a raw file to its end, without a second copy in memory; do not close it.
+
+    The file has `size` bytes, or an unknown number if `size` is None.
+    """
     if size is None:
         data, block = io.BytesIO(), memoryview(bytearray(READ_BYTES))
         for count in iter(lambda: raw.readinto(block), 0):
@@ -1179,22 +1185,22 @@ class BodyStream(io.RawIOBase):
     Subclasses implement `receive`.
     """
 
-    size: Optional[int] = None  # bytes of the whole body; None if only its end tells
-    failure: Optional[RequestError] = None  # raised by a read
-    count = 0  # bytes read
+    size: Optional[int] = None  # bytes of the whole body; None if unknown before its end
+    failure: Optional[RequestError] = None  # the error that a read has raised
+    count = 0  # bytes read so far
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes, 0 at the end; raise RequestError if the body is cut short."""
+        """Read some bytes, 0 at the end; raise a RequestError if the body is cut short."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Raise a RequestError unless the body is whole, whatever has read it."""
+        """Raise a RequestError if the body is not whole, even if users' code caught it."""
         self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Raise the error of an earlier read.
+        """Raise the error of an earlier read, if there is one.
 
-        Users' code may have caught it and taken a cut body for a whole one.
+        Users' code may have caught that error and taken a cut body for a whole one.
         """
         if self.failure is not None:
             raise self.failure
@@ -1204,7 +1210,7 @@ class BodyStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some bytes, 0 at the end. After a failure, every read raises it again."""
+        """Read some bytes, 0 at the end; after an error, every further read raises it."""
         self.raise_failure()
         try:
             count = self.receive(buffer)
@@ -1220,7 +1226,7 @@ class BodyStream(io.RawIOBase):
 
 
 class MessageBody(BodyStream):
-    """A body that comes over a connection; any one thread may read it."""
+    """A body that comes over a connection; any thread may read it, one at a time."""
 
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__()
@@ -1229,18 +1235,18 @@ class MessageBody(BodyStream):
         self.is_at_end = False
 
     def finish(self) -> None:
-        """Read to the end: a lost client must be noticed, whatever the class has read."""
+        """Read to the end, to notice a lost client even if the class has read less."""
         while self.failure is None and self.read(READ_BYTES):
             pass
         super().finish()
 
     def drain(self, limit: int, deadline: float) -> None:
-        """Read the rest and drop it, up to `limit` bytes and a time of time.monotonic()."""
+        """Read the rest and drop it, up to `limit` bytes or a time of time.monotonic()."""
         while not (self.is_at_end or self.failure or limit <= 0 or time.monotonic() >= deadline):
             limit -= len(self.read(READ_BYTES) or b"")
 
     def _call(self, read: Callable[..., Any], *args: Any) -> Any:
-        """Call a method of the input; its errors mean that the body is cut short."""
+        """Call a method of the input; turn its errors into those of a body cut short."""
         try:
             return read(*args)
         except (BlockingIOError, socket.timeout):
@@ -1254,9 +1260,9 @@ class MessageBody(BodyStream):
 
 
 class BoundedReader(MessageBody):
-    """A body with a `Content-Length`; a message without a body has one of 0 bytes."""
+    """A body with a `Content-Length`; a message without a body has a body of 0 bytes."""
 
-    # MSG_WAITALL saves system calls if nobody waits for the first bytes of a body
+    # MSG_WAITALL if nobody waits for the first bytes of the body: that saves system calls
     receive_flags = 0
 
     def __init__(self, source: ConnectionInput, size: int, kind: BodyKind = OF_REQUEST) -> None:
@@ -1278,7 +1284,7 @@ class BoundedReader(MessageBody):
         return count
 
     def readall(self) -> bytes:
-        """Read what is left; take a small body, which came with its head, in one piece."""
+        """Read the rest; take a small body, which came with its head, in one piece."""
         if self._source.ahead < self._left or self._left != self.size:
             return super().readall()
         data = self._source.take(self._left)
@@ -1293,7 +1299,7 @@ class ChunkedReader(MessageBody):
 
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__(source, kind)
-        self._left = 0  # bytes of the chunk
+        self._left = 0  # bytes of the current chunk that are still to be read
         self._is_first = True
 
     def receive(self, buffer: Any) -> int:
@@ -1309,7 +1315,7 @@ class ChunkedReader(MessageBody):
         return count
 
     def _begin_chunk(self) -> None:
-        """Read the end of one chunk and the size of the next, or the trailers."""
+        """Read the end of a chunk and the size of the next, and after the last the trailers."""
         if not self._is_first and self._readline() != b"\r\n":
             raise self._cut("is malformed: a chunk is longer than it said")
         self._is_first = False
@@ -1322,7 +1328,7 @@ class ChunkedReader(MessageBody):
             self.is_at_end = True
 
     def _skip_trailers(self) -> None:
-        """Read trailer fields up to the empty line; they mean nothing to us."""
+        """Read and ignore the trailer fields, up to the empty line."""
         for _ in range(HEAD_LIMIT_FIELDS):
             line = self._readline()
             if line == b"\r\n":
@@ -1344,7 +1350,7 @@ class ChunkedReader(MessageBody):
 
 
 class ClosingReader(MessageBody):
-    """A body that ends with its connection, so that a cut cannot be noticed."""
+    """A body that ends with its connection, so that no cut can be noticed."""
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes."""
@@ -1354,8 +1360,8 @@ class ClosingReader(MessageBody):
 
 
 # == 6. Other nodes ==
-# Requests to the target, to other targets and to the next stage, and their answers. Runs on any
-# thread of a worker; knows no ETLRequest.
+# Requests to the pod's target, to other targets and to the next stage, and their answers. Runs on
+# any thread of a worker; does not know ETLRequest.
 
 
 def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
@@ -1375,17 +1381,17 @@ def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
 
 
 def is_final(url: str) -> bool:
-    """Tell whether an entry is an object at its final target: the URL of a stage has no path."""
+    """Return whether a pipeline's entry is a final target: a stage's URL has no path."""
     return urlsplit(url).path not in ("", "/")
 
 
 def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str,
                                etl_args: str = "") -> str:
-    """Make the URL to put a result to, from a pipeline's entry and the object's decoded path.
+    """Return the URL for the PUT of a result, which goes to an entry of the pipeline.
 
-    A final target wants the secret path of `host_target` before the entry's own path, and speaks
-    the scheme of `host_target`. The next stage is a pod: it gets the object's path, by the entry's
-    scheme.
+    The URL of a final target has the scheme of `host_target`, and its secret path before the path
+    of the entry. The next stage is a pod: its URL has the scheme of the entry, and the object's
+    path, which is given decoded.
     """
     entry, host = urlsplit(direct_put_url), urlsplit(host_target)
     query = entry.query
@@ -1400,7 +1406,7 @@ def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: 
 
 
 class Hop(NamedTuple):
-    """The address of a node; connections are pooled by it."""
+    """The address of a node, by which connections are pooled."""
 
     scheme: str
     host: str
@@ -1408,7 +1414,7 @@ class Hop(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Hop:
-        """Return the node of a URL; ValueError if the URL names none."""
+        """Return the node of a URL; raise ValueError if it is not a plain http(s) URL."""
         parts = urlsplit(url)
         host = parts.hostname or ""
         is_web = parts.scheme in ("http", "https") and HOST.fullmatch(parts.netloc)
@@ -1418,25 +1424,25 @@ class Hop(NamedTuple):
 
 
 def percent_encode(text: str) -> str:
-    """Percent-encode all but visible ASCII, and leave escapes as they are.
+    """Percent-encode all characters but visible ASCII; leave escapes as they are.
 
-    A character below U+0100 stands for a byte: raw paths have one character per byte.
+    A character below U+0100 stands for one byte, as in raw paths; any other is encoded as UTF-8.
     """
     text = re.sub("[^\0-\xff]", lambda match: quote(match[0]), text)
     return re.sub("[^!-~]", lambda match: quote(match[0], encoding="latin-1"), text)
 
 
 def path_of(url: str) -> str:
-    """Return a URL's path and query, as they go into a request line."""
+    """Return a URL's path and query, as a request line has them."""
     return percent_encode(urlunsplit(("", "", *urlsplit(url)[2:4], ""))) or "/"
 
 
 class NodeRequest(NamedTuple):
-    """A request to another node. A body of pieces goes out in chunks, then is closed."""
+    """A request to another node; an iterator as body is sent in chunks, then closed."""
 
     method: str
     hop: Hop
-    path: str  # goes out byte for byte
+    path: str  # with the query; sent as it is
     headers: Mapping[str, str] = {}
     body: Union[bytes, Iterator[bytes], None] = None
     connect_seconds: float = CONNECT_SECONDS
@@ -1449,7 +1455,7 @@ class NodeRequest(NamedTuple):
         return self.body is None or isinstance(self.body, bytes)
 
     def encode(self, token: str) -> Iterator[bytes]:
-        """Yield what to send. A small body leaves with the head, in one packet."""
+        """Yield the bytes to send; a small body comes with the head, for one packet."""
         host = f"[{self.hop.host}]" if ":" in self.hop.host else self.hop.host
         fields = {"Host": f"{host}:{self.hop.port}", "Accept-Encoding": "identity", **self.headers}
         if token:
@@ -1483,11 +1489,14 @@ class NodeAnswer(NamedTuple):
     headers: Mapping[str, str]
     content: bytes
     url: str
-    is_early: bool = False  # whether it came before all was sent
+    is_early: bool = False  # whether it came before the whole request was sent
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
-    """Make the TLS context for AIStore's nodes; ConfigError if a certificate cannot be used."""
+    """Make the TLS context for AIStore's nodes.
+
+    Raise ConfigError if a file of the settings cannot be used.
+    """
     try:
         context = ssl.create_default_context(cafile=settings.client_ca or None)
         if settings.client_cert:
@@ -1510,7 +1519,7 @@ class AnswerHead(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> AnswerHead:
-        """Parse a head whose lines end in CRLF; ConnectionError if it is malformed."""
+        """Parse a head whose lines end in CRLF; raise ConnectionError if it is malformed."""
         line, _, rest = data.partition(b"\r\n")
         match = STATUS_LINE.fullmatch(line)
         try:
@@ -1519,6 +1528,7 @@ class AnswerHead(NamedTuple):
             raise ConnectionError(f"its answer is malformed: {error}") from None
         if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
             raise ConnectionError("its answer is malformed")
+        # RFC 9112, 9.3: connections of HTTP/1.0 end by default
         connection = fields.get("Connection", "keep-alive" if match[1] == b"1" else "close").lower()
         return cls(int(match[2]), fields, "close" not in connection)
 
@@ -1537,33 +1547,37 @@ class AnswerHead(NamedTuple):
 
 
 def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.0) -> bool:
-    """Wait until a socket is ready for events of select.poll, or ended; False if time runs out."""
+    """Wait until a socket is ready for events of select.poll, or has ended.
+
+    Return False after the time-out; by default, at once.
+    """
     poller = select.poll()
     poller.register(connection, events)
     return bool(poller.poll(1000 * timeout_seconds))
 
 
 class NodeConnection(ConnectionInput):
-    """A connection to a node: connected when made, then owned by one request at a time.
+    """A connection to a node, made by the constructor; it serves one request at a time.
 
-    What is left of the request's body goes out while the answer is waited for. A node may answer
-    before it has taken the whole body: a stage that streams does so, and a node that refuses the
-    object and reads no further. If the whole body were sent before anything is read, both sides
-    would block once the buffers between them are full.
+    The rest of a request's body is sent while the answer is being read. A node may answer before it
+    has taken the whole body: a stage that streams does, and so does a node that refuses the object
+    and stops reading. If the whole body were sent before anything is read, both sides would block
+    as soon as the buffers between them are full.
 
-    OSError tells that the node cannot be reached, or is lost.
+    The constructor raises OSError if the node cannot be reached, the methods if it is lost.
     """
 
     def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
         hop = self.hop = request.hop
         connection: socket.socket = socket.create_connection(
             (hop.host, hop.port), request.connect_seconds)
-        # what a socket raises that would have to wait and must not
+        # the errors of a socket that may not wait, but would have to
         self._not_ready: Tuple[Type[OSError], ...] = (BlockingIOError,)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if tls is not None:
+                # an end without TLS's closing alert is an error: the connection may have been cut
                 connection = tls.wrap_socket(
                     connection, server_hostname=hop.host, suppress_ragged_eofs=False)
                 self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1571,18 +1585,18 @@ class NodeConnection(ConnectionInput):
         super().__init__(connection)
         self.idle_since = 0.0
         self._silence_seconds = 0.0
-        self._pieces: Any = (b"" for _ in ())  # of the request; those that are still to be taken
-        self._rest = memoryview(b"")  # what is left of the piece that is being sent
-        self._is_sending = False  # whether something is left and the node takes it
+        self._pieces: Any = (b"" for _ in ())  # of the request, those that are still to be taken
+        self._rest = memoryview(b"")  # the rest of the piece that is being sent
+        self._is_sending = False  # whether something is left to send, and the node takes it
         self.has_answered = False  # whether the first byte of an answer has come
 
     @property
     def is_sent(self) -> bool:
-        """Whether the node has been sent the whole request."""
+        """Whether the whole request has been sent."""
         return not self._rest
 
     def is_usable(self) -> bool:
-        """Tell whether an idle connection can serve a request: it is fresh and not ended."""
+        """Return whether an idle connection can serve a request: it is neither old nor ended."""
         is_fresh = time.monotonic() - self.idle_since < HOP_IDLE_SECONDS
         return is_fresh and not is_ready(self._connection, select.POLLIN)
 
@@ -1596,7 +1610,7 @@ class NodeConnection(ConnectionInput):
         self._send_some()
 
     def fill(self, flags: int = 0) -> bool:
-        """Receive once more, and send until something comes; False at the end of the connection."""
+        """Receive once more, and send until something comes; return False at the end."""
         if not self._is_sending:
             return super().fill(flags)
         self._connection.settimeout(0)
@@ -1616,7 +1630,7 @@ class NodeConnection(ConnectionInput):
         return super().readinto(buffer, flags)
 
     def _send_some(self) -> None:
-        """Send what the node takes now, or wait until it takes or sends something."""
+        """Send as much as the node takes now, or wait until it takes or sends something."""
         try:
             sent = self._connection.send(self._rest[:WRITE_BYTES])
         except self._not_ready:
@@ -1630,12 +1644,12 @@ class NodeConnection(ConnectionInput):
             self._is_sending = not self.is_sent
 
     def read_head(self) -> AnswerHead:
-        """Read the answer's head; ConnectionError if it does not come whole or is malformed."""
+        """Read the answer's head; raise ConnectionError if it is cut short or malformed."""
         while True:
             end = self.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
                 head = AnswerHead.parse(self.take(end + 4)[:-2])
-                if head.status >= 200:  # others come before the answer, as "100 Continue"
+                if head.status >= 200:  # a 1xx, as "100 Continue", comes before the answer
                     return head
             elif self.ahead >= HEAD_LIMIT_BYTES:
                 raise ConnectionError("the head of its answer is too long")
@@ -1644,12 +1658,12 @@ class NodeConnection(ConnectionInput):
             self.has_answered = True
 
     def run_out(self) -> None:
-        """Take the rest of the body without sending it: if it fails, that must be told."""
+        """Take the rest of the body without sending it, so that its failure is raised."""
         self._is_sending = False
         collections.deque(self._pieces, 0)
 
     def stop(self) -> None:
-        """Send nothing more of the body, and close it."""
+        """Send no more of the request's body, and close the body."""
         self._is_sending = False
         self._pieces.close()
 
@@ -1662,9 +1676,10 @@ class NodeConnection(ConnectionInput):
 
 
 class NodeBody(BodyStream):
-    """Another node's answer, its body unread. The caller of `ConnectionPool.open` closes it.
+    """Another node's answer, of which the body is to be read.
 
-    `release` gets a connection that can serve another request; any other is closed.
+    The caller of `ConnectionPool.open` closes it. If its connection can serve another request then,
+    `release` gets the connection; otherwise the connection is closed.
     """
 
     def __init__(self, connection: NodeConnection, head: AnswerHead, body: MessageBody,
@@ -1672,18 +1687,18 @@ class NodeBody(BodyStream):
         super().__init__()
         self.status = head.status
         self.headers = head.fields
-        self.is_early = not connection.is_sent  # whether it came before all was sent
+        self.is_early = not connection.is_sent  # whether it came before the request was sent whole
         self._connection = connection
         self._body = body
         self._release = release
         self.size = body.size
-        self.can_be_checked = not isinstance(body, ClosingReader)
+        self.can_be_checked = not isinstance(body, ClosingReader)  # whether a cut is noticed
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes; NodeBodyLost if the answer is cut short.
+        """Read some bytes; raise NodeBodyLost if the answer is cut short.
 
-        At the end of the answer, what is left of the request's body is run to its end. If that
-        fails, so does the exchange, even if the node wanted no more of the body.
+        At the end of the answer, the rest of the request's body is taken without being sent. If
+        that fails, so does the exchange, even if the node wanted no more of the body.
         """
         count = self._body.receive(buffer)
         if not count:
@@ -1691,13 +1706,16 @@ class NodeBody(BodyStream):
         return count
 
     def readall(self) -> bytes:
-        """Read to the end; `receive` does not come to the end of a body of known size."""
+        """Read to the end, and take the rest of the request's body, as `receive` does.
+
+        A body of known size is not read beyond its last byte, so `receive` never sees the end.
+        """
         data = super().readall()
         self._connection.run_out()
         return data
 
     def read_text(self) -> bytes:
-        """Read a text up to a limit; the text of an error may be cut short."""
+        """Read a text, up to a limit; if it is the text of an error, it may be cut short."""
         text = b""
         try:
             while len(text) < ERROR_TEXT_LIMIT_BYTES:
@@ -1711,7 +1729,7 @@ class NodeBody(BodyStream):
         return text
 
     def close(self) -> None:
-        """Give the connection back if both bodies have come to their ends, else close it."""
+        """Release the connection if both bodies have come to their ends; else close it."""
         if self.closed:
             return
         super().close()
@@ -1724,25 +1742,26 @@ class NodeBody(BodyStream):
 
 
 class ConnectionPool:
-    """Connections to other nodes, kept per hop while they are idle, for any thread.
+    """Connections to other nodes, kept by hop while they are idle; for any thread.
 
-    Owned by the worker. A connection belongs to one request until the answer has been read to its
-    end; then it stays here for `HOP_IDLE_SECONDS`.
+    The worker owns the pool. A connection belongs to one request until the answer has been read to
+    its end; then the pool keeps it for `HOP_IDLE_SECONDS`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # made when first needed: reading the authorities takes a while
+        # made when first needed: loading the certificate authorities takes a while
         self._tls: Optional[ssl.SSLContext] = None
         self._lock = threading.Lock()
         self._idle: Dict[Hop, List[NodeConnection]] = {}
 
     def open(self, request: NodeRequest) -> NodeBody:
-        """Send a request; return the answer, its body unread. The caller closes it.
+        """Send a request; return the answer with its body unread. The caller closes it.
 
-        The node may have closed an idle connection while the request was on its way. If an idle
-        connection ends before the first byte of an answer, the request goes out once more on a new
-        one, unless its body can be sent only once. OSError tells that the node was lost.
+        A node may close an idle connection while the request is on its way. If an idle connection
+        ends before the first byte of an answer, the request is therefore sent once more, on a new
+        connection; if its body can be sent only once, no idle connection is used. Raise OSError if
+        the node cannot be reached or is lost.
         """
         idle = self._take_idle(request.hop) if request.is_repeatable else None
         if idle is not None:
@@ -1758,7 +1777,7 @@ class ConnectionPool:
         return self._exchange(NodeConnection(request, self._tls if is_tls else None), request)
 
     def _take_idle(self, hop: Hop) -> Optional[NodeConnection]:
-        """Take the usable connection that was used last; close those that are not usable."""
+        """Take the connection that was used last, if usable; close those that are not."""
         while True:
             with self._lock:
                 idle = self._idle.get(hop)
@@ -1776,10 +1795,10 @@ class ConnectionPool:
             connection.begin(request, self._settings.token)
             head = connection.read_head()
             body = head.body(connection)
-            if head.status >= 300:  # the node wants no more of the request
+            if head.status >= 300:  # the node does not want the rest of the request
                 connection.stop()
             on_failure.pop_all()
-        # requests that cannot be repeated open new connections, which would pile up
+        # a request that cannot be repeated opens a new connection: kept ones would pile up
         can_stay = head.keeps_alive and request.is_repeatable
         return NodeBody(connection, head, body, self._keep if can_stay else NodeConnection.close)
 
@@ -1788,7 +1807,7 @@ class ConnectionPool:
             self._idle.setdefault(connection.hop, []).append(connection)
 
     def close_idle(self) -> None:
-        """Close the connections that have been idle for too long, or that the node has ended."""
+        """Close connections that have been idle for too long, or that the node has ended."""
         with self._lock:
             connections, self._idle = self._idle, {}
         for connection in itertools.chain(*connections.values()):
@@ -1799,30 +1818,31 @@ class ConnectionPool:
 
 
 # == 7. The ETL class contract ==
-# What users subclass: the SDK's classes, with their names, attributes and methods, but without its
-# servers (aistore/sdk/etl/webserver of SDK 1.24 and 2.0). A worker makes its instance after the
-# fork.
+# The classes that users subclass: the SDK's, with their names, attributes and methods, but without
+# its servers (aistore/sdk/etl/webserver of SDK 1.24 and 2.0). Each worker makes an instance after
+# the fork.
 
-# A report of a worker to the supervisor is a line: one of these bytes, and text.
+# A worker's report to the supervisor is a line: one of these bytes, and a text for some of them.
 REPORT_READY = b"R"  # the worker can serve
 REPORT_BEGUN = b"B"  # its first request has begun
 REPORT_ANSWERED = b"A"  # its first request is answered
 REPORT_OPENED = b"O"  # a WebSocket connection is open
 REPORT_CLOSED = b"C"  # a WebSocket connection is closed
-REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason
-REPORT_NEEDS = b"N"  # a framework, a space, and 1 if it must serve the class or 0 if not
-REPORT_STORY = b"S"  # a line of the traceback for the REPORT_FAILED that follows
-REPORT_FAILED = b"F"  # the start has failed: an exit code, a space and the reason
+REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; text: the reason
+REPORT_NEEDS = b"N"  # text: a framework, a space, and 1 if it must serve the class, else 0
+REPORT_STORY = b"S"  # text: a line of the traceback for the REPORT_FAILED that follows
+REPORT_FAILED = b"F"  # the start has failed; text: an exit code, a space, and the reason
 
 
 class Framework(NamedTuple):
     """A framework that a class may need."""
 
-    server: str  # what serves its applications; "" if this runtime does
-    modules: Mapping[str, str]  # module: requirement; classes import the first, the others serve
+    server: str  # the package that serves its applications; "" if this runtime serves them
+    # requirements by module: a class imports the first module, the others serve its application
+    modules: Mapping[str, str]
 
 
-FRAMEWORKS: Mapping[str, Framework] = {  # with the requirements of setup.cfg's extras
+FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.cfg's extras
     "fastapi": Framework("uvicorn", {
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
@@ -1831,7 +1851,7 @@ FRAMEWORKS: Mapping[str, Framework] = {  # with the requirements of setup.cfg's 
 
 
 def framework_of(cls: type) -> str:
-    """Return the framework that an ETL class can use, or ""."""
+    """Return the framework of an ETL class's base, or "" if it has none."""
     if issubclass(cls, FastAPIServer):
         return "fastapi"
     return "flask" if issubclass(cls, FlaskServer) else ""
@@ -1866,60 +1886,63 @@ class Share:
 
     @property
     def excess(self) -> int:
-        """The connections that this worker has beyond those of the one with the fewest."""
+        """The number of connections beyond those of the worker with the fewest."""
         return self._counts[self._slot] - min(self._counts)
 
 
 class Current:
-    """The state of this process, set before an instance of the class is made."""
+    """The state of this process, set before an instance of an ETL class is made.
+
+    The constructors of ETL classes have the SDK's parameters, so they find the rest here.
+    """
 
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
     reports: Optional[int] = None  # in a worker: the pipe to the supervisor
-    gate: Optional[int] = None  # in a worker: a pipe that ends when the worker may serve
-    share: Optional[Share] = None  # in a worker
-    # while a file is imported for its class: the instances that the file makes are not served
+    gate: Optional[int] = None  # in a worker: a pipe whose end tells that the worker may serve
+    share: Optional[Share] = None  # in a worker: its number of connections, for the others to see
+    # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
     began = 0.0  # when this program began, in seconds since the system's start
     output = 1  # the descriptor of the log
-    last_line = ""  # of the log: the reason of a failed start
+    last_line = ""  # the last line of the log, with the reason of a failed start
 
 
 def report(message: bytes) -> None:
-    """Send a line to the supervisor, if there is one."""
+    """Send a line to the supervisor, if there is one; cut a long line."""
     if Current.reports is not None:
-        with contextlib.suppress(BrokenPipeError):  # the supervisor is gone; this worker will be
-            # a pipe takes up to 4096 bytes as a whole
+        with contextlib.suppress(BrokenPipeError):  # without a supervisor, this worker ends soon
+            # a pipe takes up to 4096 bytes as a whole, so lines of several threads do not mix
             os.write(Current.reports, message[:2000] + b"\n")
 
 
 def how_to_get(package: str) -> str:
-    """Return what the user has to do to get a package, in a pod or on a laptop."""
+    """Return how the user gets a package: in a pod by PACKAGES, on a laptop by pip."""
     is_laptop = Current.settings is not None and not Current.settings.is_pod
     return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
 
 
-# The runtime keeps these in the `vars` of an instance, under names that no class can use: the
-# framework's application, and the function that answers its requests for objects.
+# The runtime keeps two things in the `vars` of an instance, under names that cannot be attributes
+# of the class: the framework's application, and the function that answers requests for objects.
 APP, ANSWER = "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
 def require_framework(server: Any) -> None:
-    """Raise FrameworkNeeded in a worker that serves a class without its framework."""
+    """Raise FrameworkNeeded in a worker whose class is not served by its framework."""
     is_served = Current.reports is not None and not Current.is_loading
     if is_served and not (Current.settings or Settings()).server:
         raise FrameworkNeeded(framework_of(type(server)), serves=True)
 
 
 def app_of(server: Any) -> Any:
-    """Return the application of an instance; make and prepare it at the first use."""
+    """Return an instance's application, which is made and prepared at the first use."""
     kept, name = vars(server), framework_of(type(server))
     if kept.get(APP) is None:
         require_framework(server)
         framework = importlib.import_module(name)
         if name == "fastapi":
-            kept[APP] = framework.FastAPI()
+            kept[APP] = framework.FastAPI()  # before the hook, which uses `self.app`
             server._setup_app()
         else:
             kept[APP] = framework.Flask(__name__)
@@ -1947,6 +1970,7 @@ class ETLServer(ABC):
         self.direct_fqn = settings.direct_fqn
         self.direct_put_retries = settings.direct_put_retries
         self.token: Optional[str] = settings.token or None
+        # this has no effect where logging is configured already, as in a pod
         logging.basicConfig(level=settings.log_level, handlers=[stdout_handler(settings)])
         self.logger = logging.getLogger(type(self).__name__)
         self.logger.setLevel(settings.log_level)
@@ -1954,11 +1978,14 @@ class ETLServer(ABC):
 
     @functools.cached_property
     def session(self) -> Any:
-        """A `requests.Session` for the class's own use, made at the first use."""
+        """A `requests.Session` for the class's own requests, made when first needed."""
         return self._build_session()
 
     def _build_session(self) -> Any:
-        """Make the session, with certificates and token; ImportError without `requests`."""
+        """Make the session, with the certificates and the token of the settings.
+
+        Raise ImportError if the package `requests` is missing.
+        """
         settings = Current.settings or Settings()
         try:
             import requests
@@ -1974,11 +2001,14 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Transform an object: its bytes, or its local path if `ETL_DIRECT_FQN` is on."""
+        """Return the transformed object.
+
+        `data` is the object's bytes, or its local path if `ETL_DIRECT_FQN` is on.
+        """
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
-        """Transform an object piece by piece; the reader ends where the object does."""
+        """Yield the transformed object in pieces; the reader ends where the object ends."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def get_mime_type(self) -> str:
@@ -1991,7 +2021,11 @@ class ETLServer(ABC):
 
     def client_put(self, url: str, data: bytes, headers: Dict[str, str],
                    timeout: Optional[float] = None) -> Any:
-        """Put bytes to another node. An override carries every delivery of the class."""
+        """Put bytes to another node, and return its whole answer.
+
+        `timeout` is in seconds: for connecting, and for each silence of the node. Raise OSError if
+        the node is lost. A class that overrides this method makes all deliveries by it.
+        """
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
         body = bytes(data) if isinstance(data, (bytearray, memoryview)) else data
@@ -2004,7 +2038,7 @@ class ETLServer(ABC):
 
     def handle_direct_put_response(self, resp: Any, data: bytes,
                                    data_length: int = -1) -> Tuple[int, bytes, int]:
-        """Return the status and body to pass on, and the number of delivered bytes."""
+        """Return the status and body for the client, and the number of delivered bytes."""
         if resp.status_code == HTTPStatus.NO_CONTENT:
             return HTTPStatus.NO_CONTENT, b"", int(resp.headers.get(HEADER_DIRECT_PUT_LENGTH, "0"))
         if resp.status_code == HTTPStatus.OK and not resp.content:
@@ -2012,17 +2046,17 @@ class ETLServer(ABC):
         return resp.status_code, resp.content, 0
 
     def sanitize_fqn(self, fqn: str) -> str:
-        """Return the path of a query parameter: unquoted, absolute, without `..`."""
+        """Return the path that a query parameter holds: unquoted, absolute, without `..`."""
         return os.path.normpath("/" + os.fsdecode(unquote_to_bytes(fqn)).lstrip("/"))
 
     @staticmethod
     def close_reader(reader: Any) -> None:
-        """Close the reader; ignore errors."""
+        """Close the reader; ignore all errors, also that it cannot be closed."""
         attempt(lambda: reader.close())
 
     @staticmethod
     def iter_and_close(output_iter: Iterator[bytes], reader: Any) -> Iterator[bytes]:
-        """Yield all items of an iterator, then close the reader that it reads."""
+        """Yield all items of an iterator, then close the reader that they come from."""
         try:
             yield from output_iter
         finally:
@@ -2035,9 +2069,9 @@ class ETLServer(ABC):
 
 
 def streams(cls: Type[ETLServer]) -> bool:
-    """Return whether a class overrides transform_stream() and not transform().
+    """Return whether a class overrides transform_stream() but not transform().
 
-    Raise TypeError if it overrides neither.
+    Raise TypeError if the class overrides neither.
     """
     if cls.transform is not ETLServer.transform:
         return False
@@ -2049,7 +2083,8 @@ def streams(cls: Type[ETLServer]) -> bool:
 class ListeningServer(ETLServer):
     """The common part of the SDK's three bases: an address, and `start`.
 
-    The port 8000 is the SDK's default and stands for PORT; a class that passes another gets it.
+    Port 8000, the SDK's default, stands for the variable `PORT`. A class that passes another port
+    gets that port.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2058,29 +2093,30 @@ class ListeningServer(ETLServer):
         self.port = (Current.settings or Settings()).port if port == 8000 else port
 
     def start(self) -> None:
-        """Serve until SIGTERM: a worker on the shared socket, others on their own."""
+        """Serve until SIGTERM, in a worker on the shared socket, elsewhere on a new one."""
         serve_instance(self)
 
 
 class HTTPMultiThreadedServer(ListeningServer):
     """The base of classes that many threads may call at once.
 
-    `path` is the path of the request as it came.
+    `path` is the path of the request as it came, not decoded.
     """
 
     class RequestHandler(http.server.BaseHTTPRequestHandler):
-        """A name that payloads can refer to; a class that overrides it is refused."""
+        """The SDK's name, for payloads that refer to it; overriding it is refused."""
 
 
 class LateApp:
-    """The application of an instance that is not served, made when it is used.
+    """A stand-in for an instance's application, which is made when it is used.
 
-    Files for the SDK end with `server = Mine()` and `app = server.app`, for uvicorn or gunicorn.
-    The command `serve` needs no framework for that.
+    Files that were written for the SDK end with `server = Mine()` and `app = server.app`, for
+    uvicorn or gunicorn. The command `serve` imports such a file, serves an instance of its own, and
+    so needs no framework for these lines.
     """
 
     def __init__(self, server: Any) -> None:
-        vars(self)["_app"] = functools.partial(app_of, server)
+        vars(self)["_app"] = functools.partial(app_of, server)  # not by our own __setattr__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._app(), name)
@@ -2093,11 +2129,12 @@ class LateApp:
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer, whose framework few classes need.
+    """The base of FastAPIServer and FlaskServer; few of their classes need a framework.
 
-    Transforms run one at a time, on the main thread. The framework serves a class that overrides a
-    hook, or that uses `self.app` when it is constructed. This use raises FrameworkNeeded, and the
-    pod starts again: then the framework is there, and this constructor makes the application.
+    Transforms run one at a time, on the main thread, unless `NUM_THREADS` is more than 1. The
+    framework serves a class that overrides a hook, or that uses `self.app` in its constructor. This
+    use raises FrameworkNeeded; the pod then starts again with the framework, and the constructor
+    below makes the application.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2123,12 +2160,12 @@ class FastAPIServer(FrameworkServer):
     """The SDK's FastAPI base; `path` is decoded and has no slash at its beginning.
 
     Hooks: _setup_app(), called when the application is made; startup_event() and shutdown_event();
-    _handle_request(), which answers requests for objects. If a class overrides one of them, uvicorn
-    serves it.
+    _handle_request(), which answers requests for objects. If a class overrides a hook, uvicorn
+    serves its application.
     """
 
     def _setup_app(self) -> None:
-        """Prepare the application; the routes of objects follow the class's own."""
+        """Prepare the application; the routes for objects are added after the class's own."""
         self.app.state.etl_server = self
         self.app.router.on_startup.append(self.startup_event)
         self.app.router.on_shutdown.append(self.shutdown_event)
@@ -2148,11 +2185,11 @@ class FlaskServer(FrameworkServer):
     """The SDK's Flask base; `path` is decoded and has no slash at its beginning.
 
     Hooks: _register_routes(), called when the application is made; _health(); _handle_request(),
-    which answers requests for objects. If a class overrides one of them, its application is served.
+    which answers requests for objects. If a class overrides a hook, its application is served.
     """
 
     def _register_routes(self) -> None:
-        """Do nothing: the routes of objects are added when the application is served."""
+        """Do nothing: the routes for objects are added when the application is served."""
 
     def _health(self) -> Any:
         """Answer a health probe."""
@@ -2161,12 +2198,12 @@ class FlaskServer(FrameworkServer):
         return flask.Response(b"Running", content_type="text/plain")
 
     def _handle_request(self, path: str) -> Any:
-        """Answer the current request, which is for an object, with a Flask response."""
+        """Answer Flask's current request, which is for an object, with a Flask response."""
         return vars(self)[ANSWER](path)
 
 
 class CountingIterator:
-    """Pieces of bytes, whose length is counted in `bytes_sent` as they pass."""
+    """An iterator over pieces, whose lengths add up in `bytes_sent` as they pass."""
 
     def __init__(self, inner: Iterator[bytes]) -> None:
         self._inner = inner
@@ -2179,7 +2216,7 @@ class CountingIterator:
 
 
 class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """A server of the SDK that payloads can refer to; this runtime has another."""
+    """The SDK's server, for payloads that refer to it; this runtime does not use it."""
 
     def __init__(self, server_address: Tuple[str, int], handler_class: Any,
                  etl_server: ETLServer) -> None:
