@@ -485,7 +485,7 @@ def target_url(text: str) -> str:
 
 
 class Variable(NamedTuple):
-    """An environment variable, the field of `Settings` it fills, and its parser.
+    """An environment variable, the field of `Settings` that it fills, and its parser.
 
     The parser's ValueError says which values are allowed.
     """
@@ -541,7 +541,7 @@ def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str
 
 
 class Settings(NamedTuple):
-    """What the environment asks for; made by `from_env`, never changed."""
+    """The settings, from the environment or the command line; never changed."""
 
     payload: str = ""
     payload_file: str = ""
@@ -591,7 +591,7 @@ class Settings(NamedTuple):
 
     @property
     def is_pod(self) -> bool:
-        """Whether the environment holds the class; otherwise it comes from a file."""
+        """Whether the environment has a payload; otherwise a class's file is served."""
         return bool(self.payload or self.payload_file)
 
     def redact(self, text: str) -> str:
@@ -643,7 +643,7 @@ def stdout_handler(settings: Settings) -> logging.Handler:
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send all log records to stdout, those of users' code too: a pod's log is one stream."""
+    """Send all log records to stdout, users' too, since a pod's log is one stream."""
     handler = stdout_handler(settings)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logger.setLevel(settings.log_level)
@@ -768,6 +768,7 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
     """Return whether a package is installed, in the version that `name` asks for."""
     import subprocess
 
+    # apk answers by its exit code alone, dpkg-query by its output
     command, wanted = ["apk", "info", "--installed", name], ""
     if tool == "apt-get":
         package, _, version = name.partition("=")
@@ -902,7 +903,7 @@ def lacking(requirements: Iterable[str]) -> List[str]:
 
 
 class TargetFolder:
-    """The temporary folder that pip fills if it cannot, or must not, fill site-packages.
+    """The temporary folder for pip if it cannot, or must not, fill site-packages.
 
     pip must not if another package manager owns them (PEP 668). The folder is made when pip first
     needs it. The process that owns the folder removes it when the process ends.
@@ -956,7 +957,7 @@ def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Let this process and its children import the packages that pip put into a folder."""
+    """Let this process and its children import what pip has put into a folder."""
     import site
 
     if folder == target_folder.path and folder not in sys.path:
@@ -984,6 +985,7 @@ def install_python_packages(text: str, why: str = "PACKAGES",
         return
     folder, arguments = pip_target(requirements, why)
     logger.info("installing Python packages: %s", hide_credentials(" ".join(requirements)))
+    # the environment can override the first of these, and not the others
     variables = {
         "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
     for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
@@ -1025,7 +1027,7 @@ SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
 
 
 class Fields(Dict[str, str]):
-    """Header fields, found by a name in upper or lower case; the keys are in lower case."""
+    """Header fields by name, in upper or lower case; the keys are in lower case."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
@@ -1040,7 +1042,7 @@ class Fields(Dict[str, str]):
 
 @functools.lru_cache(maxsize=32)
 def parse_fields(text: str) -> Mapping[str, str]:
-    """Parse header lines that end in CRLF; return the fields' values by lower-case name.
+    """Parse header lines that end in CRLF; return the values by lower-case name.
 
     The values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated.
     Raise UnframedRequest if a line is malformed. All lines are matched at once, which is several
@@ -1315,7 +1317,7 @@ class ChunkedReader(MessageBody):
         return count
 
     def _begin_chunk(self) -> None:
-        """Read the end of a chunk and the size of the next, and after the last the trailers."""
+        """Read a chunk's end and the next chunk's size; after the last, the trailers."""
         if not self._is_first and self._readline() != b"\r\n":
             raise self._cut("is malformed: a chunk is longer than it said")
         self._is_first = False
@@ -1365,9 +1367,9 @@ class ClosingReader(MessageBody):
 
 
 def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
-    """Split a pipeline into its first URL and the rest; both are "" if there is no pipeline.
+    """Split a pipeline into its first URL and the rest.
 
-    Raise InvalidPipelineError if an entry is empty.
+    Both are "" if there is no pipeline. Raise InvalidPipelineError if an entry is empty.
     """
     if not pipeline_header or not pipeline_header.strip():
         return "", ""
@@ -1483,7 +1485,7 @@ class NodeRequest(NamedTuple):
 
 
 class NodeAnswer(NamedTuple):
-    """A node's whole answer, with the attributes of a `requests.Response` that classes use."""
+    """A node's whole answer, in place of a `requests.Response`, as classes use it."""
 
     status_code: int
     headers: Mapping[str, str]
@@ -1557,7 +1559,7 @@ def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.
 
 
 class NodeConnection(ConnectionInput):
-    """A connection to a node, made by the constructor; it serves one request at a time.
+    """A connection to a node, which serves one request at a time.
 
     The rest of a request's body is sent while the answer is being read. A node may answer before it
     has taken the whole body: a stage that streams does, and so does a node that refuses the object
@@ -1596,12 +1598,12 @@ class NodeConnection(ConnectionInput):
         return not self._rest
 
     def is_usable(self) -> bool:
-        """Return whether an idle connection can serve a request: it is neither old nor ended."""
+        """Return whether an idle connection can serve a request: not old, not ended."""
         is_fresh = time.monotonic() - self.idle_since < HOP_IDLE_SECONDS
         return is_fresh and not is_ready(self._connection, select.POLLIN)
 
     def begin(self, request: NodeRequest, token: str) -> None:
-        """Send a request's head, and a small body with it; take over the rest of the body."""
+        """Send a request's head, with a small body; take over the rest of the body."""
         self._silence_seconds = request.silence_seconds
         self._connection.settimeout(self._silence_seconds)
         self._pieces = request.encode(token)
@@ -2023,8 +2025,9 @@ class ETLServer(ABC):
                    timeout: Optional[float] = None) -> Any:
         """Put bytes to another node, and return its whole answer.
 
-        `timeout` is in seconds: for connecting, and for each silence of the node. Raise OSError if
-        the node is lost. A class that overrides this method makes all deliveries by it.
+        `data` is bytes, or an iterator of bytes where a class streams. `timeout` is in seconds: for
+        connecting, and for each silence of the node. Raise OSError if the node is lost. If a class
+        overrides this method, all its outputs are delivered by the override.
         """
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
@@ -2129,7 +2132,7 @@ class LateApp:
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer; few of their classes need a framework.
+    """The base of FastAPIServer and FlaskServer; few classes need the framework.
 
     Transforms run one at a time, on the main thread, unless `NUM_THREADS` is more than 1. The
     framework serves a class that overrides a hook, or that uses `self.app` in its constructor. This
@@ -2165,7 +2168,7 @@ class FastAPIServer(FrameworkServer):
     """
 
     def _setup_app(self) -> None:
-        """Prepare the application; the routes for objects are added after the class's own."""
+        """Prepare the application; routes for objects are added after the class's own."""
         self.app.state.etl_server = self
         self.app.router.on_startup.append(self.startup_event)
         self.app.router.on_shutdown.append(self.shutdown_event)
