@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """Serve a pickled ETL class to NVIDIA AIStore: the whole runtime in one file.
 
-An AIStore *target*, a storage node, starts one pod beside itself for each ETL. The pod finds the
-user's class in its environment: `ETL_CLASS_PAYLOAD` is the base64 of a cloudpickle. This file
-installs the packages that the class needs, unpickles the class without the AIStore SDK, and
+Each AIStore *target*, a storage node, starts a pod of its own for each ETL. The pod finds the
+user's class in its environment: `ETL_CLASS_PAYLOAD` is a cloudpickle of the class, in base64. This
+file installs the packages that the class needs, unpickles the class without the AIStore SDK, and
 transforms the objects that the target sends. It needs the standard library and, for payloads,
-`cloudpickle`; Python 3.9 or newer; Linux, or macOS for trying a class on a laptop.
+`cloudpickle`; Python 3.9 or newer; Linux, or macOS to try a class on a laptop.
 
     python3 ais_runtime_min.py                       serve what the environment describes
-    python3 ais_runtime_min.py serve FILE[:CLASS]    serve a class from a file, for trying it
-    python3 ais_runtime_min.py install               install the packages, while an image is built
+    python3 ais_runtime_min.py serve FILE[:CLASS]    serve a class from a file, to try it
+    python3 ais_runtime_min.py pack FILE[:CLASS]     make a payload of a class from a file
+    python3 ais_runtime_min.py install               install the packages while an image is built
 
-The map. A request passes four stages, sections 9 to 12, which hand each other plain values. No
-section uses a name of a later one, except for `main` and the `start()` of a class.
+The map. A request passes four stages, sections 9 to 12, which hand plain values to each other. No
+section uses a name that a later section defines, except in the `start()` method of a class.
 
     1. Names and limits
     2. Errors
@@ -35,16 +36,16 @@ section uses a name of a later one, except for `main` and the `start()` of a cla
     19. Entry
 
 The life of the process: read the settings, install packages, unpickle the class, bind the port,
-fork the workers. Each worker constructs the class and answers requests. The supervisor replaces
-workers that die. On SIGTERM the workers answer every request that they have begun to read, then
-all processes end. If the start fails, the last line of the log tells the reason.
+fork the workers. Each worker makes an instance of the class and answers requests. The supervisor
+replaces workers that die. On SIGTERM the workers answer every request that they have begun to
+read, and then all processes end. If the start fails, the last line of the log gives the reason.
 
-The life of a request: bytes of a connection become an `ETLRequest`, which opens a `Source`; the
-class transforms its bytes; the output becomes an `Answer`. Every failure on the way becomes an
-answer in one place, `answer_for`.
+The life of a request: the bytes of a connection become an `ETLRequest`; a `Source` is opened for
+the object that the request names; the class transforms the object; the output becomes an `Answer`.
+Every failure on the way becomes an answer in one place, `answer_for`.
 
-The runtime does not authenticate its callers (the cluster's network does), speak HTTP/2, or
-terminate TLS.
+The runtime does not authenticate its callers: the cluster's network has to keep strangers out. It
+does not speak HTTP/2 or terminate TLS.
 """
 from __future__ import annotations
 
@@ -55,16 +56,19 @@ import threading
 import types
 
 if __name__ == "__main__":
-    # A class that imports this file by its name must get the same ETLServer.
+    # A class that imports this file by its name must get this module, with the same ETLServer, and
+    # not a second copy.
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
-    # What is imported now stays: looking for garbage would take a sixth of the start.
+    # Imported modules stay: a search for garbage among them would take a sixth of the start-up
+    # time. `freeze_heap` enables the collector again.
     gc.disable()
 
     class LateModule(types.ModuleType):
-        """Stand in for a module, and load it when one of its attributes is read or set.
+        """A stand-in for a module that is loaded when an attribute is first read or set.
 
-        Modules that imported the stand-in keep it; it forwards every attribute. The class imports
-        the module itself: `leave_late_modules` has removed the stand-ins by then.
+        Modules that have imported the stand-in keep it, and it forwards every attribute. The user's
+        class imports the module itself, since `leave_late_modules` has removed the stand-ins by
+        then.
         """
 
         _lock = threading.Lock()
@@ -76,13 +80,13 @@ if __name__ == "__main__":
             setattr(self._load(), name, value)
 
         def _load(self) -> types.ModuleType:
-            with self._lock:  # or a slower thread would remove what a faster one has loaded
+            with self._lock:  # else a slow thread could remove the module that a fast one loads
                 if sys.modules.get(self.__name__) is self:
                     del sys.modules[self.__name__]
             return importlib.import_module(self.__name__)
 
-    # The library and cloudpickle import these modules, but few pods use them. Loading them would
-    # take a fifth of the start and of the memory.
+    # The standard library and cloudpickle import these modules, but few pods use them. Loading them
+    # would take a fifth of the start-up time and of the memory.
     late_modules: Dict[str, types.ModuleType] = {
         name: LateModule(name)
         for name in ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")
@@ -137,37 +141,39 @@ __version__ = "0.1.0"
 
 # == 1. Names and limits ==
 # The names of the wire contract with AIStore (ext/etl and ais/tgtetl.go in its sources), and every
-# number with its unit and its reason.
+# number with its unit and its reason. The *leader* is the thread of a worker that waits for all of
+# its connections; a *hop* is the next stage of a pipeline, or the target that takes the result.
 
-HEADER_NODE_URL = "Ais-Node-Url"  # of a request: the hops that its result goes to
-HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"  # of an answer: the bytes delivered to a hop
-HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"  # of a 503: the client is to send the object again
+HEADER_NODE_URL = "Ais-Node-Url"  # in a request: the pipeline, the hops that its result passes
+HEADER_DIRECT_PUT_LENGTH = "Ais-Direct-Put-Length"  # in an answer: the bytes delivered to a hop
+HEADER_RETRY_REASON = "Ais-Etl-Retry-Reason"  # in a 503: why to send the object once more
 RETRY_REASON_TRANSIENT = "direct-put-transient"
 QPARAM_FQN = "etl_fqn"  # the path of the object's file
 QPARAM_ARGS = "etl_args"  # the user's argument for the transform
-QPARAM_LATEST = "latest-ver"  # whether to read the object from the target and not from its file
+QPARAM_LATEST = "latest-ver"  # whether to ask the target for the object, and not read its file
 QPARAM_ORIGINAL_URL = "original_url"  # of /download: the URL to fetch
 QPARAM_OBJECT_TO = "object_to"  # of /download: the object's path
 # for /download: some servers refuse requests without a User-Agent
 AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
-FRESH_START = "AIS_RUNTIME_FRESH_START"  # set by a process that starts over, for its next program
+FRESH_START = "AIS_RUNTIME_FRESH_START"  # the state that `Start.over` leaves to the next program
 
-HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes for a pipeline of many stages
+HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes; room for many stages' URLs
 HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
-READ_BYTES = 64 << 10  # of one receive: a small object mostly comes together with its head
+READ_BYTES = 64 << 10  # of one receive: a small object usually comes together with its head
 WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
-DRAIN_LIMIT_BYTES = 1 << 20  # read on after an error; beyond this, closing is cheaper
+DRAIN_LIMIT_BYTES = 1 << 20  # of a body, read on after an error; beyond this, closing is cheaper
 LINGER_LIMIT_BYTES = 64 << 20  # read before closing, so that a client still sending gets the answer
-CHUNK_LINE_LIMIT_BYTES = 4 << 10  # a chunk's size and its extensions, which nobody sends
-ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error; AIStore cuts its text far earlier
-# a stage's smaller answer is read to its end before ours begins, so that a failure has a status
+CHUNK_LINE_LIMIT_BYTES = 4 << 10  # of a chunk's size and its extensions, which nobody sends
+ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore cuts far earlier
+# a smaller answer of the next stage is read to its end before our answer begins: if that fails, a
+# status can still tell it
 SMALL_ANSWER_BYTES = 64 << 10
 WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
-UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads; unmasked as one number
-AHEAD_LIMIT_MESSAGES = 64  # unanswered objects of a WebSocket connection; transforms have 16 slots
+UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads, unmasked as one integer
+AHEAD_LIMIT_MESSAGES = 64  # of a WebSocket connection, read but unanswered; 16 transforms run
 AHEAD_LIMIT_BYTES = 16 << 20  # of these objects and their results; one object is always read
-BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes 1024
+BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes at most 1024
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
 BODY_PAUSE_SECONDS = 300.0  # between two pieces of a body: the stage before may be computing
@@ -180,41 +186,41 @@ CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
-# to connect, for all retries of a delivery together. The default three retries then end within
-# 8 s of the first failure; AIStore's own limit for an object may be 10 s.
+# to connect, in all retries of a delivery together. The default, three retries, then ends within
+# 8 s of the first failure (1 + 2 + 4 + 1); AIStore's own limit for an object may be 10 s.
 RETRY_CONNECT_SECONDS = 1.0
 FORSAKEN_SECONDS = 10.0  # until the pod ends after failures have closed all WebSocket connections
 WEBSOCKET_DRAIN_SECONDS = 15.0  # for WebSocket clients that go on sending while the pod stops
 GRACE_SECONDS = 25.0  # from SIGTERM to the pod's end: a node drain leaves 30 s
 WORKER_GRACE_SECONDS = 23.0  # of these, for the requests of a worker; its exit hooks have the rest
 LEAVE_SECONDS = 2.0  # for a process without requests to end
-REPEAT_SECONDS = 0.3  # signals to stop within this time are one, for a process and its group
+REPEAT_SECONDS = 0.3  # stop signals this close are one, sent to the process and to its group
 CHILDREN_SECONDS = 0.3  # for a class's child processes to end on SIGTERM, when its worker ends
-THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; executors' have longer
+THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; those of executors have more
 TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once if forking is safe
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, not half an hour
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
-TOOL_PROGRESS_SECONDS = 5.0  # between two log lines that an installer still runs
-TOOL_QUERY_SECONDS = 60.0  # for an installer to tell whether a package is there: it reads a file
+TOOL_PROGRESS_SECONDS = 5.0  # between two log lines which say that an installer still runs
+TOOL_QUERY_SECONDS = 60.0  # for the query whether a package is installed, which only reads a file
 TOOL_LINES_LIMIT = 40  # last lines of an installer's output that are kept: errors are among them
-TOOL_OUTPUT_BYTES = 128 << 10  # end of an installer's output, where these lines are looked for
+TOOL_OUTPUT_BYTES = 128 << 10  # of the end of an installer's output, which has these lines
 TOOL_LINE_LIMIT_BYTES = 2000  # of one of these lines
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
 WEBSOCKET_LIMIT = 512  # WebSocket connections of a worker: half of the threads are left to HTTP
-QUICK_SECONDS = 0.0005  # the leader makes shorter calls of the class: handing over costs more
-TURN_SECONDS = 0.05  # of calls of the class for one connection, while others wait for the leader
+QUICK_SECONDS = 0.0005  # the leader itself calls a class that is faster: a handover costs more
+TURN_SECONDS = 0.05  # in which the leader calls the class for one connection, while others wait
 LEAD_SECONDS = 0.01  # until a leader that is held up loses the lead to its deputy
 YIELD_SECONDS = 0.001  # for another worker with fewer connections to accept the next one
 CROWD_LIMIT = 64  # connections accepted in a row, or idle ones closed to make room
 EXCESS_LIMIT = 8  # connections that a busy worker may have beyond another, which may be as busy
 DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
-DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for disks
+DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for I/O
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # before a dead worker is replaced; the delay doubles up to this
-DEATHS_LIMIT = 10  # workers that die in a row and answered nothing: the pod is hopeless
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # temporary
-DOWNLOAD_REDIRECTS_LIMIT = 5  # more is a loop
+DEATHS_LIMIT = 10  # workers that die in a row, none having answered a request; then the pod ends
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # shortages that pass
+DOWNLOAD_REDIRECTS_LIMIT = 5  # more are probably a loop
 TERMINATION_LOG = "/dev/termination-log"
 TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more
 
@@ -227,12 +233,12 @@ class Exit(enum.IntEnum):
 
     OK = 0
     USAGE = os.EX_USAGE  # 64: the command line
-    DATA = os.EX_DATAERR  # 65: the payload is no class that can be served
+    DATA = os.EX_DATAERR  # 65: the payload is not a class that can be served
     UNAVAILABLE = os.EX_UNAVAILABLE  # 69: a package is missing or cannot be installed
     SOFTWARE = os.EX_SOFTWARE  # 70: the user's code failed, or workers keep dying
     SYSTEM = os.EX_OSERR  # 71: the port is taken, a file cannot be read
     OUTPUT = os.EX_IOERR  # 74: the result of a command cannot be written
-    CONFIG = os.EX_CONFIG  # 78: an environment variable
+    CONFIG = os.EX_CONFIG  # 78: an environment variable cannot be used, or is missing
 
 
 # == 2. Errors ==
@@ -260,21 +266,21 @@ class BadRequest(RequestError):
 
 
 class UnframedRequest(BadRequest):
-    """Where the request ends is unknown: it is answered, and the connection closed."""
+    """The request's end is unknown: an answer is sent, and the connection is closed."""
 
 
 class ShortBody(BadRequest):
-    """A body ended early, stalled or is malformed; it is never taken for whole."""
+    """The body ended early, stalled or is malformed; it never counts as a whole one."""
 
 
 class Forbidden(RequestError):
-    """No object of AIStore has this path, whether a file is there or not."""
+    """No object of AIStore can have this path, whether or not a file is there."""
 
     status = HTTPStatus.FORBIDDEN
 
 
 class NotFound(RequestError):
-    """The source object is not there; a 404 means nothing else to AIStore."""
+    """The source object does not exist; to AIStore, a 404 means nothing else."""
 
     status = HTTPStatus.NOT_FOUND
 
@@ -292,7 +298,7 @@ class BadGateway(RequestError):
 
 
 class HopLost(BadGateway):
-    """The next hop was lost before it had answered.
+    """The next hop was lost before its answer was whole, or wants the object again.
 
     The delivery may be tried again, unless `hopeless` says that no attempt can succeed.
     """
@@ -303,7 +309,7 @@ class HopLost(BadGateway):
 
 
 class NodeBodyLost(BadGateway):
-    """Another node's answer ended early."""
+    """Another node's answer ended early, stalled or is malformed."""
 
 
 class Outcome(NamedTuple):
@@ -320,9 +326,9 @@ class Terminated(SystemExit):
 def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
     """Call a function that may raise anything, and return its value or its error.
 
-    Users' code runs in it, and a SystemExit of that code must not end a thread. Only `Terminated`
-    passes: a signal that comes while users' code is loaded is for the runtime. The caller decides
-    what an error means, and drops none without saying so.
+    Users' code is called this way, and a SystemExit that it raises must not end a thread. Only
+    `Terminated` passes: a signal to stop that comes while users' code is being loaded is meant for
+    the runtime. The caller decides what an error means; if it ignores errors, it says so.
     """
     try:
         return Outcome(function(*args))
@@ -340,7 +346,7 @@ def describe(error: BaseException) -> str:
 class StartupError(Exception):
     """The pod cannot serve; the error's text becomes the last line of the log.
 
-    `story` is logged before that line, once, by the supervisor: the traceback of the user's code.
+    `story` is the traceback of the user's code. The supervisor logs it once, before that line.
     """
 
     exit = Exit.SOFTWARE
@@ -354,7 +360,7 @@ class ConfigError(StartupError):
 
 
 class PayloadError(StartupError):
-    """The payload is no class that this runtime can serve."""
+    """The payload is not a class that this runtime can serve."""
 
     exit = Exit.DATA
 
@@ -366,9 +372,10 @@ class PackageError(StartupError):
 
 
 class FrameworkNeeded(PackageError):
-    """The class turns out to need a framework: install it and start once more.
+    """The class turns out to need a framework, which is installed before a new start.
 
-    `serves` tells whether the framework must serve the class, or the class merely imports it.
+    `serves` is true if the framework must serve the class, and false if the class merely imports
+    the framework.
     """
 
     def __init__(self, framework: str, serves: bool) -> None:
@@ -390,7 +397,7 @@ class PortError(StartupError):
 
 
 class UsageError(StartupError):
-    """The command line is wrong, or names what is not there."""
+    """The command line is wrong, or names something that does not exist."""
 
     exit = Exit.USAGE
 
@@ -417,7 +424,7 @@ class ETLDirectPutTransientError(Exception):
 
 
 def parse_bool(text: Optional[str]) -> bool:
-    """Return whether a text means true to the SDK; any unknown word is false."""
+    """Return whether a text means true to the SDK; an unknown word means false."""
     return str(text or "").strip().lower() in ("1", "t", "true", "y", "yes", "on")
 
 
@@ -452,7 +459,7 @@ def existing_file(text: str) -> str:
 
 
 def folders(text: str) -> Tuple[str, ...]:
-    """Parse absolute folders with colons between them; symlinks are resolved."""
+    """Parse a colon-separated list of absolute folders, and resolve symlinks."""
     paths = [path for path in text.split(":") if path]
     if not paths or not all(map(os.path.isabs, paths)):
         raise ValueError("absolute folders, separated by colons")
@@ -460,7 +467,7 @@ def folders(text: str) -> Tuple[str, ...]:
 
 
 def target_url(text: str) -> str:
-    """Parse a target's base URL; return it without a slash at its end."""
+    """Parse a target's base URL; drop the slashes at its end, unless its path is `/`."""
     try:
         url = urlsplit(text)
         if url.scheme == "file":
@@ -470,14 +477,15 @@ def target_url(text: str) -> str:
             is_usable = has_host and url.scheme in ("http", "https")
     except ValueError:  # the port or the IPv6 address is malformed
         is_usable = False
-    if not is_usable or not re.fullmatch("[!-\"$->@-~]+", text):  # no query, no fragment
+    # the pattern is visible ASCII without "#" and "?": a path is appended to the URL
+    if not is_usable or not re.fullmatch("[!-\"$->@-~]+", text):
         raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that "
                          "is there, without user and password")
     return text if url.path == "/" else text.rstrip("/")
 
 
 class Variable(NamedTuple):
-    """An environment variable, the field of `Settings` it fills, and its parser.
+    """An environment variable, the field of `Settings` that it fills, and its parser.
 
     The parser's ValueError says which values are allowed.
     """
@@ -485,7 +493,7 @@ class Variable(NamedTuple):
     name: str
     field: str
     parse: Callable[[str], Any]
-    secret: bool = False  # whether error texts must not show the value
+    secret: bool = False  # whether error texts must hide the value
 
 
 # Of two variables for one field, the later one wins.
@@ -515,7 +523,10 @@ VARIABLES = (
 
 
 def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str]:
-    """Join the pieces of the payload in `values`; return complaints about them."""
+    """Join the pieces of the payload into `values`; return complaints about them.
+
+    A large payload comes in pieces, since Linux takes at most 128 KiB in one variable.
+    """
     further = {name for name, text in environ.items()
                if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name)}
     names = [f"ETL_CLASS_PAYLOAD_{number}" for number in range(2, 2 + len(further))]
@@ -530,7 +541,7 @@ def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str
 
 
 class Settings(NamedTuple):
-    """What the environment asks for; made by `from_env`, never changed."""
+    """The settings, from the environment or the command line; never changed."""
 
     payload: str = ""
     payload_file: str = ""
@@ -567,7 +578,7 @@ class Settings(NamedTuple):
                 if text:
                     values[variable.field] = variable.parse(text)
             except ValueError as error:
-                # a text with lines may be a private key, given in place of its file
+                # a text of several lines may be a private key, given instead of its file's path
                 shown = "" if variable.secret or "\n" in text else f"={text!r}"
                 complaints.append(f"{variable.name}{shown} must be {error}")
         complaints += join_payload(environ, values)
@@ -580,16 +591,16 @@ class Settings(NamedTuple):
 
     @property
     def is_pod(self) -> bool:
-        """Whether the environment has the class; else somebody tries one from a file."""
+        """Whether the environment has a payload; otherwise a class's file is served."""
         return bool(self.payload or self.payload_file)
 
     def redact(self, text: str) -> str:
-        """Replace the token and the target's secret path; users' errors may quote them."""
+        """Replace the token and the target's secret path, which users' errors may quote."""
         path = "" if self.target.startswith("file:") else urlsplit(self.target).path
         name = path.rpartition("/")[2]
         secrets = {self.token, path, unquote(path), name, unquote(name)}
         for secret in sorted(secrets, key=len, reverse=True):  # a longer one may contain others
-            if len(secret) > 3:
+            if len(secret) > 3:  # a shorter one would be found in harmless words
                 text = text.replace(secret, "***")
         return text
 
@@ -599,9 +610,10 @@ WITH_LINES = {"has_lines": True}  # `extra` of a log record whose message has se
 
 
 class RedactingFormatter(logging.Formatter):
-    """Format log records, tracebacks too, without the secrets of the settings.
+    """Format log records and their tracebacks without the secrets of the settings.
 
-    The message of a record becomes one line, unless the record `has_lines`. A traceback follows it.
+    The message of a record becomes one line, unless the record `has_lines`. The traceback, if there
+    is one, follows in lines of its own.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -618,7 +630,7 @@ class RedactingFormatter(logging.Formatter):
         return text if getattr(record, "has_lines", False) else LINE_BREAK.sub(" ", text)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802, the library's name
-        """Format a traceback, or only its exception if no file can be opened for it."""
+        """Format a traceback; if that fails, as without free descriptors, its exception."""
         text = attempt(super().formatException, ei).value
         return text if isinstance(text, str) else f"{type(ei[1]).__name__}: {describe(ei[1])}"
 
@@ -631,7 +643,7 @@ def stdout_handler(settings: Settings) -> logging.Handler:
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send all log records to stdout, users' too: the pod's log is one stream."""
+    """Send all log records to stdout, users' too, since a pod's log is one stream."""
     handler = stdout_handler(settings)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logger.setLevel(settings.log_level)
@@ -645,7 +657,8 @@ def configure_logging(settings: Settings) -> None:
 
 def hide_credentials(text: str) -> str:
     """Return a text without the users and passwords in its URLs."""
-    # a password may contain a bare slash; up to five digits before a slash are a port
+    # The first alternative ends at a slash. The second allows for a bare slash in a password, but
+    # takes up to five digits before a slash for a port.
     return re.sub(r"://(?:[^/\s]*|[^/:\s]*:(?![0-9]{1,5}/)[^@\s]*)@", "://***@", text)
 
 
@@ -659,9 +672,10 @@ def signal_group(group: int, number: int) -> bool:
 
 
 def end_all(send: Callable[[int], bool], seconds: float) -> None:
-    """End processes with SIGTERM, and with SIGKILL if some are left after `seconds`.
+    """Send SIGTERM to processes, wait up to `seconds` for their end, send SIGKILL.
 
-    `send` sends a signal to all of them, 0 for none, and returns whether any is left.
+    `send(number)` sends a signal to all of the processes and returns whether any is left; the
+    signal 0 only asks.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -669,7 +683,7 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
         while is_left and time.monotonic() < deadline:
             time.sleep(0.01)
             is_left = send(0)
-    finally:  # also if a second signal to this process ends the wait
+    finally:  # also if a further signal to this process raises an exception in the wait
         send(signal.SIGKILL)
 
 
@@ -696,41 +710,42 @@ def stop_signals_deferred() -> Iterator[None]:
 
 
 def last_lines(output: int) -> List[str]:
-    """Return the last lines of a tool's output file, without credentials."""
+    """Return the last lines of an installer's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
     found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
     if start:
-        del found[0]  # its beginning is not here
+        del found[0]  # the beginning of this line was not read
     lines = []
     for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
         text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
         if len(line) > TOOL_LINE_LIMIT_BYTES:
-            # drop the last word: in half of a URL no password can be recognized
+            # the last word may be half of a URL, in which no password can be recognized
             text = text.rpartition(" ")[0] + " …"
         lines.append(hide_credentials(text))
     return lines
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Return what went wrong: the errors in a tool's last lines, or the last line."""
+    """Return the errors in an installer's last lines or, without any, the last line."""
     text = "\n".join(map(str.strip, lines))
     errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
     if not errors:
-        # the last error of apk or pip, with the lines that a colon at its end announces
+        # the last error of apk or pip; if its line ends in a colon, the next line belongs to it
         errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
     words = "; ".join(errors).replace("\n", " ")
     if "No matching distribution" in words and "connection broken by" in text:
-        words += "; the package index cannot be reached"  # pip takes it for an empty index
+        words += "; the package index cannot be reached"  # pip treats it as an empty index
     return words or text.rpartition("\n")[2] or "it printed nothing"
 
 
 def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
              environ: Mapping[str, str]) -> List[str]:
-    """Run an installer to its end, and return its last lines; log that it runs.
+    """Run an installer to its end and return its last lines; log that it still runs.
 
     Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
-    long. The tool's process group is ended after it, and also when a signal ends this process. The
-    output goes to a temporary file: a process that the tool leaves behind could keep a pipe open.
+    long. Whatever is left of the tool's process group is ended when the tool has ended, or when a
+    signal ends this process. The output goes to a temporary file and not to a pipe, which a process
+    that the tool leaves behind could keep open.
     """
     import subprocess
     import tempfile
@@ -776,6 +791,7 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
     """Return whether a package is installed, in the version that `name` asks for."""
     import subprocess
 
+    # apk answers by its exit code alone, dpkg-query by its output
     command, wanted = ["apk", "info", "--installed", name], ""
     if tool == "apt-get":
         package, _, version = name.partition("=")
@@ -792,23 +808,23 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
 
 APT_INSTALL = (
     "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
-    # do not read an unknown name with a dot as a regular expression, which could match hundreds
+    # else an unknown name with a dot is a regular expression, which may match hundreds of packages
     "-o", "APT::Cmd::Pattern-Only=true",
-    # keep changed configuration files without a question
+    # keep configuration files that the image has changed, without asking
     "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Install the packages of a comma-separated list that are missing.
+    """Install the missing packages of a comma-separated list.
 
-    Raise PackageError if the image has neither apk nor apt-get, or if the tool fails. A tool needs
-    root, and is not run if no package is missing.
+    Raise PackageError if the image has neither apk nor apt-get, or if the tool fails. Neither is
+    run, and root is not needed, if no package is missing.
     """
     import shutil
 
     names = list(filter(None, map(str.strip, text.split(","))))
     for name in names:
-        # apt-get would remove the package of a name that ends with "-"
+        # apt-get removes a package if a "-" follows its name
         if not re.fullmatch(r"[A-Za-z0-9][\w.+:@~<>=-]*(?<!-)", name, re.ASCII):
             raise PackageError(f"OS_PACKAGES has {name!r}, which is no package name")
     if not names:
@@ -828,14 +844,15 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
         commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
     for command in commands:
         for line in run_tool("OS_PACKAGES", missing, command, environ):
-            if re.match("[EW]: ", line):  # apt-get succeeds though it cannot fetch a list
+            if re.match("[EW]: ", line):  # apt-get succeeds even if it could not fetch a list
                 logger.warning("%s %s: %s", *command[:2], line)
 
 
 def parse_requirement(text: str) -> Any:
-    """Return a requirement as pip parses it, or None if it is not one.
+    """Return a requirement as pip parses it, or None if pip cannot parse it.
 
-    Paths and bare URLs are not, although pip installs them. Without pip, nothing can be parsed.
+    Paths and bare URLs are not requirements, although pip installs them. Without pip, the result is
+    always None.
     """
     try:
         parser = importlib.import_module("pip._vendor.packaging.requirements")
@@ -848,17 +865,18 @@ def requirements_of(text: str, why: str) -> List[str]:
     """Split comma-separated requirements (PEP 508).
 
     A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
-    Raise PackageError, whose text begins with `why`, if one of them contains an option.
+    Raise PackageError, whose text begins with `why`, if a requirement contains an option of pip.
     """
 
     def is_whole(part: str) -> bool:
-        # an option (refused below), a path, a URL, a bare name, or what pip can parse
+        # an option (refused below), a path, a URL, a bare name, or a requirement that pip can parse
         part = part.strip()
         return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
 
     found: List[str] = []
     for part in filter(str.strip, text.split(",")):
         last = found[-1] if found else ""
+        # another version, or the rest of a URL, even if the text before it is whole by itself
         goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
         if last and (goes_on or not is_whole(last)):
             found[-1] += "," + part
@@ -878,7 +896,7 @@ def installed_version(name: str) -> Optional[str]:
 
     # Python 3.9 knows only some of the equivalent spellings of a name (PEP 503)
     for spelling in (name, re.sub(r"[-_.]+", "-", name)):
-        # incomplete metadata can raise anything
+        # incomplete metadata can cause any exception
         version = attempt(importlib.metadata.version, spelling).value
         if isinstance(version, str):
             return version
@@ -889,15 +907,16 @@ def is_met(requirement: str) -> Optional[bool]:
     """Return whether this Python meets a requirement, or None if only pip can tell."""
     wanted = parse_requirement(requirement)
     if wanted is None:
-        return True if installed_version(requirement) else None  # a bare name, without pip
+        return True if installed_version(requirement) else None  # a bare name, if pip is missing
     try:
         if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
-            return True  # the requirement is for other Pythons
+            return True  # the requirement is for other Pythons or systems
         version = installed_version(wanted.name)
         if version is None or not wanted.specifier.contains(version, prereleases=True):
             return False
     except ValueError:  # a version or marker that cannot be compared
         return None
+    # only pip can tell from which URL a distribution came, and what its extras need
     return None if wanted.url or wanted.extras else True
 
 
@@ -907,19 +926,19 @@ def lacking(requirements: Iterable[str]) -> List[str]:
 
 
 class TargetFolder:
-    """The temporary folder that pip fills if it cannot write site-packages.
+    """The temporary folder for pip if it cannot, or must not, fill site-packages.
 
-    pip must not write them if they belong to the system. The folder is made when pip first needs
-    it; the process that owns it removes it at its end.
+    pip must not if another package manager owns them (PEP 668). The folder is made when pip first
+    needs it. The process that owns the folder removes it when the process ends.
     """
 
     def __init__(self) -> None:
-        self.path = ""  # "" while there is none
-        self.may_be_made = True  # not by the command `install`, at whose end the folder would go
-        self.requirements: List[str] = []  # of all runs of pip: each resolves all of them
+        self.path = ""  # "" while there is no folder
+        self.may_be_made = True  # False in the command `install`, since its end removes the folder
+        self.requirements: List[str] = []  # of all runs of pip: each run resolves all of them
 
     def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
-        """Own a folder in which pip has installed some requirements."""
+        """Own a folder, and remember the requirements that pip has installed there."""
         import shutil
 
         self.path, self.requirements = path, list(requirements)
@@ -931,12 +950,15 @@ target_folder = TargetFolder()
 
 
 def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
-    """Return the folder that pip is to fill, and its arguments for that."""
+    """Return the folder that pip is to fill, and the arguments for pip.
+
+    Raise PackageError, whose text begins with `why`, if there is no folder to fill.
+    """
     import sysconfig
     import tempfile
 
     paths = sysconfig.get_paths()
-    mark = os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")
+    mark = os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")  # PEP 668; not for environments
     is_of_system = sys.prefix == sys.base_prefix and os.path.exists(mark)
     if not is_of_system and all(
             os.access(paths[name], os.W_OK) for name in ("purelib", "platlib", "scripts")):
@@ -958,7 +980,7 @@ def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
-    """Let this process and its children import what pip has installed into a folder."""
+    """Let this process and its children import what pip has put into a folder."""
     import site
 
     if folder == target_folder.path and folder not in sys.path:
@@ -969,7 +991,7 @@ def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
         modules = environ.get("PYTHONPATH")
         environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
         environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
-    site.addsitedir(folder)  # reads its .pth files, as Python does at its start
+    site.addsitedir(folder)  # reads the folder's .pth files, as Python does when it starts
     importlib.invalidate_caches()
 
 
@@ -977,18 +999,20 @@ def install_python_packages(text: str, why: str = "PACKAGES",
                             environ: MutableMapping[str, str] = os.environ) -> None:
     """Install comma-separated requirements by one run of pip, unless all are met.
 
-    What pip installs can be imported at once. pip's own variables apply, but for those that have it
-    install elsewhere. Raise PackageError, whose text begins with `why`, if that does not help.
+    The installed packages can be imported at once. pip's own environment variables apply, except
+    for those that make pip install elsewhere. Raise PackageError, whose text begins with `why`, if
+    pip fails, or if a requirement is not met afterwards.
     """
     requirements = requirements_of(text, why)
     if all(map(is_met, requirements)):
         return
     folder, arguments = pip_target(requirements, why)
     logger.info("installing Python packages: %s", hide_credentials(" ".join(requirements)))
+    # the environment can override the first of these, and not the others
     variables = {
         "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
     for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
-        variables.pop(name, None)  # what goes elsewhere cannot be imported
+        variables.pop(name, None)  # a package that is installed elsewhere cannot be imported
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
     run_tool(why, requirements, command, variables)
@@ -1001,7 +1025,7 @@ def install_python_packages(text: str, why: str = "PACKAGES",
 
 
 def pip_command(requirements: Iterable[str]) -> str:
-    """Return the command that installs requirements."""
+    """Return the command that installs requirements, for a message to the user."""
     import shlex
 
     return hide_credentials(f"pip install {shlex.join(requirements)}")
@@ -1009,8 +1033,8 @@ def pip_command(requirements: Iterable[str]) -> str:
 
 # == 5. HTTP messages ==
 # What requests and answers have in common: header fields, and bodies that know whether they are
-# whole. The caller owns the connection that bytes come from. The grammar is that of RFC 9110, 5.6
-# and RFC 9112; nothing that violates it is repaired.
+# whole. The caller owns the connection from which the bytes come. The grammar is that of RFC 9110,
+# 5.6, and of RFC 9112; a message that violates it is refused, never repaired.
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rf"({TOKEN.decode()}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
@@ -1019,13 +1043,14 @@ FIELD_LINE = re.compile(rb"%b:[\t -~\x80-\xff]*\r\n" % TOKEN)
 FIELD_LINES = re.compile(f"(?:{FIELD_LINE.pattern.decode()})*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)\r\n")
 HOST = re.compile(r"[0-9A-Za-z._~%!$&'()*+,;=:\[\]-]*")
-HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # the resolver cannot encode other names
-# fields that frame a message, or tell whom it is for: two of them would be ambiguous
+HOST_NAME = re.compile(r"[^.]{1,63}(?:\.[^.]{1,63})*\.?")  # Python's resolver takes no others
+# fields that frame a message, tell whom it is for, or ask for a "100 Continue": a second field of
+# the same name would be ambiguous
 SINGLE = frozenset(("content-length", "transfer-encoding", "host", "expect"))
 
 
 class Fields(Dict[str, str]):
-    """Header fields by name; upper and lower case are the same."""
+    """Header fields by name, in upper or lower case; the keys are in lower case."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
@@ -1040,11 +1065,12 @@ class Fields(Dict[str, str]):
 
 @functools.lru_cache(maxsize=32)
 def parse_fields(text: str) -> Mapping[str, str]:
-    """Parse header fields, lines with CRLF; return their values by lower-case name.
+    """Parse header lines that end in CRLF; return the values by lower-case name.
 
-    Values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated. All
-    fields are matched at once, which is several times faster than line by line. Results are cached,
-    since clients send the same fields again and again.
+    The values of a repeated field are joined by commas; a field in `SINGLE` must not be repeated.
+    Raise UnframedRequest if a line is malformed. All lines are matched at once, which is several
+    times faster than line by line. Results are cached, since clients send the same fields again and
+    again; so no caller may change a result.
     """
     if not FIELD_LINES.fullmatch(text):
         raise UnframedRequest("a header field is malformed")
@@ -1062,16 +1088,16 @@ def parse_fields(text: str) -> Mapping[str, str]:
 class ConnectionInput:
     """Buffered input from a connection, from which heads and bodies are read.
 
-    The input does not own the connection. Time-outs are those of the socket. A client's are set in
-    the kernel, so that a read is one system call, and raise BlockingIOError; a node's are Python's
-    and raise socket.timeout.
+    The input does not own the connection. Reads wait as long as the socket's time-outs allow. The
+    time-outs of a client's socket are set in the kernel, so that a read is one system call, and
+    raise BlockingIOError; those of a node's socket are Python's and raise socket.timeout.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = b""
         self._start = 0  # where the unread bytes of the buffer begin
-        self.ahead = 0  # how many they are
+        self.ahead = 0  # the number of unread bytes
         # sends "100 Continue" before the first wait for a body
         self.invite: Optional[Callable[[], None]] = None
 
@@ -1086,7 +1112,7 @@ class ConnectionInput:
         return bool(data)
 
     def need(self, count: int) -> bool:
-        """Receive until `count` bytes are buffered; return False if they do not come."""
+        """Receive until `count` bytes are buffered; return False if the connection ends."""
         while self.ahead < count:
             if not self.fill():
                 return False
@@ -1098,7 +1124,7 @@ class ConnectionInput:
         return found - self._start if found >= 0 else -1
 
     def peek(self, count: int) -> bytes:
-        """Return up to `count` buffered bytes and leave them in the buffer."""
+        """Return up to `count` buffered bytes, and leave them in the buffer."""
         return self._buffer[self._start:self._start + count]
 
     def take(self, count: int) -> bytes:
@@ -1111,7 +1137,7 @@ class ConnectionInput:
         return data
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
-        """Read some bytes, buffered or received; return 0 at the connection's end."""
+        """Read some bytes, buffered or new ones; return 0 at the connection's end."""
         if not self.ahead:
             self.send_invitation()
             return self._connection.recv_into(buffer, 0, flags)
@@ -1120,23 +1146,24 @@ class ConnectionInput:
         return len(data)
 
     def send_invitation(self) -> None:
-        """Tell the client to send its body, if it waits for that (RFC 9110, 10.1.1)."""
+        """Tell a client that waits for it to send its body (RFC 9110, 10.1.1)."""
         if self.invite is not None:
             invite, self.invite = self.invite, None
             invite()
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
-    """Set a time-out of the kernel, SO_RCVTIMEO or SO_SNDTIMEO.
+    """Set a time-out in the kernel: the option SO_RCVTIMEO or SO_SNDTIMEO.
 
-    Python's own time-outs cost a system call for each receive and each send.
+    Python's own time-outs cost a further system call for each receive and each send.
     """
+    # a struct timeval
     value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
     connection.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -> Sequence[Any]:
-    """Send parts in one system call; return what the kernel did not take."""
+    """Send parts by one system call; return the parts that the kernel did not take."""
     batch = parts[:BATCH_LIMIT_PARTS]
     sent = connection.sendmsg(batch, (), flags)
     if sent == sum(map(len, batch)):
@@ -1149,19 +1176,22 @@ def send_some(connection: socket.socket, parts: Sequence[Any], flags: int = 0) -
 
 
 def send_parts(connection: socket.socket, parts: Sequence[Any]) -> None:
-    """Send all parts; raise BlockingIOError if nobody reads them for too long."""
+    """Send all parts; raise BlockingIOError if the client reads nothing for too long."""
     while parts:
         parts = send_some(connection, parts)
 
 
-# the name of a body, and the error to raise if it is cut short or malformed
+# the name of a body in messages, and the error to raise if the body is cut short or malformed
 BodyKind = Tuple[str, Type[RequestError]]
 OF_REQUEST: BodyKind = ("the request's body", ShortBody)
 OF_NODE: BodyKind = ("another node's answer", NodeBodyLost)
 
 
 def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
-    """Read a raw file to its end without a second copy in memory; do not close it."""
+    """Read a raw file to its end, without a second copy in memory; do not close it.
+
+    The file has `size` bytes, or an unknown number if `size` is None.
+    """
     if size is None:
         data, block = io.BytesIO(), memoryview(bytearray(READ_BYTES))
         for count in iter(lambda: raw.readinto(block), 0):
@@ -1180,22 +1210,22 @@ class BodyStream(io.RawIOBase):
     Subclasses implement `receive`.
     """
 
-    size: Optional[int] = None  # bytes of the whole body; None if only its end tells
-    failure: Optional[RequestError] = None  # raised by a read
-    count = 0  # bytes read
+    size: Optional[int] = None  # bytes of the whole body; None if unknown before its end
+    failure: Optional[RequestError] = None  # the error that a read has raised
+    count = 0  # bytes read so far
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes, 0 at the end; raise RequestError if the body is cut short."""
+        """Read some bytes, 0 at the end; raise a RequestError if the body is cut short."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Raise a RequestError unless the body is whole, whatever has read it."""
+        """Raise a RequestError if the body is not whole, even if users' code caught it."""
         self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Raise the error of an earlier read.
+        """Raise the error of an earlier read, if there is one.
 
-        Users' code may have caught it and taken a cut body for a whole one.
+        Users' code may have caught that error and taken a cut body for a whole one.
         """
         if self.failure is not None:
             raise self.failure
@@ -1205,7 +1235,7 @@ class BodyStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some bytes, 0 at the end. After a failure, every read raises it again."""
+        """Read some bytes, 0 at the end; after an error, every further read raises it."""
         self.raise_failure()
         try:
             count = self.receive(buffer)
@@ -1221,7 +1251,7 @@ class BodyStream(io.RawIOBase):
 
 
 class MessageBody(BodyStream):
-    """A body that comes over a connection; any one thread may read it."""
+    """A body that comes over a connection; any thread may read it, one at a time."""
 
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__()
@@ -1230,18 +1260,18 @@ class MessageBody(BodyStream):
         self.is_at_end = False
 
     def finish(self) -> None:
-        """Read to the end: a lost client must be noticed, whatever the class has read."""
+        """Read to the end, to notice a lost client even if the class has read less."""
         while self.failure is None and self.read(READ_BYTES):
             pass
         super().finish()
 
     def drain(self, limit: int, deadline: float) -> None:
-        """Read the rest and drop it, up to `limit` bytes and a time of time.monotonic()."""
+        """Read the rest and drop it, up to `limit` bytes or a time of time.monotonic()."""
         while not (self.is_at_end or self.failure or limit <= 0 or time.monotonic() >= deadline):
             limit -= len(self.read(READ_BYTES) or b"")
 
     def _call(self, read: Callable[..., Any], *args: Any) -> Any:
-        """Call a method of the input; its errors mean that the body is cut short."""
+        """Call a method of the input; turn its errors into those of a body cut short."""
         try:
             return read(*args)
         except (BlockingIOError, socket.timeout):
@@ -1255,9 +1285,9 @@ class MessageBody(BodyStream):
 
 
 class BoundedReader(MessageBody):
-    """A body with a `Content-Length`; a message without a body has one of 0 bytes."""
+    """A body with a `Content-Length`; a message without a body has a body of 0 bytes."""
 
-    # MSG_WAITALL saves system calls if nobody waits for the first bytes of a body
+    # MSG_WAITALL if nobody waits for the first bytes of the body: that saves system calls
     receive_flags = 0
 
     def __init__(self, source: ConnectionInput, size: int, kind: BodyKind = OF_REQUEST) -> None:
@@ -1279,7 +1309,7 @@ class BoundedReader(MessageBody):
         return count
 
     def readall(self) -> bytes:
-        """Read what is left; take a small body, which came with its head, in one piece."""
+        """Read the rest; take a small body, which came with its head, in one piece."""
         if self._source.ahead < self._left or self._left != self.size:
             return super().readall()
         data = self._source.take(self._left)
@@ -1294,7 +1324,7 @@ class ChunkedReader(MessageBody):
 
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__(source, kind)
-        self._left = 0  # bytes of the chunk
+        self._left = 0  # bytes of the current chunk that are still to be read
         self._is_first = True
 
     def receive(self, buffer: Any) -> int:
@@ -1310,7 +1340,7 @@ class ChunkedReader(MessageBody):
         return count
 
     def _begin_chunk(self) -> None:
-        """Read the end of one chunk and the size of the next, or the trailers."""
+        """Read a chunk's end and the next chunk's size; after the last, the trailers."""
         if not self._is_first and self._readline() != b"\r\n":
             raise self._cut("is malformed: a chunk is longer than it said")
         self._is_first = False
@@ -1323,7 +1353,7 @@ class ChunkedReader(MessageBody):
             self.is_at_end = True
 
     def _skip_trailers(self) -> None:
-        """Read trailer fields up to the empty line; they mean nothing to us."""
+        """Read and ignore the trailer fields, up to the empty line."""
         for _ in range(HEAD_LIMIT_FIELDS):
             line = self._readline()
             if line == b"\r\n":
@@ -1345,7 +1375,7 @@ class ChunkedReader(MessageBody):
 
 
 class ClosingReader(MessageBody):
-    """A body that ends with its connection, so that a cut cannot be noticed."""
+    """A body that ends with its connection, so that no cut can be noticed."""
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes."""
@@ -1355,14 +1385,14 @@ class ClosingReader(MessageBody):
 
 
 # == 6. Other nodes ==
-# Requests to the target, to other targets and to the next stage, and their answers. Runs on any
-# thread of a worker; knows no ETLRequest.
+# Requests to the pod's target, to other targets and to the next stage, and their answers. Runs on
+# any thread of a worker; does not know ETLRequest.
 
 
 def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
-    """Split a pipeline into its first URL and the rest; both are "" if there is no pipeline.
+    """Split a pipeline into its first URL and the rest.
 
-    Raise InvalidPipelineError if an entry is empty.
+    Both are "" if there is no pipeline. Raise InvalidPipelineError if an entry is empty.
     """
     if not pipeline_header or not pipeline_header.strip():
         return "", ""
@@ -1376,17 +1406,17 @@ def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
 
 
 def is_final(url: str) -> bool:
-    """Tell whether an entry is an object at its final target: the URL of a stage has no path."""
+    """Return whether a pipeline's entry is a final target: a stage's URL has no path."""
     return urlsplit(url).path not in ("", "/")
 
 
 def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: str,
                                etl_args: str = "") -> str:
-    """Make the URL to put a result to, from a pipeline's entry and the object's decoded path.
+    """Return the URL for the PUT of a result, which goes to an entry of the pipeline.
 
-    A final target wants the secret path of `host_target` before the entry's own path, and speaks
-    the scheme of `host_target`. The next stage is a pod: it gets the object's path, by the entry's
-    scheme.
+    The URL of a final target has the scheme of `host_target`, and its secret path before the path
+    of the entry. The next stage is a pod: its URL has the scheme of the entry, and the object's
+    path, which is given decoded.
     """
     entry, host = urlsplit(direct_put_url), urlsplit(host_target)
     query = entry.query
@@ -1401,7 +1431,7 @@ def compose_etl_direct_put_url(direct_put_url: str, host_target: str, obj_path: 
 
 
 class Hop(NamedTuple):
-    """The address of a node; connections are pooled by it."""
+    """The address of a node, by which connections are pooled."""
 
     scheme: str
     host: str
@@ -1409,7 +1439,7 @@ class Hop(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> Hop:
-        """Return the node of a URL; ValueError if the URL names none."""
+        """Return the node of a URL; raise ValueError if it is not a plain http(s) URL."""
         parts = urlsplit(url)
         host = parts.hostname or ""
         is_web = parts.scheme in ("http", "https") and HOST.fullmatch(parts.netloc)
@@ -1419,25 +1449,25 @@ class Hop(NamedTuple):
 
 
 def percent_encode(text: str) -> str:
-    """Percent-encode all but visible ASCII, and leave escapes as they are.
+    """Percent-encode all characters but visible ASCII; leave escapes as they are.
 
-    A character below U+0100 stands for a byte: raw paths have one character per byte.
+    A character below U+0100 stands for one byte, as in raw paths; any other is encoded as UTF-8.
     """
     text = re.sub("[^\0-\xff]", lambda match: quote(match[0]), text)
     return re.sub("[^!-~]", lambda match: quote(match[0], encoding="latin-1"), text)
 
 
 def path_of(url: str) -> str:
-    """Return a URL's path and query, as they go into a request line."""
+    """Return a URL's path and query, as a request line has them."""
     return percent_encode(urlunsplit(("", "", *urlsplit(url)[2:4], ""))) or "/"
 
 
 class NodeRequest(NamedTuple):
-    """A request to another node. A body of pieces goes out in chunks, then is closed."""
+    """A request to another node; an iterator as body is sent in chunks, then closed."""
 
     method: str
     hop: Hop
-    path: str  # goes out byte for byte
+    path: str  # with the query; sent as it is
     headers: Mapping[str, str] = {}
     body: Union[bytes, Iterator[bytes], None] = None
     connect_seconds: float = CONNECT_SECONDS
@@ -1450,7 +1480,7 @@ class NodeRequest(NamedTuple):
         return self.body is None or isinstance(self.body, bytes)
 
     def encode(self, token: str) -> Iterator[bytes]:
-        """Yield what to send. A small body leaves with the head, in one packet."""
+        """Yield the bytes to send; a small body comes with the head, for one packet."""
         host = f"[{self.hop.host}]" if ":" in self.hop.host else self.hop.host
         fields = {"Host": f"{host}:{self.hop.port}", "Accept-Encoding": "identity", **self.headers}
         if token:
@@ -1478,17 +1508,20 @@ class NodeRequest(NamedTuple):
 
 
 class NodeAnswer(NamedTuple):
-    """A node's whole answer, with the attributes of a `requests.Response` that classes use."""
+    """A node's whole answer, in place of a `requests.Response`, as classes use it."""
 
     status_code: int
     headers: Mapping[str, str]
     content: bytes
     url: str
-    is_early: bool = False  # whether it came before all was sent
+    is_early: bool = False  # whether it came before the whole request was sent
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
-    """Make the TLS context for AIStore's nodes; ConfigError if a certificate cannot be used."""
+    """Make the TLS context for AIStore's nodes.
+
+    Raise ConfigError if a file of the settings cannot be used.
+    """
     try:
         context = ssl.create_default_context(cafile=settings.client_ca or None)
         if settings.client_cert:
@@ -1511,7 +1544,7 @@ class AnswerHead(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> AnswerHead:
-        """Parse a head whose lines end in CRLF; ConnectionError if it is malformed."""
+        """Parse a head whose lines end in CRLF; raise ConnectionError if it is malformed."""
         line, _, rest = data.partition(b"\r\n")
         match = STATUS_LINE.fullmatch(line)
         try:
@@ -1520,6 +1553,7 @@ class AnswerHead(NamedTuple):
             raise ConnectionError(f"its answer is malformed: {error}") from None
         if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
             raise ConnectionError("its answer is malformed")
+        # RFC 9112, 9.3: connections of HTTP/1.0 end by default
         connection = fields.get("Connection", "keep-alive" if match[1] == b"1" else "close").lower()
         return cls(int(match[2]), fields, "close" not in connection)
 
@@ -1538,33 +1572,37 @@ class AnswerHead(NamedTuple):
 
 
 def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.0) -> bool:
-    """Wait until a socket is ready for events of select.poll, or ended; False if time runs out."""
+    """Wait until a socket is ready for events of select.poll, or has ended.
+
+    Return False after the time-out; by default, at once.
+    """
     poller = select.poll()
     poller.register(connection, events)
     return bool(poller.poll(1000 * timeout_seconds))
 
 
 class NodeConnection(ConnectionInput):
-    """A connection to a node: connected when made, then owned by one request at a time.
+    """A connection to a node, which serves one request at a time.
 
-    What is left of the request's body goes out while the answer is waited for. A node may answer
-    before it has taken the whole body: a stage that streams does so, and a node that refuses the
-    object and reads no further. If the whole body were sent before anything is read, both sides
-    would block once the buffers between them are full.
+    The rest of a request's body is sent while the answer is being read. A node may answer before it
+    has taken the whole body: a stage that streams does, and so does a node that refuses the object
+    and stops reading. If the whole body were sent before anything is read, both sides would block
+    as soon as the buffers between them are full.
 
-    OSError tells that the node cannot be reached, or is lost.
+    The constructor raises OSError if the node cannot be reached, the methods if it is lost.
     """
 
     def __init__(self, request: NodeRequest, tls: Optional[ssl.SSLContext]) -> None:
         hop = self.hop = request.hop
         connection: socket.socket = socket.create_connection(
             (hop.host, hop.port), request.connect_seconds)
-        # what a socket raises that would have to wait and must not
+        # the errors of a socket that may not wait, but would have to
         self._not_ready: Tuple[Type[OSError], ...] = (BlockingIOError,)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if tls is not None:
+                # an end without TLS's closing alert is an error: the connection may have been cut
                 connection = tls.wrap_socket(
                     connection, server_hostname=hop.host, suppress_ragged_eofs=False)
                 self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1572,23 +1610,23 @@ class NodeConnection(ConnectionInput):
         super().__init__(connection)
         self.idle_since = 0.0
         self._silence_seconds = 0.0
-        self._pieces: Any = (b"" for _ in ())  # of the request; those that are still to be taken
-        self._rest = memoryview(b"")  # what is left of the piece that is being sent
-        self._is_sending = False  # whether something is left and the node takes it
+        self._pieces: Any = (b"" for _ in ())  # of the request, those that are still to be taken
+        self._rest = memoryview(b"")  # the rest of the piece that is being sent
+        self._is_sending = False  # whether something is left to send, and the node takes it
         self.has_answered = False  # whether the first byte of an answer has come
 
     @property
     def is_sent(self) -> bool:
-        """Whether the node has been sent the whole request."""
+        """Whether the whole request has been sent."""
         return not self._rest
 
     def is_usable(self) -> bool:
-        """Tell whether an idle connection can serve a request: it is fresh and not ended."""
+        """Return whether an idle connection can serve a request: not old, not ended."""
         is_fresh = time.monotonic() - self.idle_since < HOP_IDLE_SECONDS
         return is_fresh and not is_ready(self._connection, select.POLLIN)
 
     def begin(self, request: NodeRequest, token: str) -> None:
-        """Send a request's head, and a small body with it; take over the rest of the body."""
+        """Send a request's head, with a small body; take over the rest of the body."""
         self._silence_seconds = request.silence_seconds
         self._connection.settimeout(self._silence_seconds)
         self._pieces = request.encode(token)
@@ -1597,7 +1635,7 @@ class NodeConnection(ConnectionInput):
         self._send_some()
 
     def fill(self, flags: int = 0) -> bool:
-        """Receive once more, and send until something comes; False at the end of the connection."""
+        """Receive once more, and send until something comes; return False at the end."""
         if not self._is_sending:
             return super().fill(flags)
         self._connection.settimeout(0)
@@ -1617,7 +1655,7 @@ class NodeConnection(ConnectionInput):
         return super().readinto(buffer, flags)
 
     def _send_some(self) -> None:
-        """Send what the node takes now, or wait until it takes or sends something."""
+        """Send as much as the node takes now, or wait until it takes or sends something."""
         try:
             sent = self._connection.send(self._rest[:WRITE_BYTES])
         except self._not_ready:
@@ -1631,12 +1669,12 @@ class NodeConnection(ConnectionInput):
             self._is_sending = not self.is_sent
 
     def read_head(self) -> AnswerHead:
-        """Read the answer's head; ConnectionError if it does not come whole or is malformed."""
+        """Read the answer's head; raise ConnectionError if it is cut short or malformed."""
         while True:
             end = self.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
                 head = AnswerHead.parse(self.take(end + 4)[:-2])
-                if head.status >= 200:  # others come before the answer, as "100 Continue"
+                if head.status >= 200:  # a 1xx, as "100 Continue", comes before the answer
                     return head
             elif self.ahead >= HEAD_LIMIT_BYTES:
                 raise ConnectionError("the head of its answer is too long")
@@ -1645,12 +1683,12 @@ class NodeConnection(ConnectionInput):
             self.has_answered = True
 
     def run_out(self) -> None:
-        """Take the rest of the body without sending it: if it fails, that must be told."""
+        """Take the rest of the body without sending it, so that its failure is raised."""
         self._is_sending = False
         collections.deque(self._pieces, 0)
 
     def stop(self) -> None:
-        """Send nothing more of the body, and close it."""
+        """Send no more of the request's body, and close the body."""
         self._is_sending = False
         self._pieces.close()
 
@@ -1663,9 +1701,10 @@ class NodeConnection(ConnectionInput):
 
 
 class NodeBody(BodyStream):
-    """Another node's answer, its body unread. The caller of `ConnectionPool.open` closes it.
+    """Another node's answer, of which the body is to be read.
 
-    `release` gets a connection that can serve another request; any other is closed.
+    The caller of `ConnectionPool.open` closes it. If its connection can serve another request then,
+    `release` gets the connection; otherwise the connection is closed.
     """
 
     def __init__(self, connection: NodeConnection, head: AnswerHead, body: MessageBody,
@@ -1673,18 +1712,18 @@ class NodeBody(BodyStream):
         super().__init__()
         self.status = head.status
         self.headers = head.fields
-        self.is_early = not connection.is_sent  # whether it came before all was sent
+        self.is_early = not connection.is_sent  # whether it came before the request was sent whole
         self._connection = connection
         self._body = body
         self._release = release
         self.size = body.size
-        self.can_be_checked = not isinstance(body, ClosingReader)
+        self.can_be_checked = not isinstance(body, ClosingReader)  # whether a cut is noticed
 
     def receive(self, buffer: Any) -> int:
-        """Read some bytes; NodeBodyLost if the answer is cut short.
+        """Read some bytes; raise NodeBodyLost if the answer is cut short.
 
-        At the end of the answer, what is left of the request's body is run to its end. If that
-        fails, so does the exchange, even if the node wanted no more of the body.
+        At the end of the answer, the rest of the request's body is taken without being sent. If
+        that fails, so does the exchange, even if the node wanted no more of the body.
         """
         count = self._body.receive(buffer)
         if not count:
@@ -1692,13 +1731,16 @@ class NodeBody(BodyStream):
         return count
 
     def readall(self) -> bytes:
-        """Read to the end; `receive` does not come to the end of a body of known size."""
+        """Read to the end, and take the rest of the request's body, as `receive` does.
+
+        A body of known size is not read beyond its last byte, so `receive` never sees the end.
+        """
         data = super().readall()
         self._connection.run_out()
         return data
 
     def read_text(self) -> bytes:
-        """Read a text up to a limit; the text of an error may be cut short."""
+        """Read a text, up to a limit; if it is the text of an error, it may be cut short."""
         text = b""
         try:
             while len(text) < ERROR_TEXT_LIMIT_BYTES:
@@ -1712,7 +1754,7 @@ class NodeBody(BodyStream):
         return text
 
     def close(self) -> None:
-        """Give the connection back if both bodies have come to their ends, else close it."""
+        """Release the connection if both bodies have come to their ends; else close it."""
         if self.closed:
             return
         super().close()
@@ -1725,25 +1767,26 @@ class NodeBody(BodyStream):
 
 
 class ConnectionPool:
-    """Connections to other nodes, kept per hop while they are idle, for any thread.
+    """Connections to other nodes, kept by hop while they are idle; for any thread.
 
-    Owned by the worker. A connection belongs to one request until the answer has been read to its
-    end; then it stays here for `HOP_IDLE_SECONDS`.
+    The worker owns the pool. A connection belongs to one request until the answer has been read to
+    its end; then the pool keeps it for `HOP_IDLE_SECONDS`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # made when first needed: reading the authorities takes a while
+        # made when first needed: loading the certificate authorities takes a while
         self._tls: Optional[ssl.SSLContext] = None
         self._lock = threading.Lock()
         self._idle: Dict[Hop, List[NodeConnection]] = {}
 
     def open(self, request: NodeRequest) -> NodeBody:
-        """Send a request; return the answer, its body unread. The caller closes it.
+        """Send a request; return the answer with its body unread. The caller closes it.
 
-        The node may have closed an idle connection while the request was on its way. If an idle
-        connection ends before the first byte of an answer, the request goes out once more on a new
-        one, unless its body can be sent only once. OSError tells that the node was lost.
+        A node may close an idle connection while the request is on its way. If an idle connection
+        ends before the first byte of an answer, the request is therefore sent once more, on a new
+        connection; if its body can be sent only once, no idle connection is used. Raise OSError if
+        the node cannot be reached or is lost.
         """
         idle = self._take_idle(request.hop) if request.is_repeatable else None
         if idle is not None:
@@ -1759,7 +1802,7 @@ class ConnectionPool:
         return self._exchange(NodeConnection(request, self._tls if is_tls else None), request)
 
     def _take_idle(self, hop: Hop) -> Optional[NodeConnection]:
-        """Take the usable connection that was used last; close those that are not usable."""
+        """Take the connection that was used last, if usable; close those that are not."""
         while True:
             with self._lock:
                 idle = self._idle.get(hop)
@@ -1777,10 +1820,10 @@ class ConnectionPool:
             connection.begin(request, self._settings.token)
             head = connection.read_head()
             body = head.body(connection)
-            if head.status >= 300:  # the node wants no more of the request
+            if head.status >= 300:  # the node does not want the rest of the request
                 connection.stop()
             on_failure.pop_all()
-        # requests that cannot be repeated open new connections, which would pile up
+        # a request that cannot be repeated opens a new connection: kept ones would pile up
         can_stay = head.keeps_alive and request.is_repeatable
         return NodeBody(connection, head, body, self._keep if can_stay else NodeConnection.close)
 
@@ -1789,7 +1832,7 @@ class ConnectionPool:
             self._idle.setdefault(connection.hop, []).append(connection)
 
     def close_idle(self) -> None:
-        """Close the connections that have been idle for too long, or that the node has ended."""
+        """Close connections that have been idle for too long, or that the node has ended."""
         with self._lock:
             connections, self._idle = self._idle, {}
         for connection in itertools.chain(*connections.values()):
@@ -1800,30 +1843,31 @@ class ConnectionPool:
 
 
 # == 7. The ETL class contract ==
-# What users subclass: the SDK's classes, with their names, attributes and methods, but without its
-# servers (aistore/sdk/etl/webserver of SDK 1.24 and 2.0). A worker makes its instance after the
-# fork.
+# The classes that users subclass: the SDK's, with their names, attributes and methods, but without
+# its servers (aistore/sdk/etl/webserver of SDK 1.24 and 2.0). Each worker makes an instance after
+# the fork.
 
-# A report of a worker to the supervisor is a line: one of these bytes, and text.
+# A worker's report to the supervisor is a line: one of these bytes, and a text for some of them.
 REPORT_READY = b"R"  # the worker can serve
 REPORT_BEGUN = b"B"  # its first request has begun
 REPORT_ANSWERED = b"A"  # its first request is answered
 REPORT_OPENED = b"O"  # a WebSocket connection is open
 REPORT_CLOSED = b"C"  # a WebSocket connection is closed
-REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; the reason
-REPORT_NEEDS = b"N"  # a framework, a space, and 1 if it must serve the class or 0 if not
-REPORT_STORY = b"S"  # a line of the traceback for the REPORT_FAILED that follows
-REPORT_FAILED = b"F"  # the start has failed: an exit code, a space and the reason
+REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; text: the reason
+REPORT_NEEDS = b"N"  # text: a framework, a space, and 1 if it must serve the class, else 0
+REPORT_STORY = b"S"  # text: a line of the traceback for the REPORT_FAILED that follows
+REPORT_FAILED = b"F"  # the start has failed; text: an exit code, a space, and the reason
 
 
 class Framework(NamedTuple):
     """A framework that a class may need."""
 
-    server: str  # what serves its applications; "" if this runtime does
-    modules: Mapping[str, str]  # module: requirement; classes import the first, the others serve
+    server: str  # the package that serves its applications; "" if this runtime serves them
+    # requirements by module: a class imports the first module, the others serve its application
+    modules: Mapping[str, str]
 
 
-FRAMEWORKS: Mapping[str, Framework] = {  # with the requirements of setup.cfg's extras
+FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.cfg's extras
     "fastapi": Framework("uvicorn", {
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
@@ -1832,7 +1876,7 @@ FRAMEWORKS: Mapping[str, Framework] = {  # with the requirements of setup.cfg's 
 
 
 def framework_of(cls: type) -> str:
-    """Return the framework that an ETL class can use, or ""."""
+    """Return the framework of an ETL class's base, or "" if it has none."""
     if issubclass(cls, FastAPIServer):
         return "fastapi"
     return "flask" if issubclass(cls, FlaskServer) else ""
@@ -1867,60 +1911,63 @@ class Share:
 
     @property
     def excess(self) -> int:
-        """The connections that this worker has beyond those of the one with the fewest."""
+        """The number of connections beyond those of the worker with the fewest."""
         return self._counts[self._slot] - min(self._counts)
 
 
 class Current:
-    """The state of this process, set before an instance of the class is made."""
+    """The state of this process, set before an instance of an ETL class is made.
+
+    The constructors of ETL classes have the SDK's parameters, so they find the rest here.
+    """
 
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
     reports: Optional[int] = None  # in a worker: the pipe to the supervisor
-    gate: Optional[int] = None  # in a worker: a pipe that ends when the worker may serve
-    share: Optional[Share] = None  # in a worker
-    # while a file is imported for its class: the instances that the file makes are not served
+    gate: Optional[int] = None  # in a worker: a pipe whose end tells that the worker may serve
+    share: Optional[Share] = None  # in a worker: its number of connections, for the others to see
+    # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
     began = 0.0  # when this program began, in seconds since the system's start
     output = 1  # the descriptor of the log
-    last_line = ""  # of the log: the reason of a failed start
+    last_line = ""  # the last line of the log, with the reason of a failed start
 
 
 def report(message: bytes) -> None:
-    """Send a line to the supervisor, if there is one."""
+    """Send a line to the supervisor, if there is one; cut a long line."""
     if Current.reports is not None:
-        with contextlib.suppress(BrokenPipeError):  # the supervisor is gone; this worker will be
-            # a pipe takes up to 4096 bytes as a whole
+        with contextlib.suppress(BrokenPipeError):  # without a supervisor, this worker ends soon
+            # a pipe takes up to 4096 bytes as a whole, so lines of several threads do not mix
             os.write(Current.reports, message[:2000] + b"\n")
 
 
 def how_to_get(package: str) -> str:
-    """Return what the user has to do to get a package, in a pod or on a laptop."""
+    """Return how the user gets a package: in a pod by PACKAGES, on a laptop by pip."""
     is_laptop = Current.settings is not None and not Current.settings.is_pod
     return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
 
 
-# The runtime keeps these in the `vars` of an instance, under names that no class can use: the
-# framework's application, and the function that answers its requests for objects.
+# The runtime keeps two things in the `vars` of an instance, under names that cannot be attributes
+# of the class: the framework's application, and the function that answers requests for objects.
 APP, ANSWER = "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
 def require_framework(server: Any) -> None:
-    """Raise FrameworkNeeded in a worker that serves a class without its framework."""
+    """Raise FrameworkNeeded in a worker whose class is not served by its framework."""
     is_served = Current.reports is not None and not Current.is_loading
     if is_served and not (Current.settings or Settings()).server:
         raise FrameworkNeeded(framework_of(type(server)), serves=True)
 
 
 def app_of(server: Any) -> Any:
-    """Return the application of an instance; make and prepare it at the first use."""
+    """Return an instance's application, which is made and prepared at the first use."""
     kept, name = vars(server), framework_of(type(server))
     if kept.get(APP) is None:
         require_framework(server)
         framework = importlib.import_module(name)
         if name == "fastapi":
-            kept[APP] = framework.FastAPI()
+            kept[APP] = framework.FastAPI()  # before the hook, which uses `self.app`
             server._setup_app()
         else:
             kept[APP] = framework.Flask(__name__)
@@ -1948,6 +1995,7 @@ class ETLServer(ABC):
         self.direct_fqn = settings.direct_fqn
         self.direct_put_retries = settings.direct_put_retries
         self.token: Optional[str] = settings.token or None
+        # this has no effect where logging is configured already, as in a pod
         logging.basicConfig(level=settings.log_level, handlers=[stdout_handler(settings)])
         self.logger = logging.getLogger(type(self).__name__)
         self.logger.setLevel(settings.log_level)
@@ -1955,11 +2003,14 @@ class ETLServer(ABC):
 
     @functools.cached_property
     def session(self) -> Any:
-        """A `requests.Session` for the class's own use, made at the first use."""
+        """A `requests.Session` for the class's own requests, made when first needed."""
         return self._build_session()
 
     def _build_session(self) -> Any:
-        """Make the session, with certificates and token; ImportError without `requests`."""
+        """Make the session, with the certificates and the token of the settings.
+
+        Raise ImportError if the package `requests` is missing.
+        """
         settings = Current.settings or Settings()
         try:
             import requests
@@ -1975,11 +2026,14 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Transform an object: its bytes, or its local path if `ETL_DIRECT_FQN` is on."""
+        """Return the transformed object.
+
+        `data` is the object's bytes, or its local path if `ETL_DIRECT_FQN` is on.
+        """
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
-        """Transform an object piece by piece; the reader ends where the object does."""
+        """Yield the transformed object in pieces; the reader ends where the object ends."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def get_mime_type(self) -> str:
@@ -1992,7 +2046,12 @@ class ETLServer(ABC):
 
     def client_put(self, url: str, data: bytes, headers: Dict[str, str],
                    timeout: Optional[float] = None) -> Any:
-        """Put bytes to another node. An override carries every delivery of the class."""
+        """Put bytes to another node, and return its whole answer.
+
+        `data` is bytes, or an iterator of bytes where a class streams. `timeout` is in seconds: for
+        connecting, and for each silence of the node. Raise OSError if the node is lost. If a class
+        overrides this method, all its outputs are delivered by the override.
+        """
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
         body = bytes(data) if isinstance(data, (bytearray, memoryview)) else data
@@ -2005,7 +2064,7 @@ class ETLServer(ABC):
 
     def handle_direct_put_response(self, resp: Any, data: bytes,
                                    data_length: int = -1) -> Tuple[int, bytes, int]:
-        """Return the status and body to pass on, and the number of delivered bytes."""
+        """Return the status and body for the client, and the number of delivered bytes."""
         if resp.status_code == HTTPStatus.NO_CONTENT:
             return HTTPStatus.NO_CONTENT, b"", int(resp.headers.get(HEADER_DIRECT_PUT_LENGTH, "0"))
         if resp.status_code == HTTPStatus.OK and not resp.content:
@@ -2013,17 +2072,17 @@ class ETLServer(ABC):
         return resp.status_code, resp.content, 0
 
     def sanitize_fqn(self, fqn: str) -> str:
-        """Return the path of a query parameter: unquoted, absolute, without `..`."""
+        """Return the path that a query parameter holds: unquoted, absolute, without `..`."""
         return os.path.normpath("/" + os.fsdecode(unquote_to_bytes(fqn)).lstrip("/"))
 
     @staticmethod
     def close_reader(reader: Any) -> None:
-        """Close the reader; ignore errors."""
+        """Close the reader; ignore all errors, also that it cannot be closed."""
         attempt(lambda: reader.close())
 
     @staticmethod
     def iter_and_close(output_iter: Iterator[bytes], reader: Any) -> Iterator[bytes]:
-        """Yield all items of an iterator, then close the reader that it reads."""
+        """Yield all items of an iterator, then close the reader that they come from."""
         try:
             yield from output_iter
         finally:
@@ -2036,9 +2095,9 @@ class ETLServer(ABC):
 
 
 def streams(cls: Type[ETLServer]) -> bool:
-    """Return whether a class overrides transform_stream() and not transform().
+    """Return whether a class overrides transform_stream() but not transform().
 
-    Raise TypeError if it overrides neither.
+    Raise TypeError if the class overrides neither.
     """
     if cls.transform is not ETLServer.transform:
         return False
@@ -2050,7 +2109,8 @@ def streams(cls: Type[ETLServer]) -> bool:
 class ListeningServer(ETLServer):
     """The common part of the SDK's three bases: an address, and `start`.
 
-    The port 8000 is the SDK's default and stands for PORT; a class that passes another gets it.
+    Port 8000, the SDK's default, stands for the variable `PORT`. A class that passes another port
+    gets that port.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2059,29 +2119,30 @@ class ListeningServer(ETLServer):
         self.port = (Current.settings or Settings()).port if port == 8000 else port
 
     def start(self) -> None:
-        """Serve until SIGTERM: a worker on the shared socket, others on their own."""
+        """Serve until SIGTERM, in a worker on the shared socket, elsewhere on a new one."""
         serve_instance(self)
 
 
 class HTTPMultiThreadedServer(ListeningServer):
     """The base of classes that many threads may call at once.
 
-    `path` is the path of the request as it came.
+    `path` is the path of the request as it came, not decoded.
     """
 
     class RequestHandler(http.server.BaseHTTPRequestHandler):
-        """A name that payloads can refer to; a class that overrides it is refused."""
+        """The SDK's name, for payloads that refer to it; overriding it is refused."""
 
 
 class LateApp:
-    """The application of an instance that is not served, made when it is used.
+    """A stand-in for an instance's application, which is made when it is used.
 
-    Files for the SDK end with `server = Mine()` and `app = server.app`, for uvicorn or gunicorn.
-    The command `serve` needs no framework for that.
+    Files that were written for the SDK end with `server = Mine()` and `app = server.app`, for
+    uvicorn or gunicorn. The command `serve` imports such a file, serves an instance of its own, and
+    so needs no framework for these lines.
     """
 
     def __init__(self, server: Any) -> None:
-        vars(self)["_app"] = functools.partial(app_of, server)
+        vars(self)["_app"] = functools.partial(app_of, server)  # not by our own __setattr__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._app(), name)
@@ -2094,11 +2155,12 @@ class LateApp:
 
 
 class FrameworkServer(ListeningServer):
-    """The base of FastAPIServer and FlaskServer, whose framework few classes need.
+    """The base of FastAPIServer and FlaskServer; few classes need the framework.
 
-    Transforms run one at a time, on the main thread. The framework serves a class that overrides a
-    hook, or that uses `self.app` when it is constructed. This use raises FrameworkNeeded, and the
-    pod starts again: then the framework is there, and this constructor makes the application.
+    Transforms run one at a time, on the main thread, unless `NUM_THREADS` is more than 1. The
+    framework serves a class that overrides a hook, or that uses `self.app` in its constructor. This
+    use raises FrameworkNeeded; the pod then starts again with the framework, and the constructor
+    below makes the application.
     """
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
@@ -2124,12 +2186,12 @@ class FastAPIServer(FrameworkServer):
     """The SDK's FastAPI base; `path` is decoded and has no slash at its beginning.
 
     Hooks: _setup_app(), called when the application is made; startup_event() and shutdown_event();
-    _handle_request(), which answers requests for objects. If a class overrides one of them, uvicorn
-    serves it.
+    _handle_request(), which answers requests for objects. If a class overrides a hook, uvicorn
+    serves its application.
     """
 
     def _setup_app(self) -> None:
-        """Prepare the application; the routes of objects follow the class's own."""
+        """Prepare the application; routes for objects are added after the class's own."""
         self.app.state.etl_server = self
         self.app.router.on_startup.append(self.startup_event)
         self.app.router.on_shutdown.append(self.shutdown_event)
@@ -2149,11 +2211,11 @@ class FlaskServer(FrameworkServer):
     """The SDK's Flask base; `path` is decoded and has no slash at its beginning.
 
     Hooks: _register_routes(), called when the application is made; _health(); _handle_request(),
-    which answers requests for objects. If a class overrides one of them, its application is served.
+    which answers requests for objects. If a class overrides a hook, its application is served.
     """
 
     def _register_routes(self) -> None:
-        """Do nothing: the routes of objects are added when the application is served."""
+        """Do nothing: the routes for objects are added when the application is served."""
 
     def _health(self) -> Any:
         """Answer a health probe."""
@@ -2162,12 +2224,12 @@ class FlaskServer(FrameworkServer):
         return flask.Response(b"Running", content_type="text/plain")
 
     def _handle_request(self, path: str) -> Any:
-        """Answer the current request, which is for an object, with a Flask response."""
+        """Answer Flask's current request, which is for an object, with a Flask response."""
         return vars(self)[ANSWER](path)
 
 
 class CountingIterator:
-    """Pieces of bytes, whose length is counted in `bytes_sent` as they pass."""
+    """An iterator over pieces, whose lengths add up in `bytes_sent` as they pass."""
 
     def __init__(self, inner: Iterator[bytes]) -> None:
         self._inner = inner
@@ -2180,7 +2242,7 @@ class CountingIterator:
 
 
 class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """A server of the SDK that payloads can refer to; this runtime has another."""
+    """The SDK's server, for payloads that refer to it; this runtime does not use it."""
 
     def __init__(self, server_address: Tuple[str, int], handler_class: Any,
                  etl_server: ETLServer) -> None:
