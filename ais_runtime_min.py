@@ -2166,10 +2166,10 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 8. Loading the class ==
-# From the payload's text to a class that can be served. A pickle refers to the SDK's modules, which
-# the slim image does not have: an import finder provides them, with the names of this file.
+# Turns the payload's text into a class that can be served. A pickle refers to modules of the SDK,
+# which the image does not have; an import finder makes these modules from the names of this file.
 
-FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's own tests look for this
+FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's tests expect this text
 MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
 CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
@@ -2193,18 +2193,20 @@ CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
         "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
 }
 
-# Import name: PyPI name, to put into PACKAGES. The default image gets these with aistore[etl].
+# Import name: PyPI name, as it goes into PACKAGES. The default image has these packages, since it
+# installs aistore[etl].
 DEFAULT_IMAGE = {
     "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
     "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
     "werkzeug": "flask"}
+# All import names whose PyPI name is certain; for others, error texts express doubt.
 PYPI_NAMES = {
     **DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
     "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
     "distutils": "setuptools", "pkg_resources": "setuptools"}
 
-# Methods of the SDK's servers that this runtime does not call: an override would have no effect.
+# Members of the SDK's servers that this runtime does not use: an override would have no effect.
 DELIVERY_INTERNALS = (
     "_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
     "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered",
@@ -2216,7 +2218,8 @@ INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
         "_open_sync_get_stream"),
     FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
 }
-# Methods that are called only if the framework serves the class: an override asks for that.
+# Methods that are called only if the framework serves the class: a class that overrides one gets
+# the framework.
 HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     FastAPIServer: ("_setup_app", "startup_event", "shutdown_event", "_handle_request"),
     FlaskServer: ("_register_routes", "_health", "_handle_request"),
@@ -2224,7 +2227,7 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 
 def decode_payload(settings: Settings) -> bytes:
-    """Return the pickle that the payload encodes; PayloadError if it is not base64."""
+    """Return the pickle in the payload; raise PayloadError if the payload is not base64."""
     import binascii
 
     text = settings.payload
@@ -2242,7 +2245,7 @@ def decode_payload(settings: Settings) -> bytes:
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
-    """Return the payload of a class, like the SDK's function of this name."""
+    """Return the payload of a class, as the SDK's function of the same name does."""
     import base64
 
     import cloudpickle
@@ -2255,7 +2258,7 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 class HTTPException(Exception):
     """Starlette's exception, for classes that need nothing else of FastAPI."""
 
-    __module__ = "starlette.exceptions"  # `answer_for` looks for this, and uses the status
+    __module__ = "starlette.exceptions"  # by this name the exception's status becomes the answer's
 
     def __init__(self, status_code: int, detail: Any = None,
                  headers: Optional[Mapping[str, str]] = None) -> None:
@@ -2272,17 +2275,21 @@ HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions
 
 
 def is_here(package: str) -> bool:
-    """Return whether a package is installed; a mere folder named `aistore` is not."""
+    """Return whether a package is installed.
+
+    A folder named `aistore` that has no `__init__.py` does not count.
+    """
     spec = importlib.machinery.PathFinder.find_spec(package)
     return spec is not None and (package != "aistore" or spec.origin is not None)
 
 
 class LacksName(AttributeError):
-    """A name is missing in a module that this file provides for the SDK."""
+    """A module that this file provides in place of the SDK's lacks a name."""
 
 
 WEBSERVER = "aistore.sdk.etl.webserver"
-SDK_MODULES: Dict[str, Dict[str, Any]] = {  # what payloads can refer to: module, and its names
+# the modules of the SDK that payloads can refer to, and the names in each
+SDK_MODULES: Dict[str, Dict[str, Any]] = {
     "aistore": {}, "aistore.sdk": {},
     "aistore.sdk.const": CONSTANTS,
     "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
@@ -2308,8 +2315,8 @@ SDK_MODULES: Dict[str, Dict[str, Any]] = {  # what payloads can refer to: module
 class SDKNames:
     """An import finder and loader that provides the SDK's modules.
 
-    The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
-    The other modules are the SDK's if it is installed.
+    The web-server modules always come from this file: the SDK's own need requests, FastAPI, httpx
+    and Flask. The other modules come from the SDK if it is installed.
     """
 
     def find_spec(self, name: str, path: Any = None,
@@ -2320,10 +2327,10 @@ class SDKNames:
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Let the import system make an ordinary module."""
+        """Return None, so that the import system makes an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with its names; raise LacksName when another name is looked up."""
+        """Fill a module with its names; to look up another name then raises LacksName."""
 
         def missing(name: str) -> NoReturn:
             raise LacksName(f"{module.__name__}.{name} is not here")
@@ -2332,13 +2339,13 @@ class SDKNames:
 
 
 def install_sdk_names() -> None:
-    """Put the finder in place, once."""
+    """Put the finder before all others, unless it is there already."""
     if not any(isinstance(finder, SDKNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, cast(Any, SDKNames()))
 
 
 def leave_late_modules() -> None:
-    """Let imports find the modules themselves from now on, and not their stand-ins."""
+    """Remove the stand-ins of late modules: from now on an import loads the module itself."""
     for name, stand_in in late_modules.items():
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
@@ -2346,15 +2353,15 @@ def leave_late_modules() -> None:
 
 
 class ForeignBytecode(Exception):
-    """Another minor version of Python compiled this code; it could crash this one."""
+    """Another minor version of Python compiled the code, which could crash this version."""
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
-    """Return whether 3.9 compiled code that 3.10 runs, or the other way round.
+    """Return whether Python 3.9 compiled code for this 3.10, or the other way round.
 
-    The line table of 3.10 covers the bytecode up to its end (PEP 626). That of 3.9 only does so if
-    unreachable code comes last, and then it has an empty range. In 3.10 an empty range is a step on
-    the way to a line that is far away.
+    The line table tells them apart. In 3.10 its ranges cover the bytecode to the end (PEP 626), and
+    a range is empty only as one of several steps to a line that is far away. In 3.9 the ranges
+    reach the end only if the last code is unreachable, and then one of them is empty.
     """
     is_310 = sys.version_info >= (3, 10)
     table: bytes = getattr(code, "co_linetable" if is_310 else "co_lnotab")
@@ -2364,22 +2371,26 @@ def is_foreign_wordcode(code: types.CodeType) -> bool:
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
-    """Return whether bytecode is not of this Python, which is 3.11 or later."""
+    """Return whether another Python compiled this bytecode; this Python is 3.11 or later.
+
+    Bytecode that this Python compiled has known instructions, as many empty cache entries after
+    each as belong to it, and at least one RESUME.
+    """
     import opcode
 
-    # private: a list by number up to 3.12, a mapping by name from 3.13 on
+    # a private table: a list by number up to 3.12, a mapping by name from 3.13 on
     entries: Any = getattr(opcode, "_inline_cache_entries")
     caches, resumed = 0, False
     for offset in range(0, len(code_bytes), 2):
         number = code_bytes[offset]
         name = opcode.opname[number]
         if caches:
-            # the compiler leaves the caches of an instruction empty
+            # the compiler leaves these entries empty
             if number or code_bytes[offset + 1]:
                 return True
             caches -= 1
             continue
-        # no compiler makes these
+        # no compiler emits these
         if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
@@ -2390,9 +2401,10 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 def checked_code(*args: Any) -> types.CodeType:
     """Make a code object; raise ForeignBytecode if another Python compiled it.
 
-    From 3.11 on the bytes are checked first: to make a code object of foreign bytes, or to read
-    them back, can crash or write beyond their end. All code passes if a later Python lacks the
-    tables that the check uses, or has others, by which this function's code is foreign as well.
+    From 3.11 on the bytes are checked before the code object is made: to make a code object of
+    foreign bytes, or to read its bytes back, can crash the interpreter or write beyond their end.
+    A later Python may lack the tables that the check uses, or may have changed them, so that even
+    the code of this function looks foreign. Then all code passes.
     """
     if sys.version_info >= (3, 11):
         with contextlib.suppress(AttributeError, LookupError, TypeError):
@@ -2401,7 +2413,7 @@ def checked_code(*args: Any) -> types.CodeType:
                 raise ForeignBytecode
     try:
         code = types.CodeType(*args)
-    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 arguments, 3.11 and later 18
+    except (TypeError, ValueError):  # code of 3.8 to 3.10 has 16 arguments, of later versions 18
         raise ForeignBytecode from None
     if sys.version_info < (3, 11) and is_foreign_wordcode(code):
         raise ForeignBytecode
@@ -2409,7 +2421,7 @@ def checked_code(*args: Any) -> types.CodeType:
 
 
 def package_of(error: BaseException) -> str:
-    """Return the missing package that made an import fail, or ""."""
+    """Return the name of the package whose absence made an import fail, or ""."""
     if isinstance(error, LacksName):
         return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
@@ -2418,7 +2430,7 @@ def package_of(error: BaseException) -> str:
 
 
 def other_cloudpickle(name: str) -> PackageError:
-    """Return the error for a cloudpickle that lacks a name which the payload needs."""
+    """Return the error for an installed cloudpickle that lacks a name of the payload."""
     here = installed_version("cloudpickle") or ""
     maker, remedy = "another cloudpickle", MAKE_ANEW
     if re.match("[012][.]", here):
@@ -2429,15 +2441,15 @@ def other_cloudpickle(name: str) -> PackageError:
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class; raise ForeignBytecode before any such code runs.
+    """Unpickle a class; raise ForeignBytecode before code of another Python runs.
 
     A pickle does not tell which Python made it. Code of another minor version may load without an
-    error, and then crash the interpreter or compute nonsense. So each code object is checked when
-    it is made.
+    error, and then crash the interpreter or compute nonsense. So the unpickler checks each code
+    object when it makes it.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a global; `_make_code` takes the place of the type of code objects."""
+        """Return a global of a module; `_make_code` replaces the type of code objects."""
         package = module.partition(".")[0]
         if name == "HTTPException" and module in HTTP_EXCEPTION_MODULES and not is_here(package):
             return HTTPException
@@ -2451,8 +2463,10 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"itself") from None
             if package == "cloudpickle":
                 raise other_cloudpickle(name) from None
-            getattr(sys.modules[module], name)  # raises LacksName again, which pickle replaces
+            # pickle replaces a LacksName by an error of its own: raise the LacksName again
+            getattr(sys.modules[module], name)
             raise
+        # in a pickle, the type of code objects is a call: _builtin_type("CodeType")
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
@@ -2460,7 +2474,8 @@ class PayloadUnpickler(pickle.Unpickler):
     def _make_code(self, *args: Any) -> types.CodeType:
         """Make a code object; raise FrameworkNeeded if it imports a missing framework.
 
-        A function whose only import is `from fastapi import HTTPException` imports ours.
+        A function whose only import is `from fastapi import HTTPException` needs no framework: its
+        code is changed to import the class from this file.
         """
         import opcode
 
@@ -2486,11 +2501,12 @@ def raise_framework_needed(error: Optional[BaseException]) -> None:
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
-    """Describe an exception of user code, and how to get a package that it lacks.
+    """Describe an exception of the user's code, and tell how to get a package that is missing.
 
-    The type is included if `has_type`, or if the text alone says too little.
+    The description has the exception's type if `has_type`, or if the text alone says too little.
     """
     kind, name, text = type(error).__name__, package_of(error), describe(error)
+    # the text of a KeyError is only the key
     says_much = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
     if text != kind and (has_type or not says_much):
         text = f"{kind}: {text}"
@@ -2501,14 +2517,15 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
 
 
 def missing_module(error: BaseException, pickled: bytes) -> StartupError:
-    """Return the error for a module that a pickle refers to and that is missing."""
+    """Return the error for a missing module that a pickle refers to."""
     if package_of(error) == "cloudpickle":
         return PackageError(
             "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
     if isinstance(error, LacksName):
         return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
     name = getattr(error, "name", "")
-    if b"cloudpickle" not in pickled:  # a class that is pickled by value needs its functions
+    # the pickle of a class by value calls functions of cloudpickle
+    if b"cloudpickle" not in pickled:
         return PayloadError(
             f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
             f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
@@ -2518,21 +2535,25 @@ def missing_module(error: BaseException, pickled: bytes) -> StartupError:
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
-    """Return the names of a table that a class overrides."""
+    """Return the names that a class overrides, of those that a table lists for its bases."""
     return [name for base, names in table.items() if issubclass(cls, base) for name in names
             if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
 def server_for(cls: Type[ETLServer]) -> str:
-    """Return the framework that must serve a class; "" if its constructor will tell."""
+    """Return the framework that must serve a class because it overrides a hook, or "".
+
+    A constructor that uses `self.app` needs the framework as well: this shows when it runs.
+    """
     return framework_of(cls) if overridden(cls, HOOKS) else ""
 
 
 def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
     """Return a class if it can be served and all its overrides have an effect.
 
-    Otherwise raise ClassError, or PayloadError, whose text begins with `failed`. The supervisor
-    calls this before it forks workers, so that a mistake is reported once.
+    Raises PayloadError, whose text begins with `failed`, if it is no ETL class with a transform,
+    and ClassError for other mistakes. The supervisor calls this before it forks workers, so that a
+    mistake is reported once.
     """
     if not isinstance(cls, type) or not issubclass(cls, ETLServer):
         what = cls.__name__ if isinstance(cls, type) else f"no class but {type(cls).__name__!r}"
@@ -2561,7 +2582,10 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
 
 
 def user_exc_info(error: BaseException) -> Any:
-    """Return `exc_info` for a log record without this file's frames, or None."""
+    """Return an exception for a log record, without this file's frames.
+
+    The result is an `exc_info`, or None if no other frames are left.
+    """
     entries, entry = [], error.__traceback__
     while entry is not None:
         entries.append(entry)
@@ -2575,7 +2599,7 @@ def user_exc_info(error: BaseException) -> Any:
 
 
 def log_user_error(what: str, error: BaseException) -> None:
-    """Log an exception of user code, with the user's part of its traceback."""
+    """Log an exception of the user's code, with that code's part of the traceback."""
     logger.error("%s: %s", what, describe_of_user(error), exc_info=user_exc_info(error))
 
 
@@ -2592,12 +2616,14 @@ def load_etl_class(settings: Settings,
                    unpickler: Type[PayloadUnpickler] = PayloadUnpickler) -> Type[ETLServer]:
     """Return the class of the payload; raise a StartupError that says what to do.
 
-    Unpickling runs the payload as code. It comes from whoever may start pods, and is trusted like
-    the image.
+    Unpickling runs the payload as code. The payload comes from whoever may start pods, and is
+    trusted as the image is.
     """
     pickled = decode_payload(settings)
     install_sdk_names()
-    attempt(importlib.import_module, "cloudpickle")  # if this fails, unpickling raises it again
+    # before late modules are left: cloudpickle imports some of them and may never use them. If this
+    # import fails, unpickling raises the same error.
+    attempt(importlib.import_module, "cloudpickle")
     leave_late_modules()
     cls, error = attempt(unpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
@@ -2619,18 +2645,21 @@ def load_etl_class(settings: Settings,
 
 
 # == 9. Stage 1, understanding ==
-# The method, the raw request target and one header to a frozen value; no I/O.
+# Turns a request's method, raw target and pipeline header, or the JSON of a WebSocket message, into
+# a frozen value; no I/O.
 
 QUERIES_OF_ETL = tuple(f"?{name}=" for name in (QPARAM_FQN, QPARAM_ARGS, QPARAM_LATEST))
+# the paths that name no object, and their methods
 PATH_METHODS = {"/health": ("GET",), "/ws": ("GET",), "/download": ("POST",)}
 
 
 def split_target(method: str, target: str) -> Tuple[str, str]:
     """Split a request target into path and query, both raw.
 
-    AIStore writes bucket and object name unescaped into the URL of a PUT, so the name may have
-    question marks: the query begins at the last one that a parameter of ours follows. An absolute
-    target (RFC 9112, 3.2.2) loses its scheme and host.
+    AIStore writes the bucket and the object's name unescaped into the URL of a PUT, so the name may
+    have question marks. The query of a PUT begins at the last question mark that one of AIStore's
+    parameters follows; any other query begins at the first question mark. An absolute target (RFC
+    9112, 3.2.2) loses its scheme and host.
     """
     if not target.startswith("/"):
         target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
@@ -2642,14 +2671,14 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
 
 
 def decode_escapes(text: str, errors: str = "replace") -> str:
-    """Decode the escapes of a raw path, or of a query without `+`."""
+    """Decode the percent-escapes of a raw path, or of a query whose `+` are replaced."""
     if "%" not in text and text.isascii():
         return text
     return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
 
 
-FOLDER_LIMIT = 1024  # characters of a folder that is kept decoded
-# the objects of a bucket lie in few folders
+FOLDER_LIMIT = 1024  # characters; longer folders are not cached
+# cached, since the objects of a bucket lie in few folders
 decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)
 
 
@@ -2663,7 +2692,10 @@ def decode_query(text: str) -> str:
 
 
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
-    """Return a query's parameters, decoded, and the raw rest that goes along to the target."""
+    """Return a query's parameters, decoded, and the raw rest that is sent to the target.
+
+    Of a repeated parameter the first value counts.
+    """
     parameters: Dict[str, str] = {}
     rest = []
     for item in query.split("&") if query else ():
@@ -2676,22 +2708,22 @@ def split_query(query: str) -> Tuple[Dict[str, str], str]:
 
 
 class ETLRequest(NamedTuple):
-    """One request of AIStore. A raw text is as it came, one character per byte."""
+    """One request of AIStore. A raw text is not decoded: it has one character per byte."""
 
     method: str
     raw_path: str
-    query: str = ""  # raw; goes along to the target
-    fqn: str = ""  # path-escaped: only the query's own escapes are decoded
+    query: str = ""  # raw; what a read from the target sends along
+    fqn: str = ""  # the escapes of the query are decoded, those of the path are not
     etl_args: str = ""  # decoded
     latest: bool = False
     pipeline: str = ""  # the Ais-Node-Url header: where the result goes
-    original_url: str = ""  # decoded; what a download fetches
-    # decoded; the name of the object that a download becomes, or that came over WebSocket
+    original_url: str = ""  # decoded; the URL that a download fetches
+    # decoded; the path of the object that a download makes, or that came over WebSocket
     object_to: str = ""
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
-        """Understand a request; NotFound, BadRequest or a 405 if it has no meaning."""
+        """Parse a request; raise NotFound, BadRequest or a 405 if it has no meaning."""
         raw_path, query = split_target(method, target)
         if not raw_path.startswith("/") or not raw_path.strip("/"):
             raise NotFound(f"no object is named by {target!r}")
@@ -2714,7 +2746,10 @@ class ETLRequest(NamedTuple):
 
     @classmethod
     def from_message(cls, message: Any) -> ETLRequest:
-        """Understand the control message of a WebSocket object, decoded from JSON; BadRequest."""
+        """Parse the control message of a WebSocket object, a value decoded from JSON.
+
+        Raises BadRequest if it is no control message.
+        """
         texts: List[Any] = []
         if isinstance(message, dict):
             texts = [message.get(name, "") for name in ("path", "fqn", "etl_args", "pipeline")]
@@ -2726,12 +2761,12 @@ class ETLRequest(NamedTuple):
 
     @property
     def is_message(self) -> bool:
-        """Whether the object came over WebSocket; such an object is answered whole."""
+        """Whether the object came over WebSocket; its output is sent back whole."""
         return self.raw_path == "/ws"
 
     @property
     def path(self) -> str:
-        """The decoded path, without the first slash."""
+        """The decoded path without its first slash; bytes that are not UTF-8 are replaced."""
         if self.object_to or self.is_message:
             return self.object_to
         return decode_escapes(self.raw_path)[1:]
@@ -2755,12 +2790,12 @@ class ETLRequest(NamedTuple):
 
 
 # == 10. Stage 2, reading ==
-# A request to a byte source. Runs on the thread that serves the connection. Whoever opens a source
-# closes it.
+# Opens the object that a request names, as a source of bytes. Runs on the thread that serves the
+# connection. Whoever opens a source closes it.
 
 
 class ObjectFile(io.FileIO):
-    """An object's open file; `size` is the size that the file had when it was opened, in bytes."""
+    """An object's open file; `size` is the number of bytes that it had when it was opened."""
 
     _is_cut = False
 
@@ -2769,13 +2804,13 @@ class ObjectFile(io.FileIO):
         self.size = size
 
     def close(self) -> None:
-        """Close the file; a class may do so before `finish` is called."""
+        """Close the file, and note if it is cut: a class may close it before `finish` is called."""
         if not self.closed:
             self._is_cut = os.fstat(self.fileno()).st_size < self.size
         super().close()
 
     def finish(self) -> None:
-        """Close the file; OSError if it has become shorter, since what was read may be cut."""
+        """Close the file; raise OSError if it has become shorter: what was read may be cut."""
         self.close()
         if self._is_cut:
             raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
@@ -2788,18 +2823,18 @@ class SpoolFile(ObjectFile):
         import tempfile
 
         descriptor, self.path = tempfile.mkstemp(prefix="etl-")
-        super().__init__(descriptor, 0)
+        super().__init__(descriptor, 0)  # of size 0, so that it never counts as cut
 
     def close(self) -> None:
         """Close and remove the file."""
         if not self.closed:
             super().close()
-            with contextlib.suppress(FileNotFoundError):  # a class may have moved it away
+            with contextlib.suppress(FileNotFoundError):  # the class may have moved it away
                 os.unlink(self.path)
 
 
 class LoadedObject(io.BytesIO):
-    """An object in memory: a small file is read as soon as it is opened."""
+    """An object in memory, such as a small file, which is read as soon as it is opened."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -2811,10 +2846,10 @@ class LoadedObject(io.BytesIO):
 
 
 class ReceivedObject(LoadedObject):
-    """An object that came whole with its request, as over WebSocket.
+    """An object that was read into memory, and that waits for its transform.
 
-    `leave` gives back the memory that the object takes in a Room until its transform begins. It may
-    be called twice.
+    Until the transform begins, the object may take memory in a Room. `leave` gives this memory
+    back; it may be called twice.
     """
 
     def __init__(self, data: bytes = b"", leave: Optional[Callable[[], object]] = None) -> None:
@@ -2822,7 +2857,7 @@ class ReceivedObject(LoadedObject):
         self._leave = leave  # None if the object is too small to be counted
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function that gives the memory back and then calls another function."""
+        """Return a function that gives the memory back, then calls `function`."""
         def call(*args: Any) -> Any:
             if self._leave is not None:
                 self._leave()
@@ -2831,7 +2866,7 @@ class ReceivedObject(LoadedObject):
         return call
 
     def close(self) -> None:
-        """Give the memory back, also if no transform has begun."""
+        """Give the memory back even if no transform has begun."""
         super().close()
         if self._leave is not None:
             self._leave()
@@ -2845,15 +2880,16 @@ class Source(NamedTuple):
     """An opened object. Whoever opened it closes `stream`; that also removes a temporary file."""
 
     stream: ObjectStream
-    path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
+    path: str = ""  # the local path that the class gets instead of bytes, by ETL_DIRECT_FQN; or ""
 
     def finish(self) -> None:
-        """Raise if the object was not read whole, even if the class has caught that error."""
+        """Raise an error if the object was not whole, even if the class has caught that error."""
         if isinstance(self.stream, (BodyStream, ObjectFile)):
             self.stream.finish()
 
 
-Roots = Optional[Tuple[str, ...]]  # folders whose files may be read; None: AIStore's layout
+# folders whose files may be read; None if the paths of AIStore's layout may be read
+Roots = Optional[Tuple[str, ...]]
 
 # …/@provider/[namespace/]bucket/%ob/object
 OBJECT_PATH = re.compile(r"(?s).*?/@([a-z0-9]+)/(?:([@#][^/]*)/)?([^/@#%][^/]*)/%ob/(.+)")
@@ -2881,11 +2917,13 @@ def resolved_path(descriptor: int, path: str) -> str:
 
 
 def open_object_path(path: str, roots: Roots) -> int:
-    """Return a descriptor of an object's file; NotFound, or Forbidden for any other file.
+    """Open an object's file and return its descriptor.
 
-    The pod's port can be reached by others than its target, and the container holds secrets. So
-    only objects may be read. Links are resolved twice: before the file is opened, since opening a
-    device can do harm, and by the caller for the open file, since a path can be changed meanwhile.
+    Raises NotFound if there is no such object, and Forbidden for any other file: others than the
+    target can reach the pod's port, and the container holds secrets. If the path itself does not
+    show that it is an object's, its links are resolved before the file is opened, since opening a
+    device can do harm. The caller checks the path of the open file, with all links resolved, since
+    the path may have been changed meanwhile.
     """
     try:
         if "/.." in path or not is_object_path(path, roots):
@@ -2906,11 +2944,12 @@ OBJECT_SIZE_XATTR = re.compile(
 
 
 def is_whole(descriptor: int, size: int) -> bool:
-    """Tell whether a file is the whole object: of an object in chunks it is only the first chunk.
+    """Tell whether a file is a whole object, and not the first chunk of an object in chunks.
 
     AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a
     preamble of ten bytes come records of a two-byte key and a value, separated by three fixed
-    bytes. Key 3 is the size. An attribute that is missing or of another layout is ignored.
+    bytes. Key 3 is the size. If the attribute is missing or has another layout, the file counts as
+    whole.
     """
     try:
         attribute = os.getxattr(descriptor, "user.ais.lom")
@@ -2921,9 +2960,10 @@ def is_whole(descriptor: int, size: int) -> bool:
 
 
 def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read `size` bytes of a file, mostly by one call; OSError if there are fewer.
+    """Read `size` bytes of a file, mostly by one call; raise OSError if there are fewer.
 
-    A file system that fails half-way returns what it has so far, and raises in the next call.
+    If a file system fails half-way, a call returns the bytes before the failure, and the next call
+    raises the error.
     """
     data = read(size)
     while len(data) < size:
@@ -2935,7 +2975,10 @@ def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
 
 
 def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject, None]:
-    """Open an object by its path, and read it if it is small; None if the file is a chunk of it."""
+    """Open an object by its path; return None if the file is only the object's first chunk.
+
+    A small object is read into memory, and its file closed.
+    """
     descriptor = open_object_path(path, roots)
     is_kept = False
     try:
@@ -2966,13 +3009,16 @@ def uname_of(path: str) -> bytes:
 
 
 def folder_path(folder: str, raw_path: str) -> str:
-    """Map a request's path, a uname or /bucket/object, to a file of the folder of `--target`."""
+    """Return the file, in the folder of `--target`, that a request's path names.
+
+    The path is /bucket/object or the object's unique name.
+    """
     name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
     return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
 
 
 def require_identity(body: NodeBody, what: str) -> NodeBody:
-    """Return another node's answer; BadGateway if it is encoded, which was not asked for."""
+    """Return another node's answer; raise BadGateway if it has an encoding: none was asked for."""
     coding = body.headers.get("Content-Encoding", "identity")
     if coding.strip().lower() not in ("", "identity"):
         body.close()
@@ -2997,23 +3043,24 @@ def spool(stream: ObjectStream) -> Source:
 class Sources:
     """Open the object of a request: a file, the request's body, the target's copy, or a download.
 
-    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`. The target sends
-    a path whenever the object has a file: that saves sending its bytes through a socket. The path
-    does not tell whether the file is the whole object, so `is_whole` checks.
+    Shared by all threads of a worker. `locate` is the class's own `sanitize_fqn`. The target sends
+    a path whenever the object has a file: this saves sending the bytes through a socket. The path
+    does not tell whether the file is the whole object: `is_whole` finds out.
     """
 
     def __init__(self, settings: Settings, pool: ConnectionPool,
                  locate: Callable[[str], str]) -> None:
         self._settings = settings
         self._pool = pool
-        # no token, no certificate, the system's authorities
+        # for downloads: no token, no certificate, and the system's authorities
         self._outside = ConnectionPool(Settings())
         self._locate = locate
 
     def open(self, request: ETLRequest, body: RequestBody) -> Source:
         """Open the object; the caller closes it.
 
-        Raise NotFound, Forbidden, or an error with the target's status if that is impossible.
+        Raises NotFound, Forbidden, or an error with the target's status if the object cannot be
+        opened.
         """
         if request.original_url:
             return Source(self._download(request.original_url))
@@ -3031,9 +3078,10 @@ class Sources:
         return spool(stream) if wants_path else Source(stream)
 
     def load(self, request: ETLRequest) -> Optional[bytes]:
-        """Read an object of up to 1 MiB by its path; None if it is larger or not to be read here.
+        """Read an object of up to 1 MiB by its path; return None if that is not to be done here.
 
-        A class that gets the path reads the file itself; an object in chunks has no whole file.
+        That is so for a larger object, for an object in chunks, which has no whole file, and for a
+        class that gets the path and reads the file itself.
         """
         if self._settings.direct_fqn:
             return None
@@ -3044,7 +3092,7 @@ class Sources:
             return read_whole(file.read, file.size) if file.size <= WRITE_BYTES else None
 
     def close_idle(self) -> None:
-        """Close connections that have been idle for too long, those to the outside world too."""
+        """Close connections to nodes and to the outside world that were idle for too long."""
         self._pool.close_idle()
         self._outside.close_idle()
 
@@ -3066,6 +3114,7 @@ class Sources:
             stream = self._pool.open(NodeRequest("GET", Hop.of(target), path))
         except OSError as error:
             raise BadGateway(f"the target cannot be reached: {describe(error)}") from None
+        # an answer that only the end of its connection ends may be cut: it is not used
         if stream.status == HTTPStatus.OK and stream.can_be_checked:
             return require_identity(stream, "the target's object")
         with stream:
@@ -3081,7 +3130,8 @@ class Sources:
             Hop.of(url)
         except ValueError as error:
             raise BadRequest(f"the download is impossible: {error}") from None
-        # the URL is decoded text; a Location has one character per byte
+        # The URL is decoded text, whose characters are escaped as UTF-8. A Location has one
+        # character per byte, and `path_of` escapes it as such.
         url = re.sub("[^!-~]", lambda match: quote(match[0]), url)
         location = ""
         for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
