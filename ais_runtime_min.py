@@ -2258,7 +2258,7 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 class HTTPException(Exception):
     """Starlette's exception, for classes that need nothing else of FastAPI."""
 
-    __module__ = "starlette.exceptions"  # by this name the exception's status becomes the answer's
+    __module__ = "starlette.exceptions"  # `user_status` knows the exception by this name
 
     def __init__(self, status_code: int, detail: Any = None,
                  headers: Optional[Mapping[str, str]] = None) -> None:
@@ -2330,7 +2330,7 @@ class SDKNames:
         """Return None, so that the import system makes an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with its names; to look up another name then raises LacksName."""
+        """Fill a module with its names; looking up any other name raises LacksName."""
 
         def missing(name: str) -> NoReturn:
             raise LacksName(f"{module.__name__}.{name} is not here")
@@ -2373,8 +2373,8 @@ def is_foreign_wordcode(code: types.CodeType) -> bool:
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
     """Return whether another Python compiled this bytecode; this Python is 3.11 or later.
 
-    Bytecode that this Python compiled has known instructions, as many empty cache entries after
-    each as belong to it, and at least one RESUME.
+    Bytecode of this Python consists of known instructions, each followed by its own number of empty
+    cache entries, and has at least one RESUME.
     """
     import opcode
 
@@ -2582,9 +2582,9 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
 
 
 def user_exc_info(error: BaseException) -> Any:
-    """Return an exception for a log record, without this file's frames.
+    """Return an exception's `exc_info` for a log record, or None.
 
-    The result is an `exc_info`, or None if no other frames are left.
+    The traceback is without this file's frames; None if there are no others.
     """
     entries, entry = [], error.__traceback__
     while entry is not None:
@@ -2712,7 +2712,7 @@ class ETLRequest(NamedTuple):
 
     method: str
     raw_path: str
-    query: str = ""  # raw; what a read from the target sends along
+    query: str = ""  # raw; part of the URL if the object is read from the target
     fqn: str = ""  # the escapes of the query are decoded, those of the path are not
     etl_args: str = ""  # decoded
     latest: bool = False
@@ -2804,7 +2804,7 @@ class ObjectFile(io.FileIO):
         self.size = size
 
     def close(self) -> None:
-        """Close the file, and note if it is cut: a class may close it before `finish` is called."""
+        """Close the file and note whether it is cut; a class may close it before `finish`."""
         if not self.closed:
             self._is_cut = os.fstat(self.fileno()).st_size < self.size
         super().close()
@@ -2919,11 +2919,11 @@ def resolved_path(descriptor: int, path: str) -> str:
 def open_object_path(path: str, roots: Roots) -> int:
     """Open an object's file and return its descriptor.
 
-    Raises NotFound if there is no such object, and Forbidden for any other file: others than the
-    target can reach the pod's port, and the container holds secrets. If the path itself does not
-    show that it is an object's, its links are resolved before the file is opened, since opening a
-    device can do harm. The caller checks the path of the open file, with all links resolved, since
-    the path may have been changed meanwhile.
+    Raises NotFound if the object's file is not there, and Forbidden for a file that is not an
+    object's: others than the target can reach the pod's port, and the container holds secrets. If
+    the path does not look like an object's, its links are resolved before the file is opened, since
+    opening a device can do harm. The caller checks the resolved path of the open file, since the
+    path may have been changed meanwhile.
     """
     try:
         if "/.." in path or not is_object_path(path, roots):
@@ -3078,9 +3078,9 @@ class Sources:
         return spool(stream) if wants_path else Source(stream)
 
     def load(self, request: ETLRequest) -> Optional[bytes]:
-        """Read an object of up to 1 MiB by its path; return None if that is not to be done here.
+        """Read an object of up to 1 MiB by its path, or return None.
 
-        That is so for a larger object, for an object in chunks, which has no whole file, and for a
+        None stands for a larger object, for an object in chunks, which has no whole file, and for a
         class that gets the path and reads the file itself.
         """
         if self._settings.direct_fqn:
@@ -3151,17 +3151,17 @@ class Sources:
 
 
 # == 11. Stage 3, transforming ==
-# Where the class's code runs, how much of it at once, and how much memory its objects may take
-# before. A slot covers the class's code alone, never reading an object or delivering a result.
+# Calls the class: on which thread, how many calls at once, and with how much memory for the objects
+# that wait. A slot covers the class's code alone, never reading an object or delivering a result.
 
 T = TypeVar("T")
 
 
 class ThreadSlots:
-    """Make calls on the threads that ask for them, at most `limit` at once."""
+    """Make each call on the thread that asks for it, at most `limit` calls at once."""
 
     def __init__(self, limit: int) -> None:
-        # a semaphore that is written in C, at a tenth of the cost of threading's
+        # used as a semaphore: it is written in C, and costs a tenth of threading's
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(limit):
             self._free.put(slot)
@@ -3176,10 +3176,10 @@ class ThreadSlots:
 
 
 class MainThread:
-    """Make calls on the thread that made this object, one by one, in the order of asking.
+    """Make calls on the main thread, one by one, in the order in which they are asked for.
 
-    Other threads append their calls to `calls` and wake that thread by `wake`. Its loop makes them
-    by `make_call`, one at a time.
+    The main thread is the thread that made this object. Other threads append their calls to `calls`
+    and wake the main thread by `wake`; its loop makes the calls by `make_call`.
     """
 
     def __init__(self) -> None:
@@ -3201,12 +3201,12 @@ class MainThread:
             return cast(T, value)
         finally:
             # The error's traceback refers to this frame, and the frame to the error. This cycle
-            # would keep the object in memory.
+            # would keep the user's object in memory.
             del error
 
     def put(self, call: Callable[[], None]) -> None:
-        """Append a call that never raises, and return at once."""
-        with self._lock:  # or two threads could each see the other's call and not wake
+        """Append a call, which must not raise; return at once."""
+        with self._lock:  # or two threads could both see two calls, and neither would wake
             self.calls.append(call)
             is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
         if is_first:
@@ -3221,16 +3221,17 @@ Slots = Union[ThreadSlots, MainThread]
 
 
 class Pace:
-    """Predict from the last calls of the class whether the next one is quick.
+    """Predict from the last calls of the class whether the next call is quick.
 
-    To hand a call to another thread costs as much as a quick call takes, so the leader makes quick
-    calls itself. It hands calls over after one call that took a hundred times as long as a quick
-    one may, or when more than three in four of about the last sixteen were slow. It does so for a
-    hundred times as long as the last call took. Times are those of time.monotonic().
+    The leader is the thread that watches all connections (section 16). Handing a call to another
+    thread costs as much as a quick call takes, so the leader makes quick calls itself. It hands
+    calls over after a call that took more than a hundred times `QUICK_SECONDS`, or when more than
+    three in four of about the last sixteen calls were slow; and then for a hundred times as long as
+    the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
-        self._slow = 0.0  # of about the last sixteen calls
+        self._slow = 0.0  # how many of about the last sixteen calls were slow
         self._hands_over_until = 0.0
 
     def is_quick(self, now: float) -> bool:
@@ -3238,19 +3239,22 @@ class Pace:
         return now >= self._hands_over_until
 
     def note(self, seconds: float, now: float) -> None:
-        """Take into account how long a call took."""
+        """Record how long a call took; `now` is when the call ended."""
         self._slow += (seconds >= QUICK_SECONDS) - self._slow / 16
         if self._slow > 12 or seconds > 100 * QUICK_SECONDS:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
-        """Have calls handed over because one took so long; then four slow calls do so again."""
+        """Have calls handed over for a while, since a call took so long.
+
+        After that, four slow calls in a row are enough to hand calls over again.
+        """
         self._slow = 11.0
         self._hands_over_until = now + 100 * seconds
 
 
 def memory_limit(root: str = "/sys/fs/cgroup") -> int:
-    """Return how many bytes of memory the container may take."""
+    """Return how many bytes of memory the container may use."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # version 2 of control groups, and version 1
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
@@ -3261,15 +3265,16 @@ def memory_limit(root: str = "/sys/fs/cgroup") -> int:
 
 
 class Room:
-    """Bound the memory of bodies that wait for their transforms, `WAITING_LIMIT_BYTES` together.
+    """Limit the memory of the bodies that wait for their transforms.
 
-    The body that came first never waits for room, so at least one body always makes progress.
+    Together they take up to `WAITING_LIMIT_BYTES`. The body that came first never waits for room,
+    so at least one body always makes progress.
     """
 
     def __init__(self) -> None:
         self._memory = memory_limit()
         self._total = 0
-        self._taken: Dict[object, int] = {}  # bytes by body, in the order of their coming
+        self._taken: Dict[object, int] = {}  # bytes by body, the first to come first
         self._change = threading.Condition()
 
     def check(self, size: int) -> None:
@@ -3279,13 +3284,13 @@ class Room:
                                  f"the container's memory")
 
     def take(self, body: object, count: int) -> None:
-        """Wait until there is room for more bytes of a body, and take it.
+        """Wait until there is room for `count` more bytes of a body, then take the room.
 
         Raises ObjectTooLarge if the body is larger than the container's memory.
         """
         with self._change:
             taken = self._taken.setdefault(body, 0)
-            # a body is read in steps, and the last step may reach beyond its end
+            # a body is read in steps, and the last step may reach beyond the body's end
             if taken + count > self._memory + WRITE_BYTES:
                 raise ObjectTooLarge(
                     f"the object has more bytes than the container's memory, {self._memory}")
@@ -3302,17 +3307,18 @@ class Room:
             self._change.notify_all()
 
     def leave(self, body: object) -> None:
-        """Give back all the room of a body; do nothing if that was done before."""
+        """Give back all the room of a body; may be called more than once."""
         with self._change:
             self._total -= self._taken.pop(body, 0)
             self._change.notify_all()
 
 
 class WaitingBody(io.RawIOBase):
-    """Read a body into memory as there is room for it; the stream stays open.
+    """Read a body into memory, in steps that wait for room; the stream stays open.
 
-    A client may announce a large body and send little of it. So a step of reading takes room for
-    `READ_BYTES`, or for as many bytes as have come so far. A file takes its room at once.
+    A client may announce a large body and send little of it. So each step takes room for as many
+    bytes as have come so far, but at least for `READ_BYTES` and at most for `WRITE_BYTES`. The
+    bytes of a file are all there, so a file takes its room at once.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3351,7 +3357,7 @@ class WaitingBody(io.RawIOBase):
         stream = self._stream
         if isinstance(stream, ObjectFile):
             read: Callable[[int], bytes] = functools.partial(read_to_end, self)
-            if stream.size <= WRITE_BYTES:  # by one call, since each may let another thread run
+            if stream.size <= WRITE_BYTES:  # in one call, since each may let another thread run
                 self._room.take(self, stream.size)
                 read = stream.read
             return read_whole(read, stream.size)
@@ -3370,7 +3376,7 @@ def as_bytes(output: Any, what: str) -> bytes:
         return bytes(memoryview(output))
     except TypeError:
         hint = ": it must not be async" if hasattr(output, "__await__") else ""
-        # or Python warns that a coroutine was never awaited
+        # a coroutine that is not closed makes Python warn that it was never awaited
         attempt(getattr(output, "close", lambda: None))
         raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
 
@@ -3378,9 +3384,9 @@ def as_bytes(output: Any, what: str) -> bytes:
 class Transforms:
     """Call the class with the arguments that it expects, and convert its output to bytes.
 
-    Arguments go by position, since users name their parameters freely. How `path` looks depends on
-    the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely
-    on it.
+    Arguments are passed by position, since users name their parameters freely. The form of `path`
+    depends on the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and
+    classes rely on this form.
     """
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
@@ -3388,7 +3394,7 @@ class Transforms:
         self._slots = slots
         self._gets_decoded_path = isinstance(server, FrameworkServer)
         self._room = Room()
-        # messages have room of their own: a message may wait for an object that is being read
+        # messages have a Room of their own: a message may wait for an object that is being read
         self.message_room = Room()
 
     @property
@@ -3397,7 +3403,7 @@ class Transforms:
         value = self._server.get_mime_type()
         if not isinstance(value, str):
             raise TypeError(f"get_mime_type() returned {type(value).__name__!r}, not str")
-        return str.__str__(value)  # plain, whatever a subclass of str overrides
+        return str.__str__(value)  # a plain str, whatever a subclass overrides
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
         """Read the whole object, wait for a slot, and transform it.
@@ -3417,7 +3423,10 @@ class Transforms:
         return as_bytes(output, "transform() returned")
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
-        """Transform in pieces; raise at the end if the object was not read whole."""
+        """Transform an object in pieces; raise at the end if the object was not whole.
+
+        A stream takes no slot, since the class reads the object while it transforms it.
+        """
         reader = io.BufferedReader(cast(io.RawIOBase, source.stream), READ_BYTES)
         output = self._server.transform_stream(reader, self._path(request), request.etl_args)
         try:
@@ -3437,16 +3446,18 @@ class Transforms:
 
 
 # == 12. Stage 4, delivering ==
-# An output to an answer: the output itself, or the news that another node has taken it.
+# Turns an output into an answer: the output itself, or the news that another node has taken it.
 
 
+# statuses whose answers have no content (RFC 9110, 6.4.1)
 BODILESS = (HTTPStatus.SWITCHING_PROTOCOLS, HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 
 class Answer(NamedTuple):
-    """What a client gets.
+    """An answer to a client.
 
-    A body of pieces is chunked. If it raises, the connection is cut before the last chunk.
+    A body of pieces is sent in chunks. If the pieces end in an error, the connection is cut before
+    the last chunk, so that the client does not take the body for whole.
     """
 
     status: int
@@ -3457,16 +3468,19 @@ class Answer(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether a last chunk ends the body: so for pieces, and for an empty result.
+        """Whether a last chunk ends the body: that of pieces, and that of an empty result.
 
-        A stage before us that is written in Go takes a 200 with a Content-Length of 0 for the news
-        of a delivery.
+        If the stage before this one is written in Go, it takes a 200 with a Content-Length of 0 for
+        the news of a delivery.
         """
         is_empty = not self.body and self.status == HTTPStatus.OK
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
-        """Return the header field that frames the body; none if the connection's end does."""
+        """Return the header field that frames the body, if any.
+
+        There is none if the answer has no content, or if the connection's end ends the body.
+        """
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
         size = self.size
@@ -3478,7 +3492,7 @@ class Answer(NamedTuple):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release what an unread body of pieces holds."""
+        """Close a body of pieces, which releases what it holds."""
         if not isinstance(self.body, bytes):
             cast(Any, self.body).close()
 
@@ -3490,11 +3504,11 @@ def error_answer(status: int, detail: str, headers: Mapping[str, str]) -> Answer
 
 
 class AnswerCut(OSError):
-    """An answer has failed half-way, and that is logged; the connection must end."""
+    """An answer has failed half-way, and the failure is logged; the connection must end."""
 
 
 class OutputFailed(Exception):
-    """The class's stream failed while it was being delivered; `error` is what it raised."""
+    """The class's stream failed while its pieces were being sent; `error` is its exception."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
@@ -3502,7 +3516,10 @@ class OutputFailed(Exception):
 
 
 def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a stream's pieces; OutputFailed tells its failures from those of the connection."""
+    """Yield the pieces of a stream; raise its failures as OutputFailed, then close it.
+
+    So the sender of the pieces can tell a failure of the stream from a failure of the connection.
+    """
     with contextlib.closing(cast(Any, pieces)):
         while True:
             piece, error = attempt(next, pieces, None)
@@ -3514,7 +3531,7 @@ def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the first piece, which was taken before, then the rest; close the rest at the end."""
+    """Yield the first piece, which has been taken already, and the rest; then close the rest."""
     try:
         if first:
             yield first
@@ -3530,7 +3547,7 @@ def relay(body: NodeBody) -> Iterator[bytes]:
 
 
 def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
-    """Return the body of a delivery: bytes, or an iterator that can be closed."""
+    """Return the body to deliver: bytes, or an iterator that can be closed."""
     return output if isinstance(output, bytes) else iter(output)
 
 
@@ -3540,14 +3557,14 @@ def size_of(output: Union[bytes, CountingIterator]) -> int:
 
 
 def is_hopeless(error: Optional[BaseException]) -> bool:
-    """Tell whether an error will come again: nobody listens, or a certificate is wrong.
+    """Tell whether every attempt will fail: nobody listens, or a certificate is wrong.
 
-    `requests` wraps such errors several times.
+    `requests` wraps such an error several times, so its causes are looked through.
     """
     while error is not None:
         if isinstance(error, ConnectionRefusedError):
             return True
-        # an error of a certificate has imported ssl; nothing else does so before TLS is used
+        # a certificate can only have failed if ssl is loaded; to use it here would load it
         if "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError):
             return True
         inner = error.args[0] if error.args else None
@@ -3562,12 +3579,12 @@ class Destination(NamedTuple):
 
     url: str
     hop: Hop
-    is_final: bool  # the object at its target, not another stage
+    is_final: bool  # whether it is the object at its target, and not another stage
     headers: Mapping[str, str]  # the rest of the pipeline
 
 
 def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
-    """Return the header field that passes on the type of another node's content."""
+    """Return the header field that passes on the `Content-Type` of another node's answer."""
     return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
 
 
@@ -3577,7 +3594,7 @@ def is_overridden(server: ETLServer, name: str) -> bool:
 
 
 def check_early(to: Destination, status: int, is_early: bool) -> None:
-    """Raise BadGateway if a target says that it has an object of which it has not got all."""
+    """Raise BadGateway if a target claims success before it has got the whole object."""
     if is_early and status < 300 and to.is_final:
         raise BadGateway("the target answered before it had the object")
 
@@ -3585,9 +3602,9 @@ def check_early(to: Destination, status: int, is_early: bool) -> None:
 class Deliveries:
     """Put outputs to the next hop, and turn its answers into ours.
 
-    Shared by all threads of a worker. AIStore acts on our status alone: 200 is content, 204 a
-    delivery, and 404 a source that does not exist and is skipped in silence. So a hop's status is
-    not passed on where it would mean something else when it comes from us.
+    Shared by all threads of a worker. AIStore acts on our status alone: 200 means content, 204 a
+    delivery, and 404 that the source does not exist, which AIStore skips in silence. So a hop's
+    status is not passed on if it would mean something else as ours.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
@@ -3598,7 +3615,7 @@ class Deliveries:
         self._by_class = self._judges or is_overridden(server, "client_put")
 
     def destination(self, request: ETLRequest) -> Destination:
-        """Read the pipeline; BadRequest if the result could not go anywhere."""
+        """Return the next hop of the pipeline; raise BadRequest if there can be none."""
         try:
             entry, rest = parse_etl_pipeline(request.pipeline)
             Hop.of(entry)
@@ -3606,12 +3623,12 @@ class Deliveries:
                 entry, self._settings.target, request.decoded_path, request.etl_args)
             headers = {HEADER_NODE_URL: rest} if rest else {}
             return Destination(url, Hop.of(url), is_final(entry), headers)
-        except ValueError as error:  # InvalidPipelineError is one, ours and the SDK's
+        except ValueError as error:  # also InvalidPipelineError, this file's and the SDK's
             raise BadRequest(f"the pipeline cannot be used: {error}") from None
 
     def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]],
                 connect_seconds: float) -> Answer:
-        """Put an output to the next hop; HopLost if the answer does not come whole."""
+        """Put an output to the next hop; raise HopLost if the answer does not come whole."""
         counted = output if isinstance(output, bytes) else CountingIterator(output)
         try:
             if self._by_class:
@@ -3624,7 +3641,7 @@ class Deliveries:
             raise HopLost(text, is_hopeless(error)) from None
 
     def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
-        """Let the class's own methods put the output, and judge the answer if they do that."""
+        """Put the output by `client_put`; judge the answer by the class's method if it has one."""
         response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
         check_early(to, response.status_code, getattr(response, "is_early", False))
         if not self._judges:
@@ -3645,7 +3662,7 @@ class Deliveries:
 
     def _read_answer(self, to: Destination, body: NodeBody,
                      output: Union[bytes, CountingIterator]) -> Answer:
-        """Turn the hop's answer into ours. Large content of a stage is passed on as it comes."""
+        """Turn the hop's answer into ours; pass on a stage's large content as it comes."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
         if is_content and (body.size is None or body.size > SMALL_ANSWER_BYTES):
             pieces = relay(body)
@@ -3679,11 +3696,11 @@ class Deliveries:
 
 
 # == 13. One request ==
-# The stages in a row, and the only place that maps failures to answers. HTTP and WebSocket
-# connections call `Service.answer`.
+# Runs the stages one after another, and is the only place that maps failures to answers. HTTP and
+# WebSocket connections call `Service.answer`.
 
 
-# by the exception's name: its module is imported only if the class needs it
+# keyed by the exception's name, since its module is imported only if the class needs it
 STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
     "werkzeug.exceptions.HTTPException": lambda error: int(
@@ -3708,7 +3725,8 @@ def user_status(error: BaseException) -> int:
 def forget_traceback(error: BaseException) -> None:
     """Drop the frames that an error came through.
 
-    They hold whole objects, which would stay in memory until the next full garbage collection.
+    The frames hold whole objects, which would stay in memory until the next full garbage
+    collection.
     """
     for each in (error, getattr(error, "error", None), error.__context__, error.__cause__):
         if isinstance(each, BaseException):
@@ -3739,8 +3757,8 @@ class Service:
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
         """Read an object by its path; return request and object as if it had come in the body.
 
-        None if the object has more than 1 MiB, is not whole here, or cannot be read: `answer` then
-        reads it, or tells why not.
+        Returns None if `Sources.load` does, or if the object cannot be read: `answer` then reads
+        the object, or tells why that is impossible.
         """
         data = attempt(self._sources.load, request).value
         if data is None:
@@ -3761,7 +3779,8 @@ class Service:
     def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         if not self._has_begun:
-            # before the flag is set: another thread that sees the flag may kill the worker at once
+            # before the flag is set: another thread that sees the flag calls the class, which may
+            # end the worker, and the supervisor must know by then that a request has begun
             report(REPORT_BEGUN)
             self._has_begun = True
         answer, error = attempt(self._answer, request, body)
@@ -3792,7 +3811,7 @@ class Service:
         if not self.is_streaming or request.is_message:  # a message must be whole
             return Answer(HTTPStatus.OK, self._output(request, body), fields)
         pieces = guarded(self._pieces(request, body))
-        # until the first piece is there, a failure can still be told by a status
+        # before the first piece is sent, a failure can still be told by a status
         first = next(pieces, b"")
         return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
 
@@ -3811,10 +3830,10 @@ class Service:
             yield from self._transforms.stream(request, source)
 
     def _deliver(self, request: ETLRequest, body: RequestBody) -> Answer:
-        """Deliver the output, and retry while the hop is lost.
+        """Deliver the output; try again if the hop is lost.
 
-        A stream of an object that came in the body cannot be made again: there the client is told
-        to send the object again. The waits and the time for connecting again are bounded together,
+        A stream cannot be made again from an object that came in the body: the client is told to
+        send the object again. The delays and the time for connecting again are limited together,
         since AIStore waits for the answer.
         """
         destination = self._deliveries.destination(request)
@@ -3852,7 +3871,7 @@ class Service:
         status, headers = user_status(error), {}
         reason = str(getattr(error, "detail", "") or getattr(error, "description", "")
                      or describe_of_user(error))
-        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # the class's author has meant it
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # raised on purpose: no traceback is logged
             logger.warning("%s: %d: %s", request.name, status, reason)
         else:
             log_user_error(request.name, error)
@@ -3863,8 +3882,9 @@ class Service:
 
 
 # == 14. HTTP: one connection ==
-# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread at a time
-# serves a connection: the leader of the server, which must not wait, or a thread of its pool.
+# Turns the bytes of a connection into requests for `Service.answer`, and answers into bytes (RFC
+# 9110, RFC 9112). One thread at a time serves a connection: the leader of the server, which must
+# not wait, or a thread of the server's pool.
 
 
 class Head(NamedTuple):
@@ -3885,12 +3905,13 @@ class Head(NamedTuple):
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
 
 
-# of a request that could not be parsed: where the next one begins cannot be told
+# stands for a head that cannot be parsed; it closes the connection, since nobody can tell where the
+# next request begins
 UNKNOWN_HEAD = Head("unknown", "request", False, {"connection": "close"})
 
 
 def parse_head(data: bytes) -> Head:
-    """Parse the lines of a head; raise UnframedRequest unless they are plain HTTP/1."""
+    """Parse the lines of a head; raise UnframedRequest unless they are well-formed HTTP/1."""
     line, _, rest = data.decode("latin-1").partition("\r\n")
     if rest.count("\n") > HEAD_LIMIT_FIELDS:
         raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
@@ -3937,23 +3958,24 @@ def check_partial_head(source: ConnectionInput) -> None:
     beginning = source.peek(HEAD_LIMIT_BYTES)
     if BARE_LINE_FEED.search(beginning):
         raise UnframedRequest("a line of the head does not end in CRLF")
-    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):  # for example TLS
+    # a lone CR may begin an empty line, which is skipped; bytes that begin no method can be TLS
+    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):
         raise UnframedRequest("this is not HTTP")
 
 
-# seconds since the epoch in the form of RFC 9110, 5.6.7, in any locale
+# writes seconds since the epoch in the form of RFC 9110, 5.6.7, which no locale changes
 http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
 
 @functools.lru_cache(maxsize=1024)
 def field_line(name: str, value: str) -> str:
-    """Write one header field; a value from a user's code cannot break out of its line."""
+    """Return the line of a header field; a value of the user's code cannot break out of it."""
     return UNPRINTABLE.sub("?", f"{name}: {value}") + "\r\n"
 
 
 def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """Write the head of an answer; a user's code may have made up the status."""
+    """Return the head of an answer, whose status the user's code may have made up."""
     reason = http.client.responses.get(status, "Unknown")
     date = http_date(int(time.time()))
     lines = "".join(itertools.starmap(field_line, fields))
@@ -3961,13 +3983,13 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
 
 
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
-    """Log an answer at DEBUG; `began` is when the request came, by time.monotonic()."""
+    """Log an answer at DEBUG; `began` is when answering began, by time.monotonic()."""
     milliseconds = 1000 * (time.monotonic() - began)
     logger.debug("%s %s: %d, %d bytes in %.1f ms", method, path, status, size, milliseconds)
 
 
 def log_cut(name: str, error: BaseException) -> None:
-    """Log why an answer ended half-way."""
+    """Log why an answer was cut half-way."""
     error = getattr(error, "error", error)
     if isinstance(error, RequestError):
         logger.error("%s: the answer was cut: %s", name, error)
@@ -3976,11 +3998,11 @@ def log_cut(name: str, error: BaseException) -> None:
 
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes
+WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes in base64
 
 
 def upgrade_answer(fields: Mapping[str, str]) -> Answer:
-    """Answer a handshake (RFC 6455, 4.2); raise RequestError if it cannot be accepted."""
+    """Return the answer to a handshake (RFC 6455, 4.2); raise RequestError to refuse it."""
     import binascii
     import hashlib
 
@@ -4002,47 +4024,49 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
 
 
 class Next(enum.Enum):
-    """What a connection wants next: all that a server has to know of a protocol."""
+    """What a connection wants next: all that the server has to know of a protocol."""
 
     READ = enum.auto()  # to be served by the leader when it is readable
     THREAD = enum.auto()  # to be served by a thread of the pool, which may wait
     PAUSE = enum.auto()  # not to be served before it calls `settle` itself
-    UPGRADE = enum.auto()  # to become a connection of WebSocket
+    UPGRADE = enum.auto()  # to become a WebSocket connection
     LINGER = enum.auto()  # to be closed when its client stops sending
-    CLOSE = enum.auto()
-    NOTHING = enum.auto()  # another thread serves it already
+    CLOSE = enum.auto()  # to be closed at once
+    NOTHING = enum.auto()  # nothing: another thread serves it already
 
 
 class Connection:
     """One connection, served by one thread at a time.
 
     Methods to override:  attend, work, expire, dismiss; let_go, pause and close where the defaults
-    do not fit
+                          do not fit
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
     connection wants next. An exception ends the connection. Times are those of time.monotonic().
     """
 
     is_over = False  # whether the next sweep must end it, even if nothing more comes
-    is_cut = False  # whether an answer has begun that ends by the end of the connection
+    # whether an answer that is not chunked is incomplete: the connection must then end by a reset,
+    # since the client could take the answer for whole
+    is_cut = False
     _serving = "connection"  # the name of the object that is being answered
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
-        # The Server of section 16. Protocols use its service, application, settle, submit,
-        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late, and add one to its `turn`
-        # for each call of the class within `attend`.
+        # The Server of section 16. Subclasses use its service, application, settle, submit,
+        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late. For each call of the class
+        # within `attend` they add one to its `turn`.
         self.server = server
         self.input = source
-        self.since = time.monotonic()  # when it became idle, or the first buffered byte came
-        self._calls_until = 0.0  # until when the thread that attends may call the class
+        self.since = time.monotonic()  # when it became idle, or its first buffered byte came
+        self._calls_until = 0.0  # until when the thread that calls `attend` may call the class
 
     def attend(self, now: float, may_call: bool) -> Next:
         """Serve what has come without waiting; call the class only if `may_call`."""
         raise NotImplementedError
 
     def work(self) -> Next:
-        """Serve what has come, and wait where that is necessary."""
+        """Serve what has come; wait where that is necessary."""
         raise NotImplementedError
 
     def expire(self, now: float) -> Next:
@@ -4063,8 +4087,8 @@ class Connection:
         return False
 
     def fail(self, error: BaseException) -> Next:
-        """Log an error of serving; return how the connection ends."""
-        if isinstance(error, OSError):  # the client's doing
+        """Log an error that ended `attend` or `work`; return how the connection ends."""
+        if isinstance(error, OSError):  # the client has gone, or has stopped reading
             logger.debug("%s: %s", self._serving, error)
         else:
             log_cut(self._serving, error)
@@ -4085,8 +4109,8 @@ class Connection:
 class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
-    Closing it at once would reset it, and the client might lose the answer. So incoming bytes are
-    read and discarded for a while.
+    To close it at once would reset it, and the client might lose the answer. So the connection
+    reads and discards what comes, for `DRAIN_SECONDS` and up to `LINGER_LIMIT_BYTES`.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -4108,7 +4132,10 @@ class LingeringConnection(Connection):
         return Next.CLOSE if now > self._deadline or self.server.is_late else Next.READ
 
     def dismiss(self) -> bool:
-        """Return whether the client sends nothing now: AIStore never closes what has failed."""
+        """Return whether the client sends nothing now.
+
+        It need not have closed its end: AIStore never closes a connection that has failed.
+        """
         return not is_ready(self.socket, select.POLLIN)
 
 
@@ -4118,8 +4145,8 @@ HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
 class HTTPRequest(NamedTuple):
     """A request whose head has come.
 
-    `asked` is the object that it asks for, its answer if that is known already, or a call of the
-    class's WSGI application.
+    `asked` is the object that the request asks for, or the answer if that is known already, or a
+    call of the class's WSGI application.
     """
 
     head: Head
@@ -4130,8 +4157,8 @@ class HTTPRequest(NamedTuple):
 class HTTPConnection(Connection):
     """A connection of HTTP/1.1 or 1.0.
 
-    `BaseHTTPRequestHandler`'s parser is not used: it is lenient where two readers could disagree on
-    where a request ends.
+    It does not use the parser of `BaseHTTPRequestHandler`, which accepts requests whose end two
+    readers could see in different places.
     """
 
     def __init__(self, connection: socket.socket, server: Any) -> None:
@@ -4139,7 +4166,7 @@ class HTTPConnection(Connection):
         self._may_wait = False  # whether a thread of the pool serves it, and not the leader
         self._todo: Optional[HTTPRequest] = None  # a request that is not yet answered
         self._unsent: Sequence[Any] = ()  # parts that the leader could not send without waiting
-        self._wish = Next.READ  # what the connection wants when all is sent
+        self._wish = Next.READ  # what the connection wants once all is sent
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         set_timeout(connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
@@ -4162,7 +4189,7 @@ class HTTPConnection(Connection):
         return self._serve_all()
 
     def expire(self, now: float) -> Next:
-        """Close an idle connection, or answer 408 to a part of a head, when its time is over."""
+        """When time is over, close an idle connection, or answer 408 to an incomplete head."""
         if now - self.since <= (HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS):
             return Next.READ
         if not self.input.ahead:
@@ -4172,7 +4199,7 @@ class HTTPConnection(Connection):
         return self._serve_all()
 
     def dismiss(self) -> bool:
-        """Return whether no request has begun to come."""
+        """Return whether no request has begun to arrive."""
         return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
     def _serve_all(self) -> Next:
@@ -4207,7 +4234,7 @@ class HTTPConnection(Connection):
             body = body_of(head, source)
         except UnframedRequest as error:
             return self._refused(error)
-        # the client may wait for an invitation to send the body (RFC 9110, 10.1.1)
+        # the client may wait for "100 Continue" before it sends the body (RFC 9110, 10.1.1)
         expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
         source.invite = None
         if expects and not source.ahead:
@@ -4227,7 +4254,7 @@ class HTTPConnection(Connection):
         return HTTPRequest(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
 
     def _understand(self, head: Head, body: MessageBody) -> Any:
-        """Return what a request asks for, or its answer if that does not take the class."""
+        """Return what a request asks for, or its answer if that needs no call of the class."""
         if self.server.application is not None:
             asked = self.server.application.asked(head, self.socket)
             if asked is not None:
@@ -4256,6 +4283,7 @@ class HTTPConnection(Connection):
             self._respond(request)
             return True
         may_call = body.size <= READ_BYTES and time.monotonic() <= self._calls_until
+        # the leader does not wait for another node: not for a pipeline's hop, nor for the target
         if not may_call or not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
         loaded = None
@@ -4271,7 +4299,7 @@ class HTTPConnection(Connection):
 
     def _respond(self, request: HTTPRequest,
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
-        """Answer one request; its object is `loaded`, or else the body or another source."""
+        """Answer one request; `loaded` is the object if it has been read already."""
         (head, body, asked), began = request, time.monotonic()
         if isinstance(asked, ETLRequest):
             self._serving = asked.name
@@ -4297,14 +4325,14 @@ class HTTPConnection(Connection):
         if self.input.invite is not None or (body.size or 0) > DRAIN_LIMIT_BYTES:
             return
         set_timeout(self.socket, socket.SO_RCVTIMEO, DRAIN_SECONDS)
-        with contextlib.suppress(RequestError):  # the body remembers it
+        with contextlib.suppress(RequestError):  # the body keeps it as its `failure`
             body.drain(DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
         set_timeout(self.socket, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
 
     def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
         """Return whether the connection can serve another request after this answer.
 
-        A body that was not read to its end belongs to an early error. Then the connection ends:
+        If the body was not read to its end, the answer is an early error, and the connection ends:
         the rest may be a whole object, and a client that expects "100 Continue" may or may not
         send it (RFC 9110, 10.1.1).
         """
@@ -4313,7 +4341,7 @@ class HTTPConnection(Connection):
             return False
         if isinstance(answer.body, bytes):
             return body.is_at_end and body.failure is None
-        return not head.is_http_1_0  # a stream reads the body to its end, or is cut
+        return not head.is_http_1_0  # pieces read the request's body to its end, or are cut
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> int:
         """Send an answer; return the number of bytes in its body.
@@ -4332,7 +4360,7 @@ class HTTPConnection(Connection):
             size = len(answer.body)
             self._send(text, last or answer.body)
         else:
-            self.input.send_invitation()  # it cannot come within the answer
+            self.input.send_invitation()  # "100 Continue" cannot come within the answer
             self.is_cut = not is_chunked
             for piece in answer.body:
                 size += len(piece)
