@@ -2590,7 +2590,7 @@ def user_exc_info(error: BaseException) -> Any:
     while entry is not None:
         entries.append(entry)
         entry = entry.tb_next
-    this_file = user_exc_info.__code__.co_filename  # __file__ can be the bytecode's
+    this_file = user_exc_info.__code__.co_filename  # __file__ can be the path of the bytecode
     kept = None
     for entry in reversed(entries):
         if entry.tb_frame.f_code.co_filename != this_file:
@@ -3226,8 +3226,8 @@ class Pace:
     The leader is the thread that watches all connections (section 16). Handing a call to another
     thread costs as much as a quick call takes, so the leader makes quick calls itself. It hands
     calls over after a call that took more than a hundred times `QUICK_SECONDS`, or when more than
-    three in four of about the last sixteen calls were slow; and then for a hundred times as long as
-    the last call took. Times are those of time.monotonic().
+    three in four of about the last sixteen calls were slow. It goes on handing over for a hundred
+    times as long as the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
@@ -3274,7 +3274,7 @@ class Room:
     def __init__(self) -> None:
         self._memory = memory_limit()
         self._total = 0
-        self._taken: Dict[object, int] = {}  # bytes by body, the first to come first
+        self._taken: Dict[object, int] = {}  # bytes by body, in the order in which bodies came
         self._change = threading.Condition()
 
     def check(self, size: int) -> None:
@@ -3468,7 +3468,7 @@ class Answer(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether a last chunk ends the body: that of pieces, and that of an empty result.
+        """Whether the body ends by a last chunk, as a body of pieces and an empty result do.
 
         If the stage before this one is written in Go, it takes a 200 with a Content-Length of 0 for
         the news of a delivery.
@@ -3564,7 +3564,7 @@ def is_hopeless(error: Optional[BaseException]) -> bool:
     while error is not None:
         if isinstance(error, ConnectionRefusedError):
             return True
-        # a certificate can only have failed if ssl is loaded; to use it here would load it
+        # without _ssl no certificate can have failed; `ssl` may be a stand-in, which stays unloaded
         if "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError):
             return True
         inner = error.args[0] if error.args else None
@@ -3963,7 +3963,7 @@ def check_partial_head(source: ConnectionInput) -> None:
         raise UnframedRequest("this is not HTTP")
 
 
-# writes seconds since the epoch in the form of RFC 9110, 5.6.7, which no locale changes
+# seconds since the epoch in the form of RFC 9110, 5.6.7, in any locale; made once in a second
 http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
@@ -4070,7 +4070,7 @@ class Connection:
         raise NotImplementedError
 
     def expire(self, now: float) -> Next:
-        """End the connection if it is over or its client has taken too long; READ otherwise."""
+        """End the connection if it is over or its client is too slow; else return READ."""
         raise NotImplementedError
 
     def dismiss(self) -> bool:
@@ -4078,7 +4078,10 @@ class Connection:
         raise NotImplementedError
 
     def let_go(self) -> bool:
-        """Call the class no more in this turn; return whether another thread can go on now."""
+        """Call the class no more in this turn.
+
+        Returns whether another thread can go on with the connection now.
+        """
         self._calls_until = 0.0
         return False
 
