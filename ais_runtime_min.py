@@ -2251,10 +2251,10 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 
 # == 8. Loading the class ==
-# From the payload's text to a class that can be served. A pickle refers to the SDK's modules, which
-# the slim image does not have: an import finder provides them, with the names of this file.
+# Turns the payload's text into a class that can be served. A pickle refers to modules of the SDK,
+# which the image does not have; an import finder makes these modules from the names of this file.
 
-FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's own tests look for this
+FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's tests expect this text
 MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
 CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
@@ -2278,18 +2278,20 @@ CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
         "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
 }
 
-# Import name: PyPI name, to put into PACKAGES. The default image gets these with aistore[etl].
+# Import name: PyPI name, as it goes into PACKAGES. The default image has these packages, since it
+# installs aistore[etl].
 DEFAULT_IMAGE = {
     "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
     "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
     "werkzeug": "flask"}
+# All import names whose PyPI name is certain; for others, error texts express doubt.
 PYPI_NAMES = {
     **DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
     "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
     "distutils": "setuptools", "pkg_resources": "setuptools"}
 
-# Methods of the SDK's servers that this runtime does not call: an override would have no effect.
+# Members of the SDK's servers that this runtime does not use: an override would have no effect.
 DELIVERY_INTERNALS = (
     "_direct_put", "_direct_put_stream", "_direct_put_stream_with_retry", "_direct_put_with_retry",
     "_get_fqn_content", "_get_stream_reader", "_handle_request_buffered",
@@ -2301,7 +2303,8 @@ INTERNALS: Dict[Type[ETLServer], Tuple[str, ...]] = {
         "_open_sync_get_stream"),
     FlaskServer: DELIVERY_INTERNALS + ("_handle_get", "_handle_put"),
 }
-# Methods that are called only if the framework serves the class: an override asks for that.
+# Methods that are called only if the framework serves the class: a class that overrides one gets
+# the framework.
 HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
     FastAPIServer: ("_setup_app", "startup_event", "shutdown_event", "_handle_request"),
     FlaskServer: ("_register_routes", "_health", "_handle_request"),
@@ -2309,7 +2312,7 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 
 def decode_payload(settings: Settings) -> bytes:
-    """Return the pickle that the payload encodes; PayloadError if it is not base64."""
+    """Return the pickle in the payload; raise PayloadError if the payload is not base64."""
     import binascii
 
     text = settings.payload
@@ -2327,7 +2330,7 @@ def decode_payload(settings: Settings) -> bytes:
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
-    """Return the payload of a class, like the SDK's function of this name."""
+    """Return the payload of a class, as the SDK's function of the same name does."""
     import base64
 
     import cloudpickle
@@ -2340,7 +2343,7 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 class HTTPException(Exception):
     """Starlette's exception, for classes that need nothing else of FastAPI."""
 
-    __module__ = "starlette.exceptions"  # `answer_for` looks for this, and uses the status
+    __module__ = "starlette.exceptions"  # `user_status` knows the exception by this name
 
     def __init__(self, status_code: int, detail: Any = None,
                  headers: Optional[Mapping[str, str]] = None) -> None:
@@ -2357,17 +2360,21 @@ HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions
 
 
 def is_here(package: str) -> bool:
-    """Return whether a package is installed; a mere folder named `aistore` is not."""
+    """Return whether a package is installed.
+
+    A folder named `aistore` that has no `__init__.py` does not count.
+    """
     spec = importlib.machinery.PathFinder.find_spec(package)
     return spec is not None and (package != "aistore" or spec.origin is not None)
 
 
 class LacksName(AttributeError):
-    """A name is missing in a module that this file provides for the SDK."""
+    """A module that this file provides in place of the SDK's lacks a name."""
 
 
 WEBSERVER = "aistore.sdk.etl.webserver"
-SDK_MODULES: Dict[str, Dict[str, Any]] = {  # what payloads can refer to: module, and its names
+# the modules of the SDK that payloads can refer to, and the names in each
+SDK_MODULES: Dict[str, Dict[str, Any]] = {
     "aistore": {}, "aistore.sdk": {},
     "aistore.sdk.const": CONSTANTS,
     "aistore.sdk.errors": {"InvalidPipelineError": InvalidPipelineError,
@@ -2393,8 +2400,8 @@ SDK_MODULES: Dict[str, Dict[str, Any]] = {  # what payloads can refer to: module
 class SDKNames:
     """An import finder and loader that provides the SDK's modules.
 
-    The web-server modules are always ours: the SDK's own need requests, FastAPI, httpx and Flask.
-    The other modules are the SDK's if it is installed.
+    The web-server modules always come from this file: the SDK's own need requests, FastAPI, httpx
+    and Flask. The other modules come from the SDK if it is installed.
     """
 
     def find_spec(self, name: str, path: Any = None,
@@ -2405,10 +2412,10 @@ class SDKNames:
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Let the import system make an ordinary module."""
+        """Return None, so that the import system makes an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with its names; raise LacksName when another name is looked up."""
+        """Fill a module with its names; looking up any other name raises LacksName."""
 
         def missing(name: str) -> NoReturn:
             raise LacksName(f"{module.__name__}.{name} is not here")
@@ -2417,13 +2424,13 @@ class SDKNames:
 
 
 def install_sdk_names() -> None:
-    """Put the finder in place, once."""
+    """Put the finder before all others, unless it is there already."""
     if not any(isinstance(finder, SDKNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, cast(Any, SDKNames()))
 
 
 def leave_late_modules() -> None:
-    """Let imports find the modules themselves from now on, and not their stand-ins."""
+    """Remove the stand-ins of late modules: from now on an import loads the module itself."""
     for name, stand_in in late_modules.items():
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
@@ -2431,15 +2438,15 @@ def leave_late_modules() -> None:
 
 
 class ForeignBytecode(Exception):
-    """Another minor version of Python compiled this code; it could crash this one."""
+    """Another minor version of Python compiled the code, which could crash this version."""
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
-    """Return whether 3.9 compiled code that 3.10 runs, or the other way round.
+    """Return whether Python 3.9 compiled code for this 3.10, or the other way round.
 
-    The line table of 3.10 covers the bytecode up to its end (PEP 626). That of 3.9 only does so if
-    unreachable code comes last, and then it has an empty range. In 3.10 an empty range is a step on
-    the way to a line that is far away.
+    The line table tells them apart. In 3.10 its ranges cover the bytecode to the end (PEP 626), and
+    a range is empty only as one of several steps to a line that is far away. In 3.9 the ranges
+    reach the end only if the last code is unreachable, and then one of them is empty.
     """
     is_310 = sys.version_info >= (3, 10)
     table: bytes = getattr(code, "co_linetable" if is_310 else "co_lnotab")
@@ -2449,22 +2456,26 @@ def is_foreign_wordcode(code: types.CodeType) -> bool:
 
 
 def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
-    """Return whether bytecode is not of this Python, which is 3.11 or later."""
+    """Return whether another Python compiled this bytecode; this Python is 3.11 or later.
+
+    Bytecode of this Python consists of known instructions, each followed by its own number of empty
+    cache entries, and has at least one RESUME.
+    """
     import opcode
 
-    # private: a list by number up to 3.12, a mapping by name from 3.13 on
+    # a private table: a list by number up to 3.12, a mapping by name from 3.13 on
     entries: Any = getattr(opcode, "_inline_cache_entries")
     caches, resumed = 0, False
     for offset in range(0, len(code_bytes), 2):
         number = code_bytes[offset]
         name = opcode.opname[number]
         if caches:
-            # the compiler leaves the caches of an instruction empty
+            # the compiler leaves these entries empty
             if number or code_bytes[offset + 1]:
                 return True
             caches -= 1
             continue
-        # no compiler makes these
+        # no compiler emits these
         if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
@@ -2475,9 +2486,10 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 def checked_code(*args: Any) -> types.CodeType:
     """Make a code object; raise ForeignBytecode if another Python compiled it.
 
-    From 3.11 on the bytes are checked first: to make a code object of foreign bytes, or to read
-    them back, can crash or write beyond their end. All code passes if a later Python lacks the
-    tables that the check uses, or has others, by which this function's code is foreign as well.
+    From 3.11 on the bytes are checked before the code object is made: to make a code object of
+    foreign bytes, or to read its bytes back, can crash the interpreter or write beyond their end.
+    A later Python may lack the tables that the check uses, or may have changed them, so that even
+    the code of this function looks foreign. Then all code passes.
     """
     if sys.version_info >= (3, 11):
         with contextlib.suppress(AttributeError, LookupError, TypeError):
@@ -2486,7 +2498,7 @@ def checked_code(*args: Any) -> types.CodeType:
                 raise ForeignBytecode
     try:
         code = types.CodeType(*args)
-    except (TypeError, ValueError):  # 3.8 to 3.10 have 16 arguments, 3.11 and later 18
+    except (TypeError, ValueError):  # code of 3.8 to 3.10 has 16 arguments, of later versions 18
         raise ForeignBytecode from None
     if sys.version_info < (3, 11) and is_foreign_wordcode(code):
         raise ForeignBytecode
@@ -2494,7 +2506,7 @@ def checked_code(*args: Any) -> types.CodeType:
 
 
 def package_of(error: BaseException) -> str:
-    """Return the missing package that made an import fail, or ""."""
+    """Return the name of the package whose absence made an import fail, or ""."""
     if isinstance(error, LacksName):
         return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
@@ -2503,7 +2515,7 @@ def package_of(error: BaseException) -> str:
 
 
 def other_cloudpickle(name: str) -> PackageError:
-    """Return the error for a cloudpickle that lacks a name which the payload needs."""
+    """Return the error for an installed cloudpickle that lacks a name of the payload."""
     here = installed_version("cloudpickle") or ""
     maker, remedy = "another cloudpickle", MAKE_ANEW
     if re.match("[012][.]", here):
@@ -2514,15 +2526,15 @@ def other_cloudpickle(name: str) -> PackageError:
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class; raise ForeignBytecode before any such code runs.
+    """Unpickle a class; raise ForeignBytecode before code of another Python runs.
 
     A pickle does not tell which Python made it. Code of another minor version may load without an
-    error, and then crash the interpreter or compute nonsense. So each code object is checked when
-    it is made.
+    error, and then crash the interpreter or compute nonsense. So the unpickler checks each code
+    object when it makes it.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a global; `_make_code` takes the place of the type of code objects."""
+        """Return a global of a module; `_make_code` replaces the type of code objects."""
         package = module.partition(".")[0]
         if name == "HTTPException" and module in HTTP_EXCEPTION_MODULES and not is_here(package):
             return HTTPException
@@ -2536,8 +2548,10 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"itself") from None
             if package == "cloudpickle":
                 raise other_cloudpickle(name) from None
-            getattr(sys.modules[module], name)  # raises LacksName again, which pickle replaces
+            # pickle replaces a LacksName by an error of its own: raise the LacksName again
+            getattr(sys.modules[module], name)
             raise
+        # in a pickle, the type of code objects is a call: _builtin_type("CodeType")
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
@@ -2545,7 +2559,8 @@ class PayloadUnpickler(pickle.Unpickler):
     def _make_code(self, *args: Any) -> types.CodeType:
         """Make a code object; raise FrameworkNeeded if it imports a missing framework.
 
-        A function whose only import is `from fastapi import HTTPException` imports ours.
+        A function whose only import is `from fastapi import HTTPException` needs no framework: its
+        code is changed to import the class from this file.
         """
         import opcode
 
@@ -2571,11 +2586,12 @@ def raise_framework_needed(error: Optional[BaseException]) -> None:
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
-    """Describe an exception of user code, and how to get a package that it lacks.
+    """Describe an exception of the user's code, and tell how to get a package that is missing.
 
-    The type is included if `has_type`, or if the text alone says too little.
+    The description has the exception's type if `has_type`, or if the text alone says too little.
     """
     kind, name, text = type(error).__name__, package_of(error), describe(error)
+    # the text of a KeyError is only the key
     says_much = re.search(r"[^\W\d_]{2}", text) and not isinstance(error, KeyError)
     if text != kind and (has_type or not says_much):
         text = f"{kind}: {text}"
@@ -2586,14 +2602,15 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
 
 
 def missing_module(error: BaseException, pickled: bytes) -> StartupError:
-    """Return the error for a module that a pickle refers to and that is missing."""
+    """Return the error for a missing module that a pickle refers to."""
     if package_of(error) == "cloudpickle":
         return PackageError(
             "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
     if isinstance(error, LacksName):
         return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
     name = getattr(error, "name", "")
-    if b"cloudpickle" not in pickled:  # a class that is pickled by value needs its functions
+    # the pickle of a class by value calls functions of cloudpickle
+    if b"cloudpickle" not in pickled:
         return PayloadError(
             f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
             f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
@@ -2603,21 +2620,25 @@ def missing_module(error: BaseException, pickled: bytes) -> StartupError:
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
-    """Return the names of a table that a class overrides."""
+    """Return the names that a class overrides, of those that a table lists for its bases."""
     return [name for base, names in table.items() if issubclass(cls, base) for name in names
             if getattr(cls, name, None) is not getattr(base, name, None)]
 
 
 def server_for(cls: Type[ETLServer]) -> str:
-    """Return the framework that must serve a class; "" if its constructor will tell."""
+    """Return the framework that must serve a class because it overrides a hook, or "".
+
+    A constructor that uses `self.app` needs the framework as well: this shows when it runs.
+    """
     return framework_of(cls) if overridden(cls, HOOKS) else ""
 
 
 def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
     """Return a class if it can be served and all its overrides have an effect.
 
-    Otherwise raise ClassError, or PayloadError, whose text begins with `failed`. The supervisor
-    calls this before it forks workers, so that a mistake is reported once.
+    Raises PayloadError, whose text begins with `failed`, if it is no ETL class with a transform,
+    and ClassError for other mistakes. The supervisor calls this before it forks workers, so that a
+    mistake is reported once.
     """
     if not isinstance(cls, type) or not issubclass(cls, ETLServer):
         what = cls.__name__ if isinstance(cls, type) else f"no class but {type(cls).__name__!r}"
@@ -2646,12 +2667,15 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
 
 
 def user_exc_info(error: BaseException) -> Any:
-    """Return `exc_info` for a log record without this file's frames, or None."""
+    """Return an exception's `exc_info` for a log record, or None.
+
+    The traceback is without this file's frames; None if there are no others.
+    """
     entries, entry = [], error.__traceback__
     while entry is not None:
         entries.append(entry)
         entry = entry.tb_next
-    this_file = user_exc_info.__code__.co_filename  # __file__ can be the bytecode's
+    this_file = user_exc_info.__code__.co_filename  # __file__ can be the path of the bytecode
     kept = None
     for entry in reversed(entries):
         if entry.tb_frame.f_code.co_filename != this_file:
@@ -2660,7 +2684,7 @@ def user_exc_info(error: BaseException) -> Any:
 
 
 def log_user_error(what: str, error: BaseException) -> None:
-    """Log an exception of user code, with the user's part of its traceback."""
+    """Log an exception of the user's code, with that code's part of the traceback."""
     logger.error("%s: %s", what, describe_of_user(error), exc_info=user_exc_info(error))
 
 
@@ -2677,12 +2701,14 @@ def load_etl_class(settings: Settings,
                    unpickler: Type[PayloadUnpickler] = PayloadUnpickler) -> Type[ETLServer]:
     """Return the class of the payload; raise a StartupError that says what to do.
 
-    Unpickling runs the payload as code. It comes from whoever may start pods, and is trusted like
-    the image.
+    Unpickling runs the payload as code. The payload comes from whoever may start pods, and is
+    trusted as the image is.
     """
     pickled = decode_payload(settings)
     install_sdk_names()
-    attempt(importlib.import_module, "cloudpickle")  # if this fails, unpickling raises it again
+    # before late modules are left: cloudpickle imports some of them and may never use them. If this
+    # import fails, unpickling raises the same error.
+    attempt(importlib.import_module, "cloudpickle")
     leave_late_modules()
     cls, error = attempt(unpickler(io.BytesIO(pickled)).load)
     if isinstance(error, ForeignBytecode):
@@ -2704,18 +2730,21 @@ def load_etl_class(settings: Settings,
 
 
 # == 9. Stage 1, understanding ==
-# The method, the raw request target and one header to a frozen value; no I/O.
+# Turns a request's method, raw target and pipeline header, or the JSON of a WebSocket message, into
+# a frozen value; no I/O.
 
 QUERIES_OF_ETL = tuple(f"?{name}=" for name in (QPARAM_FQN, QPARAM_ARGS, QPARAM_LATEST))
+# the paths that name no object, and their methods
 PATH_METHODS = {"/health": ("GET",), "/ws": ("GET",), "/download": ("POST",)}
 
 
 def split_target(method: str, target: str) -> Tuple[str, str]:
     """Split a request target into path and query, both raw.
 
-    AIStore writes bucket and object name unescaped into the URL of a PUT, so the name may have
-    question marks: the query begins at the last one that a parameter of ours follows. An absolute
-    target (RFC 9112, 3.2.2) loses its scheme and host.
+    AIStore writes the bucket and the object's name unescaped into the URL of a PUT, so the name may
+    have question marks. The query of a PUT begins at the last question mark that one of AIStore's
+    parameters follows; any other query begins at the first question mark. An absolute target (RFC
+    9112, 3.2.2) loses its scheme and host.
     """
     if not target.startswith("/"):
         target = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
@@ -2727,14 +2756,14 @@ def split_target(method: str, target: str) -> Tuple[str, str]:
 
 
 def decode_escapes(text: str, errors: str = "replace") -> str:
-    """Decode the escapes of a raw path, or of a query without `+`."""
+    """Decode the percent-escapes of a raw path, or of a query whose `+` are replaced."""
     if "%" not in text and text.isascii():
         return text
     return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
 
 
-FOLDER_LIMIT = 1024  # characters of a folder that is kept decoded
-# the objects of a bucket lie in few folders
+FOLDER_LIMIT = 1024  # characters; longer folders are not cached
+# cached, since the objects of a bucket lie in few folders
 decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)
 
 
@@ -2748,7 +2777,10 @@ def decode_query(text: str) -> str:
 
 
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
-    """Return a query's parameters, decoded, and the raw rest that goes along to the target."""
+    """Return a query's parameters, decoded, and the raw rest that is sent to the target.
+
+    Of a repeated parameter the first value counts.
+    """
     parameters: Dict[str, str] = {}
     rest = []
     for item in query.split("&") if query else ():
@@ -2761,22 +2793,22 @@ def split_query(query: str) -> Tuple[Dict[str, str], str]:
 
 
 class ETLRequest(NamedTuple):
-    """One request of AIStore. A raw text is as it came, one character per byte."""
+    """One request of AIStore. A raw text is not decoded: it has one character per byte."""
 
     method: str
     raw_path: str
-    query: str = ""  # raw; goes along to the target
-    fqn: str = ""  # path-escaped: only the query's own escapes are decoded
+    query: str = ""  # raw; part of the URL if the object is read from the target
+    fqn: str = ""  # the escapes of the query are decoded, those of the path are not
     etl_args: str = ""  # decoded
     latest: bool = False
     pipeline: str = ""  # the Ais-Node-Url header: where the result goes
-    original_url: str = ""  # decoded; what a download fetches
-    # decoded; the name of the object that a download becomes, or that came over WebSocket
+    original_url: str = ""  # decoded; the URL that a download fetches
+    # decoded; the path of the object that a download makes, or that came over WebSocket
     object_to: str = ""
 
     @classmethod
     def parse(cls, method: str, target: str, pipeline: str = "") -> ETLRequest:
-        """Understand a request; NotFound, BadRequest or a 405 if it has no meaning."""
+        """Parse a request; raise NotFound, BadRequest or a 405 if it has no meaning."""
         raw_path, query = split_target(method, target)
         if not raw_path.startswith("/") or not raw_path.strip("/"):
             raise NotFound(f"no object is named by {target!r}")
@@ -2799,7 +2831,10 @@ class ETLRequest(NamedTuple):
 
     @classmethod
     def from_message(cls, message: Any) -> ETLRequest:
-        """Understand the control message of a WebSocket object, decoded from JSON; BadRequest."""
+        """Parse the control message of a WebSocket object, a value decoded from JSON.
+
+        Raises BadRequest if it is no control message.
+        """
         texts: List[Any] = []
         if isinstance(message, dict):
             texts = [message.get(name, "") for name in ("path", "fqn", "etl_args", "pipeline")]
@@ -2811,12 +2846,12 @@ class ETLRequest(NamedTuple):
 
     @property
     def is_message(self) -> bool:
-        """Whether the object came over WebSocket; such an object is answered whole."""
+        """Whether the object came over WebSocket; its output is sent back whole."""
         return self.raw_path == "/ws"
 
     @property
     def path(self) -> str:
-        """The decoded path, without the first slash."""
+        """The decoded path without its first slash; bytes that are not UTF-8 are replaced."""
         if self.object_to or self.is_message:
             return self.object_to
         return decode_escapes(self.raw_path)[1:]
@@ -2840,12 +2875,12 @@ class ETLRequest(NamedTuple):
 
 
 # == 10. Stage 2, reading ==
-# A request to a byte source. Runs on the thread that serves the connection. Whoever opens a source
-# closes it.
+# Opens the object that a request names, as a source of bytes. Runs on the thread that serves the
+# connection. Whoever opens a source closes it.
 
 
 class ObjectFile(io.FileIO):
-    """An object's open file; `size` is the size that the file had when it was opened, in bytes."""
+    """An object's open file; `size` is the number of bytes that it had when it was opened."""
 
     _is_cut = False
 
@@ -2854,13 +2889,13 @@ class ObjectFile(io.FileIO):
         self.size = size
 
     def close(self) -> None:
-        """Close the file; a class may do so before `finish` is called."""
+        """Close the file and note whether it is cut; a class may close it before `finish`."""
         if not self.closed:
             self._is_cut = os.fstat(self.fileno()).st_size < self.size
         super().close()
 
     def finish(self) -> None:
-        """Close the file; OSError if it has become shorter, since what was read may be cut."""
+        """Close the file; raise OSError if it has become shorter: what was read may be cut."""
         self.close()
         if self._is_cut:
             raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
@@ -2873,18 +2908,18 @@ class SpoolFile(ObjectFile):
         import tempfile
 
         descriptor, self.path = tempfile.mkstemp(prefix="etl-")
-        super().__init__(descriptor, 0)
+        super().__init__(descriptor, 0)  # of size 0, so that it never counts as cut
 
     def close(self) -> None:
         """Close and remove the file."""
         if not self.closed:
             super().close()
-            with contextlib.suppress(FileNotFoundError):  # a class may have moved it away
+            with contextlib.suppress(FileNotFoundError):  # the class may have moved it away
                 os.unlink(self.path)
 
 
 class LoadedObject(io.BytesIO):
-    """An object in memory: a small file is read as soon as it is opened."""
+    """An object in memory, such as a small file, which is read as soon as it is opened."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -2896,10 +2931,10 @@ class LoadedObject(io.BytesIO):
 
 
 class ReceivedObject(LoadedObject):
-    """An object that came whole with its request, as over WebSocket.
+    """An object that was read into memory, and that waits for its transform.
 
-    `leave` gives back the memory that the object takes in a Room until its transform begins. It may
-    be called twice.
+    Until the transform begins, the object may take memory in a Room. `leave` gives this memory
+    back; it may be called twice.
     """
 
     def __init__(self, data: bytes = b"", leave: Optional[Callable[[], object]] = None) -> None:
@@ -2907,7 +2942,7 @@ class ReceivedObject(LoadedObject):
         self._leave = leave  # None if the object is too small to be counted
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function that gives the memory back and then calls another function."""
+        """Return a function that gives the memory back, then calls `function`."""
         def call(*args: Any) -> Any:
             if self._leave is not None:
                 self._leave()
@@ -2916,7 +2951,7 @@ class ReceivedObject(LoadedObject):
         return call
 
     def close(self) -> None:
-        """Give the memory back, also if no transform has begun."""
+        """Give the memory back even if no transform has begun."""
         super().close()
         if self._leave is not None:
             self._leave()
@@ -2930,15 +2965,16 @@ class Source(NamedTuple):
     """An opened object. Whoever opened it closes `stream`; that also removes a temporary file."""
 
     stream: ObjectStream
-    path: str = ""  # the local path that the class gets for data, where ETL_DIRECT_FQN is on
+    path: str = ""  # the local path that the class gets instead of bytes, by ETL_DIRECT_FQN; or ""
 
     def finish(self) -> None:
-        """Raise if the object was not read whole, even if the class has caught that error."""
+        """Raise an error if the object was not whole, even if the class has caught that error."""
         if isinstance(self.stream, (BodyStream, ObjectFile)):
             self.stream.finish()
 
 
-Roots = Optional[Tuple[str, ...]]  # folders whose files may be read; None: AIStore's layout
+# folders whose files may be read; None if the paths of AIStore's layout may be read
+Roots = Optional[Tuple[str, ...]]
 
 # …/@provider/[namespace/]bucket/%ob/object
 OBJECT_PATH = re.compile(r"(?s).*?/@([a-z0-9]+)/(?:([@#][^/]*)/)?([^/@#%][^/]*)/%ob/(.+)")
@@ -2966,11 +3002,13 @@ def resolved_path(descriptor: int, path: str) -> str:
 
 
 def open_object_path(path: str, roots: Roots) -> int:
-    """Return a descriptor of an object's file; NotFound, or Forbidden for any other file.
+    """Open an object's file and return its descriptor.
 
-    The pod's port can be reached by others than its target, and the container holds secrets. So
-    only objects may be read. Links are resolved twice: before the file is opened, since opening a
-    device can do harm, and by the caller for the open file, since a path can be changed meanwhile.
+    Raises NotFound if the object's file is not there, and Forbidden for a file that is not an
+    object's: others than the target can reach the pod's port, and the container holds secrets. If
+    the path does not look like an object's, its links are resolved before the file is opened, since
+    opening a device can do harm. The caller checks the resolved path of the open file, since the
+    path may have been changed meanwhile.
     """
     try:
         if "/.." in path or not is_object_path(path, roots):
@@ -2991,11 +3029,12 @@ OBJECT_SIZE_XATTR = re.compile(
 
 
 def is_whole(descriptor: int, size: int) -> bool:
-    """Tell whether a file is the whole object: of an object in chunks it is only the first chunk.
+    """Tell whether a file is a whole object, and not the first chunk of an object in chunks.
 
     AIStore keeps the object's size in an attribute of the file (core/lom_xattr.go): after a
     preamble of ten bytes come records of a two-byte key and a value, separated by three fixed
-    bytes. Key 3 is the size. An attribute that is missing or of another layout is ignored.
+    bytes. Key 3 is the size. If the attribute is missing or has another layout, the file counts as
+    whole.
     """
     try:
         attribute = os.getxattr(descriptor, "user.ais.lom")
@@ -3006,9 +3045,10 @@ def is_whole(descriptor: int, size: int) -> bool:
 
 
 def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read `size` bytes of a file, mostly by one call; OSError if there are fewer.
+    """Read `size` bytes of a file, mostly by one call; raise OSError if there are fewer.
 
-    A file system that fails half-way returns what it has so far, and raises in the next call.
+    If a file system fails half-way, a call returns the bytes before the failure, and the next call
+    raises the error.
     """
     data = read(size)
     while len(data) < size:
@@ -3020,7 +3060,10 @@ def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
 
 
 def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject, None]:
-    """Open an object by its path, and read it if it is small; None if the file is a chunk of it."""
+    """Open an object by its path; return None if the file is only the object's first chunk.
+
+    A small object is read into memory, and its file closed.
+    """
     descriptor = open_object_path(path, roots)
     is_kept = False
     try:
@@ -3051,13 +3094,16 @@ def uname_of(path: str) -> bytes:
 
 
 def folder_path(folder: str, raw_path: str) -> str:
-    """Map a request's path, a uname or /bucket/object, to a file of the folder of `--target`."""
+    """Return the file, in the folder of `--target`, that a request's path names.
+
+    The path is /bucket/object or the object's unique name.
+    """
     name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
     return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
 
 
 def require_identity(body: NodeBody, what: str) -> NodeBody:
-    """Return another node's answer; BadGateway if it is encoded, which was not asked for."""
+    """Return another node's answer; raise BadGateway if it has an encoding: none was asked for."""
     coding = body.headers.get("Content-Encoding", "identity")
     if coding.strip().lower() not in ("", "identity"):
         body.close()
@@ -3082,23 +3128,24 @@ def spool(stream: ObjectStream) -> Source:
 class Sources:
     """Open the object of a request: a file, the request's body, the target's copy, or a download.
 
-    Shared by all threads of a worker; `locate` is the class's own `sanitize_fqn`. The target sends
-    a path whenever the object has a file: that saves sending its bytes through a socket. The path
-    does not tell whether the file is the whole object, so `is_whole` checks.
+    Shared by all threads of a worker. `locate` is the class's own `sanitize_fqn`. The target sends
+    a path whenever the object has a file: this saves sending the bytes through a socket. The path
+    does not tell whether the file is the whole object: `is_whole` finds out.
     """
 
     def __init__(self, settings: Settings, pool: ConnectionPool,
                  locate: Callable[[str], str]) -> None:
         self._settings = settings
         self._pool = pool
-        # no token, no certificate, the system's authorities
+        # for downloads: no token, no certificate, and the system's authorities
         self._outside = ConnectionPool(Settings())
         self._locate = locate
 
     def open(self, request: ETLRequest, body: RequestBody) -> Source:
         """Open the object; the caller closes it.
 
-        Raise NotFound, Forbidden, or an error with the target's status if that is impossible.
+        Raises NotFound, Forbidden, or an error with the target's status if the object cannot be
+        opened.
         """
         if request.original_url:
             return Source(self._download(request.original_url))
@@ -3116,9 +3163,10 @@ class Sources:
         return spool(stream) if wants_path else Source(stream)
 
     def load(self, request: ETLRequest) -> Optional[bytes]:
-        """Read an object of up to 1 MiB by its path; None if it is larger or not to be read here.
+        """Read an object of up to 1 MiB by its path, or return None.
 
-        A class that gets the path reads the file itself; an object in chunks has no whole file.
+        None stands for a larger object, for an object in chunks, which has no whole file, and for a
+        class that gets the path and reads the file itself.
         """
         if self._settings.direct_fqn:
             return None
@@ -3129,7 +3177,7 @@ class Sources:
             return read_whole(file.read, file.size) if file.size <= WRITE_BYTES else None
 
     def close_idle(self) -> None:
-        """Close connections that have been idle for too long, those to the outside world too."""
+        """Close connections to nodes and to the outside world that were idle for too long."""
         self._pool.close_idle()
         self._outside.close_idle()
 
@@ -3151,6 +3199,7 @@ class Sources:
             stream = self._pool.open(NodeRequest("GET", Hop.of(target), path))
         except OSError as error:
             raise BadGateway(f"the target cannot be reached: {describe(error)}") from None
+        # an answer that only the end of its connection ends may be cut: it is not used
         if stream.status == HTTPStatus.OK and stream.can_be_checked:
             return require_identity(stream, "the target's object")
         with stream:
@@ -3166,7 +3215,8 @@ class Sources:
             Hop.of(url)
         except ValueError as error:
             raise BadRequest(f"the download is impossible: {error}") from None
-        # the URL is decoded text; a Location has one character per byte
+        # The URL is decoded text, whose characters are escaped as UTF-8. A Location has one
+        # character per byte, and `path_of` escapes it as such.
         url = re.sub("[^!-~]", lambda match: quote(match[0]), url)
         location = ""
         for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
@@ -3186,17 +3236,17 @@ class Sources:
 
 
 # == 11. Stage 3, transforming ==
-# Where the class's code runs, how much of it at once, and how much memory its objects may take
-# before. A slot covers the class's code alone, never reading an object or delivering a result.
+# Calls the class: on which thread, how many calls at once, and with how much memory for the objects
+# that wait. A slot covers the class's code alone, never reading an object or delivering a result.
 
 T = TypeVar("T")
 
 
 class ThreadSlots:
-    """Make calls on the threads that ask for them, at most `limit` at once."""
+    """Make each call on the thread that asks for it, at most `limit` calls at once."""
 
     def __init__(self, limit: int) -> None:
-        # a semaphore that is written in C, at a tenth of the cost of threading's
+        # used as a semaphore: it is written in C, and costs a tenth of threading's
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(limit):
             self._free.put(slot)
@@ -3211,10 +3261,10 @@ class ThreadSlots:
 
 
 class MainThread:
-    """Make calls on the thread that made this object, one by one, in the order of asking.
+    """Make calls on the main thread, one by one, in the order in which they are asked for.
 
-    Other threads append their calls to `calls` and wake that thread by `wake`. Its loop makes them
-    by `make_call`, one at a time.
+    The main thread is the thread that made this object. Other threads append their calls to `calls`
+    and wake the main thread by `wake`; its loop makes the calls by `make_call`.
     """
 
     def __init__(self) -> None:
@@ -3236,12 +3286,12 @@ class MainThread:
             return cast(T, value)
         finally:
             # The error's traceback refers to this frame, and the frame to the error. This cycle
-            # would keep the object in memory.
+            # would keep the user's object in memory.
             del error
 
     def put(self, call: Callable[[], None]) -> None:
-        """Append a call that never raises, and return at once."""
-        with self._lock:  # or two threads could each see the other's call and not wake
+        """Append a call, which must not raise; return at once."""
+        with self._lock:  # or two threads could both see two calls, and neither would wake
             self.calls.append(call)
             is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
         if is_first:
@@ -3256,16 +3306,17 @@ Slots = Union[ThreadSlots, MainThread]
 
 
 class Pace:
-    """Predict from the last calls of the class whether the next one is quick.
+    """Predict from the last calls of the class whether the next call is quick.
 
-    To hand a call to another thread costs as much as a quick call takes, so the leader makes quick
-    calls itself. It hands calls over after one call that took a hundred times as long as a quick
-    one may, or when more than three in four of about the last sixteen were slow. It does so for a
-    hundred times as long as the last call took. Times are those of time.monotonic().
+    The leader is the thread that watches all connections (section 16). Handing a call to another
+    thread costs as much as a quick call takes, so the leader makes quick calls itself. It hands
+    calls over after a call that took more than a hundred times `QUICK_SECONDS`, or when more than
+    three in four of about the last sixteen calls were slow. It goes on handing over for a hundred
+    times as long as the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
-        self._slow = 0.0  # of about the last sixteen calls
+        self._slow = 0.0  # how many of about the last sixteen calls were slow
         self._hands_over_until = 0.0
 
     def is_quick(self, now: float) -> bool:
@@ -3273,19 +3324,22 @@ class Pace:
         return now >= self._hands_over_until
 
     def note(self, seconds: float, now: float) -> None:
-        """Take into account how long a call took."""
+        """Record how long a call took; `now` is when the call ended."""
         self._slow += (seconds >= QUICK_SECONDS) - self._slow / 16
         if self._slow > 12 or seconds > 100 * QUICK_SECONDS:
             self.hand_over(seconds, now)
 
     def hand_over(self, seconds: float, now: float) -> None:
-        """Have calls handed over because one took so long; then four slow calls do so again."""
+        """Have calls handed over for a while, since a call took so long.
+
+        After that, four slow calls in a row are enough to hand calls over again.
+        """
         self._slow = 11.0
         self._hands_over_until = now + 100 * seconds
 
 
 def memory_limit(root: str = "/sys/fs/cgroup") -> int:
-    """Return how many bytes of memory the container may take."""
+    """Return how many bytes of memory the container may use."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # version 2 of control groups, and version 1
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
@@ -3296,15 +3350,16 @@ def memory_limit(root: str = "/sys/fs/cgroup") -> int:
 
 
 class Room:
-    """Bound the memory of bodies that wait for their transforms, `WAITING_LIMIT_BYTES` together.
+    """Limit the memory of the bodies that wait for their transforms.
 
-    The body that came first never waits for room, so at least one body always makes progress.
+    Together they take up to `WAITING_LIMIT_BYTES`. The body that came first never waits for room,
+    so at least one body always makes progress.
     """
 
     def __init__(self) -> None:
         self._memory = memory_limit()
         self._total = 0
-        self._taken: Dict[object, int] = {}  # bytes by body, in the order of their coming
+        self._taken: Dict[object, int] = {}  # bytes by body, in the order in which bodies came
         self._change = threading.Condition()
 
     def check(self, size: int) -> None:
@@ -3314,13 +3369,13 @@ class Room:
                                  f"the container's memory")
 
     def take(self, body: object, count: int) -> None:
-        """Wait until there is room for more bytes of a body, and take it.
+        """Wait until there is room for `count` more bytes of a body, then take the room.
 
         Raises ObjectTooLarge if the body is larger than the container's memory.
         """
         with self._change:
             taken = self._taken.setdefault(body, 0)
-            # a body is read in steps, and the last step may reach beyond its end
+            # a body is read in steps, and the last step may reach beyond the body's end
             if taken + count > self._memory + WRITE_BYTES:
                 raise ObjectTooLarge(
                     f"the object has more bytes than the container's memory, {self._memory}")
@@ -3337,17 +3392,18 @@ class Room:
             self._change.notify_all()
 
     def leave(self, body: object) -> None:
-        """Give back all the room of a body; do nothing if that was done before."""
+        """Give back all the room of a body; may be called more than once."""
         with self._change:
             self._total -= self._taken.pop(body, 0)
             self._change.notify_all()
 
 
 class WaitingBody(io.RawIOBase):
-    """Read a body into memory as there is room for it; the stream stays open.
+    """Read a body into memory, in steps that wait for room; the stream stays open.
 
-    A client may announce a large body and send little of it. So a step of reading takes room for
-    `READ_BYTES`, or for as many bytes as have come so far. A file takes its room at once.
+    A client may announce a large body and send little of it. So each step takes room for as many
+    bytes as have come so far, but at least for `READ_BYTES` and at most for `WRITE_BYTES`. The
+    bytes of a file are all there, so a file takes its room at once.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3386,7 +3442,7 @@ class WaitingBody(io.RawIOBase):
         stream = self._stream
         if isinstance(stream, ObjectFile):
             read: Callable[[int], bytes] = functools.partial(read_to_end, self)
-            if stream.size <= WRITE_BYTES:  # by one call, since each may let another thread run
+            if stream.size <= WRITE_BYTES:  # in one call, since each may let another thread run
                 self._room.take(self, stream.size)
                 read = stream.read
             return read_whole(read, stream.size)
@@ -3405,7 +3461,7 @@ def as_bytes(output: Any, what: str) -> bytes:
         return bytes(memoryview(output))
     except TypeError:
         hint = ": it must not be async" if hasattr(output, "__await__") else ""
-        # or Python warns that a coroutine was never awaited
+        # a coroutine that is not closed makes Python warn that it was never awaited
         attempt(getattr(output, "close", lambda: None))
         raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
 
@@ -3413,9 +3469,9 @@ def as_bytes(output: Any, what: str) -> bytes:
 class Transforms:
     """Call the class with the arguments that it expects, and convert its output to bytes.
 
-    Arguments go by position, since users name their parameters freely. How `path` looks depends on
-    the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and classes rely
-    on it.
+    Arguments are passed by position, since users name their parameters freely. The form of `path`
+    depends on the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and
+    classes rely on this form.
     """
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
@@ -3423,7 +3479,7 @@ class Transforms:
         self._slots = slots
         self._gets_decoded_path = isinstance(server, FrameworkServer)
         self._room = Room()
-        # messages have room of their own: a message may wait for an object that is being read
+        # messages have a Room of their own: a message may wait for an object that is being read
         self.message_room = Room()
 
     @property
@@ -3432,7 +3488,7 @@ class Transforms:
         value = self._server.get_mime_type()
         if not isinstance(value, str):
             raise TypeError(f"get_mime_type() returned {type(value).__name__!r}, not str")
-        return str.__str__(value)  # plain, whatever a subclass of str overrides
+        return str.__str__(value)  # a plain str, whatever a subclass overrides
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
         """Read the whole object, wait for a slot, and transform it.
@@ -3452,7 +3508,10 @@ class Transforms:
         return as_bytes(output, "transform() returned")
 
     def stream(self, request: ETLRequest, source: Source) -> Iterator[bytes]:
-        """Transform in pieces; raise at the end if the object was not read whole."""
+        """Transform an object in pieces; raise at the end if the object was not whole.
+
+        A stream takes no slot, since the class reads the object while it transforms it.
+        """
         reader = io.BufferedReader(cast(io.RawIOBase, source.stream), READ_BYTES)
         output = self._server.transform_stream(reader, self._path(request), request.etl_args)
         try:
@@ -3472,16 +3531,18 @@ class Transforms:
 
 
 # == 12. Stage 4, delivering ==
-# An output to an answer: the output itself, or the news that another node has taken it.
+# Turns an output into an answer: the output itself, or the news that another node has taken it.
 
 
+# statuses whose answers have no content (RFC 9110, 6.4.1)
 BODILESS = (HTTPStatus.SWITCHING_PROTOCOLS, HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 
 
 class Answer(NamedTuple):
-    """What a client gets.
+    """An answer to a client.
 
-    A body of pieces is chunked. If it raises, the connection is cut before the last chunk.
+    A body of pieces is sent in chunks. If the pieces end in an error, the connection is cut before
+    the last chunk, so that the client does not take the body for whole.
     """
 
     status: int
@@ -3492,16 +3553,19 @@ class Answer(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether a last chunk ends the body: so for pieces, and for an empty result.
+        """Whether the body ends by a last chunk, as a body of pieces and an empty result do.
 
-        A stage before us that is written in Go takes a 200 with a Content-Length of 0 for the news
-        of a delivery.
+        If the stage before this one is written in Go, it takes a 200 with a Content-Length of 0 for
+        the news of a delivery.
         """
         is_empty = not self.body and self.status == HTTPStatus.OK
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
-        """Return the header field that frames the body; none if the connection's end does."""
+        """Return the header field that frames the body, if any.
+
+        There is none if the answer has no content, or if the connection's end ends the body.
+        """
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
         size = self.size
@@ -3513,7 +3577,7 @@ class Answer(NamedTuple):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release what an unread body of pieces holds."""
+        """Close a body of pieces, which releases what it holds."""
         if not isinstance(self.body, bytes):
             cast(Any, self.body).close()
 
@@ -3525,11 +3589,11 @@ def error_answer(status: int, detail: str, headers: Mapping[str, str]) -> Answer
 
 
 class AnswerCut(OSError):
-    """An answer has failed half-way, and that is logged; the connection must end."""
+    """An answer has failed half-way, and the failure is logged; the connection must end."""
 
 
 class OutputFailed(Exception):
-    """The class's stream failed while it was being delivered; `error` is what it raised."""
+    """The class's stream failed while its pieces were being sent; `error` is its exception."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
@@ -3537,7 +3601,10 @@ class OutputFailed(Exception):
 
 
 def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a stream's pieces; OutputFailed tells its failures from those of the connection."""
+    """Yield the pieces of a stream; raise its failures as OutputFailed, then close it.
+
+    So the sender of the pieces can tell a failure of the stream from a failure of the connection.
+    """
     with contextlib.closing(cast(Any, pieces)):
         while True:
             piece, error = attempt(next, pieces, None)
@@ -3549,7 +3616,7 @@ def guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def chain_first(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the first piece, which was taken before, then the rest; close the rest at the end."""
+    """Yield the first piece, which has been taken already, and the rest; then close the rest."""
     try:
         if first:
             yield first
@@ -3565,7 +3632,7 @@ def relay(body: NodeBody) -> Iterator[bytes]:
 
 
 def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
-    """Return the body of a delivery: bytes, or an iterator that can be closed."""
+    """Return the body to deliver: bytes, or an iterator that can be closed."""
     return output if isinstance(output, bytes) else iter(output)
 
 
@@ -3575,14 +3642,14 @@ def size_of(output: Union[bytes, CountingIterator]) -> int:
 
 
 def is_hopeless(error: Optional[BaseException]) -> bool:
-    """Tell whether an error will come again: nobody listens, or a certificate is wrong.
+    """Tell whether every attempt will fail: nobody listens, or a certificate is wrong.
 
-    `requests` wraps such errors several times.
+    `requests` wraps such an error several times, so its causes are looked through.
     """
     while error is not None:
         if isinstance(error, ConnectionRefusedError):
             return True
-        # an error of a certificate has imported ssl; nothing else does so before TLS is used
+        # without _ssl no certificate can have failed; `ssl` may be a stand-in, which stays unloaded
         if "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError):
             return True
         inner = error.args[0] if error.args else None
@@ -3597,12 +3664,12 @@ class Destination(NamedTuple):
 
     url: str
     hop: Hop
-    is_final: bool  # the object at its target, not another stage
+    is_final: bool  # whether it is the object at its target, and not another stage
     headers: Mapping[str, str]  # the rest of the pipeline
 
 
 def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
-    """Return the header field that passes on the type of another node's content."""
+    """Return the header field that passes on the `Content-Type` of another node's answer."""
     return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
 
 
@@ -3612,7 +3679,7 @@ def is_overridden(server: ETLServer, name: str) -> bool:
 
 
 def check_early(to: Destination, status: int, is_early: bool) -> None:
-    """Raise BadGateway if a target says that it has an object of which it has not got all."""
+    """Raise BadGateway if a target claims success before it has got the whole object."""
     if is_early and status < 300 and to.is_final:
         raise BadGateway("the target answered before it had the object")
 
@@ -3620,9 +3687,9 @@ def check_early(to: Destination, status: int, is_early: bool) -> None:
 class Deliveries:
     """Put outputs to the next hop, and turn its answers into ours.
 
-    Shared by all threads of a worker. AIStore acts on our status alone: 200 is content, 204 a
-    delivery, and 404 a source that does not exist and is skipped in silence. So a hop's status is
-    not passed on where it would mean something else when it comes from us.
+    Shared by all threads of a worker. AIStore acts on our status alone: 200 means content, 204 a
+    delivery, and 404 that the source does not exist, which AIStore skips in silence. So a hop's
+    status is not passed on if it would mean something else as ours.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
@@ -3633,7 +3700,7 @@ class Deliveries:
         self._by_class = self._judges or is_overridden(server, "client_put")
 
     def destination(self, request: ETLRequest) -> Destination:
-        """Read the pipeline; BadRequest if the result could not go anywhere."""
+        """Return the next hop of the pipeline; raise BadRequest if there can be none."""
         try:
             entry, rest = parse_etl_pipeline(request.pipeline)
             Hop.of(entry)
@@ -3641,12 +3708,12 @@ class Deliveries:
                 entry, self._settings.target, request.decoded_path, request.etl_args)
             headers = {HEADER_NODE_URL: rest} if rest else {}
             return Destination(url, Hop.of(url), is_final(entry), headers)
-        except ValueError as error:  # InvalidPipelineError is one, ours and the SDK's
+        except ValueError as error:  # also InvalidPipelineError, this file's and the SDK's
             raise BadRequest(f"the pipeline cannot be used: {error}") from None
 
     def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]],
                 connect_seconds: float) -> Answer:
-        """Put an output to the next hop; HopLost if the answer does not come whole."""
+        """Put an output to the next hop; raise HopLost if the answer does not come whole."""
         counted = output if isinstance(output, bytes) else CountingIterator(output)
         try:
             if self._by_class:
@@ -3659,7 +3726,7 @@ class Deliveries:
             raise HopLost(text, is_hopeless(error)) from None
 
     def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
-        """Let the class's own methods put the output, and judge the answer if they do that."""
+        """Put the output by `client_put`; judge the answer by the class's method if it has one."""
         response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
         check_early(to, response.status_code, getattr(response, "is_early", False))
         if not self._judges:
@@ -3680,7 +3747,7 @@ class Deliveries:
 
     def _read_answer(self, to: Destination, body: NodeBody,
                      output: Union[bytes, CountingIterator]) -> Answer:
-        """Turn the hop's answer into ours. Large content of a stage is passed on as it comes."""
+        """Turn the hop's answer into ours; pass on a stage's large content as it comes."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
         if is_content and (body.size is None or body.size > SMALL_ANSWER_BYTES):
             pieces = relay(body)
@@ -3714,11 +3781,11 @@ class Deliveries:
 
 
 # == 13. One request ==
-# The stages in a row, and the only place that maps failures to answers. HTTP and WebSocket
-# connections call `Service.answer`.
+# Runs the stages one after another, and is the only place that maps failures to answers. HTTP and
+# WebSocket connections call `Service.answer`.
 
 
-# by the exception's name: its module is imported only if the class needs it
+# keyed by the exception's name, since its module is imported only if the class needs it
 STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
     "werkzeug.exceptions.HTTPException": lambda error: int(
@@ -3743,7 +3810,8 @@ def user_status(error: BaseException) -> int:
 def forget_traceback(error: BaseException) -> None:
     """Drop the frames that an error came through.
 
-    They hold whole objects, which would stay in memory until the next full garbage collection.
+    The frames hold whole objects, which would stay in memory until the next full garbage
+    collection.
     """
     for each in (error, getattr(error, "error", None), error.__context__, error.__cause__):
         if isinstance(each, BaseException):
@@ -3774,8 +3842,8 @@ class Service:
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
         """Read an object by its path; return request and object as if it had come in the body.
 
-        None if the object has more than 1 MiB, is not whole here, or cannot be read: `answer` then
-        reads it, or tells why not.
+        Returns None if `Sources.load` does, or if the object cannot be read: `answer` then reads
+        the object, or tells why that is impossible.
         """
         data = attempt(self._sources.load, request).value
         if data is None:
@@ -3796,7 +3864,8 @@ class Service:
     def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
         if not self._has_begun:
-            # before the flag is set: another thread that sees the flag may kill the worker at once
+            # before the flag is set: another thread that sees the flag calls the class, which may
+            # end the worker, and the supervisor must know by then that a request has begun
             report(REPORT_BEGUN)
             self._has_begun = True
         answer, error = attempt(self._answer, request, body)
@@ -3827,7 +3896,7 @@ class Service:
         if not self.is_streaming or request.is_message:  # a message must be whole
             return Answer(HTTPStatus.OK, self._output(request, body), fields)
         pieces = guarded(self._pieces(request, body))
-        # until the first piece is there, a failure can still be told by a status
+        # before the first piece is sent, a failure can still be told by a status
         first = next(pieces, b"")
         return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
 
@@ -3846,10 +3915,10 @@ class Service:
             yield from self._transforms.stream(request, source)
 
     def _deliver(self, request: ETLRequest, body: RequestBody) -> Answer:
-        """Deliver the output, and retry while the hop is lost.
+        """Deliver the output; try again if the hop is lost.
 
-        A stream of an object that came in the body cannot be made again: there the client is told
-        to send the object again. The waits and the time for connecting again are bounded together,
+        A stream cannot be made again from an object that came in the body: the client is told to
+        send the object again. The delays and the time for connecting again are limited together,
         since AIStore waits for the answer.
         """
         destination = self._deliveries.destination(request)
@@ -3887,7 +3956,7 @@ class Service:
         status, headers = user_status(error), {}
         reason = str(getattr(error, "detail", "") or getattr(error, "description", "")
                      or describe_of_user(error))
-        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # the class's author has meant it
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR:  # raised on purpose: no traceback is logged
             logger.warning("%s: %d: %s", request.name, status, reason)
         else:
             log_user_error(request.name, error)
@@ -3898,8 +3967,9 @@ class Service:
 
 
 # == 14. HTTP: one connection ==
-# Bytes of a connection to `Service.answer` and back (RFC 9110, RFC 9112). One thread at a time
-# serves a connection: the leader of the server, which must not wait, or a thread of its pool.
+# Turns the bytes of a connection into requests for `Service.answer`, and answers into bytes (RFC
+# 9110, RFC 9112). One thread at a time serves a connection: the leader of the server, which must
+# not wait, or a thread of the server's pool.
 
 
 class Head(NamedTuple):
@@ -3920,12 +3990,13 @@ class Head(NamedTuple):
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
 
 
-# of a request that could not be parsed: where the next one begins cannot be told
+# stands for a head that cannot be parsed; it closes the connection, since nobody can tell where the
+# next request begins
 UNKNOWN_HEAD = Head("unknown", "request", False, {"connection": "close"})
 
 
 def parse_head(data: bytes) -> Head:
-    """Parse the lines of a head; raise UnframedRequest unless they are plain HTTP/1."""
+    """Parse the lines of a head; raise UnframedRequest unless they are well-formed HTTP/1."""
     line, _, rest = data.decode("latin-1").partition("\r\n")
     if rest.count("\n") > HEAD_LIMIT_FIELDS:
         raise UnframedRequest(f"more than {HEAD_LIMIT_FIELDS} header fields", 431)
@@ -3972,23 +4043,24 @@ def check_partial_head(source: ConnectionInput) -> None:
     beginning = source.peek(HEAD_LIMIT_BYTES)
     if BARE_LINE_FEED.search(beginning):
         raise UnframedRequest("a line of the head does not end in CRLF")
-    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):  # for example TLS
+    # a lone CR may begin an empty line, which is skipped; bytes that begin no method can be TLS
+    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):
         raise UnframedRequest("this is not HTTP")
 
 
-# seconds since the epoch in the form of RFC 9110, 5.6.7, in any locale
+# seconds since the epoch in the form of RFC 9110, 5.6.7, in any locale; made once in a second
 http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 UNPRINTABLE = re.compile(r"[^\t -~\x80-\xff]")
 
 
 @functools.lru_cache(maxsize=1024)
 def field_line(name: str, value: str) -> str:
-    """Write one header field; a value from a user's code cannot break out of its line."""
+    """Return the line of a header field; a value of the user's code cannot break out of it."""
     return UNPRINTABLE.sub("?", f"{name}: {value}") + "\r\n"
 
 
 def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
-    """Write the head of an answer; a user's code may have made up the status."""
+    """Return the head of an answer, whose status the user's code may have made up."""
     reason = http.client.responses.get(status, "Unknown")
     date = http_date(int(time.time()))
     lines = "".join(itertools.starmap(field_line, fields))
@@ -3996,13 +4068,13 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
 
 
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
-    """Log an answer at DEBUG; `began` is when the request came, by time.monotonic()."""
+    """Log an answer at DEBUG; `began` is when answering began, by time.monotonic()."""
     milliseconds = 1000 * (time.monotonic() - began)
     logger.debug("%s %s: %d, %d bytes in %.1f ms", method, path, status, size, milliseconds)
 
 
 def log_cut(name: str, error: BaseException) -> None:
-    """Log why an answer ended half-way."""
+    """Log why an answer was cut half-way."""
     error = getattr(error, "error", error)
     if isinstance(error, RequestError):
         logger.error("%s: the answer was cut: %s", name, error)
@@ -4011,11 +4083,11 @@ def log_cut(name: str, error: BaseException) -> None:
 
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes
+WEBSOCKET_KEY = re.compile("[+/0-9A-Za-z]{21}[AQgw]==")  # sixteen bytes in base64
 
 
 def upgrade_answer(fields: Mapping[str, str]) -> Answer:
-    """Answer a handshake (RFC 6455, 4.2); raise RequestError if it cannot be accepted."""
+    """Return the answer to a handshake (RFC 6455, 4.2); raise RequestError to refuse it."""
     import binascii
     import hashlib
 
@@ -4037,51 +4109,53 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
 
 
 class Next(enum.Enum):
-    """What a connection wants next: all that a server has to know of a protocol."""
+    """What a connection wants next: all that the server has to know of a protocol."""
 
     READ = enum.auto()  # to be served by the leader when it is readable
     THREAD = enum.auto()  # to be served by a thread of the pool, which may wait
     PAUSE = enum.auto()  # not to be served before it calls `settle` itself
-    UPGRADE = enum.auto()  # to become a connection of WebSocket
+    UPGRADE = enum.auto()  # to become a WebSocket connection
     LINGER = enum.auto()  # to be closed when its client stops sending
-    CLOSE = enum.auto()
-    NOTHING = enum.auto()  # another thread serves it already
+    CLOSE = enum.auto()  # to be closed at once
+    NOTHING = enum.auto()  # nothing: another thread serves it already
 
 
 class Connection:
     """One connection, served by one thread at a time.
 
     Methods to override:  attend, work, expire, dismiss; let_go, pause and close where the defaults
-    do not fit
+                          do not fit
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
     connection wants next. An exception ends the connection. Times are those of time.monotonic().
     """
 
     is_over = False  # whether the next sweep must end it, even if nothing more comes
-    is_cut = False  # whether an answer has begun that ends by the end of the connection
+    # whether an answer that is not chunked is incomplete: the connection must then end by a reset,
+    # since the client could take the answer for whole
+    is_cut = False
     _serving = "connection"  # the name of the object that is being answered
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
-        # The Server of section 16. Protocols use its service, application, settle, submit,
-        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late, and add one to its `turn`
-        # for each call of the class within `attend`.
+        # The Server of section 16. Subclasses use its service, application, settle, submit,
+        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late. For each call of the class
+        # within `attend` they add one to its `turn`.
         self.server = server
         self.input = source
-        self.since = time.monotonic()  # when it became idle, or the first buffered byte came
-        self._calls_until = 0.0  # until when the thread that attends may call the class
+        self.since = time.monotonic()  # when it became idle, or its first buffered byte came
+        self._calls_until = 0.0  # until when the thread that calls `attend` may call the class
 
     def attend(self, now: float, may_call: bool) -> Next:
         """Serve what has come without waiting; call the class only if `may_call`."""
         raise NotImplementedError
 
     def work(self) -> Next:
-        """Serve what has come, and wait where that is necessary."""
+        """Serve what has come; wait where that is necessary."""
         raise NotImplementedError
 
     def expire(self, now: float) -> Next:
-        """End the connection if it is over or its client has taken too long; READ otherwise."""
+        """End the connection if it is over or its client is too slow; else return READ."""
         raise NotImplementedError
 
     def dismiss(self) -> bool:
@@ -4089,7 +4163,10 @@ class Connection:
         raise NotImplementedError
 
     def let_go(self) -> bool:
-        """Call the class no more in this turn; return whether another thread can go on now."""
+        """Call the class no more in this turn.
+
+        Returns whether another thread can go on with the connection now.
+        """
         self._calls_until = 0.0
         return False
 
@@ -4098,8 +4175,8 @@ class Connection:
         return False
 
     def fail(self, error: BaseException) -> Next:
-        """Log an error of serving; return how the connection ends."""
-        if isinstance(error, OSError):  # the client's doing
+        """Log an error that ended `attend` or `work`; return how the connection ends."""
+        if isinstance(error, OSError):  # the client has gone, or has stopped reading
             logger.debug("%s: %s", self._serving, error)
         else:
             log_cut(self._serving, error)
@@ -4120,8 +4197,8 @@ class Connection:
 class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
-    Closing it at once would reset it, and the client might lose the answer. So incoming bytes are
-    read and discarded for a while.
+    To close it at once would reset it, and the client might lose the answer. So the connection
+    reads and discards what comes, for `DRAIN_SECONDS` and up to `LINGER_LIMIT_BYTES`.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -4143,7 +4220,10 @@ class LingeringConnection(Connection):
         return Next.CLOSE if now > self._deadline or self.server.is_late else Next.READ
 
     def dismiss(self) -> bool:
-        """Return whether the client sends nothing now: AIStore never closes what has failed."""
+        """Return whether the client sends nothing now.
+
+        It need not have closed its end: AIStore never closes a connection that has failed.
+        """
         return not is_ready(self.socket, select.POLLIN)
 
 
@@ -4153,8 +4233,8 @@ HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
 class HTTPRequest(NamedTuple):
     """A request whose head has come.
 
-    `asked` is the object that it asks for, its answer if that is known already, or a call of the
-    class's WSGI application.
+    `asked` is the object that the request asks for, or the answer if that is known already, or a
+    call of the class's WSGI application.
     """
 
     head: Head
@@ -4165,8 +4245,8 @@ class HTTPRequest(NamedTuple):
 class HTTPConnection(Connection):
     """A connection of HTTP/1.1 or 1.0.
 
-    `BaseHTTPRequestHandler`'s parser is not used: it is lenient where two readers could disagree on
-    where a request ends.
+    It does not use the parser of `BaseHTTPRequestHandler`, which accepts requests whose end two
+    readers could see in different places.
     """
 
     def __init__(self, connection: socket.socket, server: Any) -> None:
@@ -4174,7 +4254,7 @@ class HTTPConnection(Connection):
         self._may_wait = False  # whether a thread of the pool serves it, and not the leader
         self._todo: Optional[HTTPRequest] = None  # a request that is not yet answered
         self._unsent: Sequence[Any] = ()  # parts that the leader could not send without waiting
-        self._wish = Next.READ  # what the connection wants when all is sent
+        self._wish = Next.READ  # what the connection wants once all is sent
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         set_timeout(connection, socket.SO_SNDTIMEO, RESULT_UNREAD_SECONDS)
@@ -4197,7 +4277,7 @@ class HTTPConnection(Connection):
         return self._serve_all()
 
     def expire(self, now: float) -> Next:
-        """Close an idle connection, or answer 408 to a part of a head, when its time is over."""
+        """When time is over, close an idle connection, or answer 408 to an incomplete head."""
         if now - self.since <= (HEAD_TIMEOUT_SECONDS if self.input.ahead else IDLE_SECONDS):
             return Next.READ
         if not self.input.ahead:
@@ -4207,7 +4287,7 @@ class HTTPConnection(Connection):
         return self._serve_all()
 
     def dismiss(self) -> bool:
-        """Return whether no request has begun to come."""
+        """Return whether no request has begun to arrive."""
         return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
     def _serve_all(self) -> Next:
@@ -4242,7 +4322,7 @@ class HTTPConnection(Connection):
             body = body_of(head, source)
         except UnframedRequest as error:
             return self._refused(error)
-        # the client may wait for an invitation to send the body (RFC 9110, 10.1.1)
+        # the client may wait for "100 Continue" before it sends the body (RFC 9110, 10.1.1)
         expects = head.fields.get("expect", "").lower() == "100-continue" and not head.is_http_1_0
         source.invite = None
         if expects and not source.ahead:
@@ -4262,7 +4342,7 @@ class HTTPConnection(Connection):
         return HTTPRequest(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
 
     def _understand(self, head: Head, body: MessageBody) -> Any:
-        """Return what a request asks for, or its answer if that does not take the class."""
+        """Return what a request asks for, or its answer if that needs no call of the class."""
         if self.server.application is not None:
             asked = self.server.application.asked(head, self.socket)
             if asked is not None:
@@ -4291,6 +4371,7 @@ class HTTPConnection(Connection):
             self._respond(request)
             return True
         may_call = body.size <= READ_BYTES and time.monotonic() <= self._calls_until
+        # the leader does not wait for another node: not for a pipeline's hop, nor for the target
         if not may_call or not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
         loaded = None
@@ -4306,7 +4387,7 @@ class HTTPConnection(Connection):
 
     def _respond(self, request: HTTPRequest,
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
-        """Answer one request; its object is `loaded`, or else the body or another source."""
+        """Answer one request; `loaded` is the object if it has been read already."""
         (head, body, asked), began = request, time.monotonic()
         if isinstance(asked, ETLRequest):
             self._serving = asked.name
@@ -4332,14 +4413,14 @@ class HTTPConnection(Connection):
         if self.input.invite is not None or (body.size or 0) > DRAIN_LIMIT_BYTES:
             return
         set_timeout(self.socket, socket.SO_RCVTIMEO, DRAIN_SECONDS)
-        with contextlib.suppress(RequestError):  # the body remembers it
+        with contextlib.suppress(RequestError):  # the body keeps it as its `failure`
             body.drain(DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
         set_timeout(self.socket, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
 
     def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
         """Return whether the connection can serve another request after this answer.
 
-        A body that was not read to its end belongs to an early error. Then the connection ends:
+        If the body was not read to its end, the answer is an early error, and the connection ends:
         the rest may be a whole object, and a client that expects "100 Continue" may or may not
         send it (RFC 9110, 10.1.1).
         """
@@ -4348,7 +4429,7 @@ class HTTPConnection(Connection):
             return False
         if isinstance(answer.body, bytes):
             return body.is_at_end and body.failure is None
-        return not head.is_http_1_0  # a stream reads the body to its end, or is cut
+        return not head.is_http_1_0  # pieces read the request's body to its end, or are cut
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> int:
         """Send an answer; return the number of bytes in its body.
@@ -4367,7 +4448,7 @@ class HTTPConnection(Connection):
             size = len(answer.body)
             self._send(text, last or answer.body)
         else:
-            self.input.send_invitation()  # it cannot come within the answer
+            self.input.send_invitation()  # "100 Continue" cannot come within the answer
             self.is_cut = not is_chunked
             for piece in answer.body:
                 size += len(piece)
