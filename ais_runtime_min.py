@@ -4309,7 +4309,7 @@ class HTTPConnection(Connection):
 
 OPCODES = (0, 1, 2, 8, 9, 10)
 OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = OPCODES
-FRAME_HEAD_LIMIT_BYTES = 14  # two, eight of the length and four of the mask
+FRAME_HEAD_LIMIT_BYTES = 14  # two bytes, eight of the length, four of the mask
 # The two 7-bit lengths that announce a longer length field. For each: the offset at which that
 # field ends, and the least value that is valid in it.
 EXTENDED_SIZES = {126: (4, 126), 127: (10, 1 << 16)}
@@ -4763,7 +4763,7 @@ class WebSocketConnection(Connection):
         self._is_paused = False
         self._queue: List[bytes] = []  # parts of frames that are to be sent
         self._size = 0  # about how many bytes of results the queue has
-        self._lock = threading.Lock()  # of the three above
+        self._lock = threading.Lock()  # of the three above, except that `_reply` adds to `_size`
         self._sending = threading.Lock()  # held while something is sent
         report(REPORT_OPENED)
 
@@ -5060,11 +5060,11 @@ class ThreadPool:
 
 
 class Waker:
-    """A pair of sockets that wakes a thread; the thread selects on `readable`.
+    """A pair of sockets; a byte in it wakes the thread that selects on `readable`.
 
-    Other threads and signals can wake it. The interpreter runs signal handlers on the main thread
-    alone, which may be computing or waiting for a lock. So the interpreter is asked to write a
-    signal's number to a socket as well, and the selecting thread reads the number.
+    Other threads wake it by `wake`, and signals do after `wake_on`. The interpreter runs signal
+    handlers on the main thread alone, which may be computing or waiting for a lock. So `wake_on`
+    has the interpreter also write a signal's number to a socket, and the selecting thread reads it.
     """
 
     def __init__(self) -> None:
@@ -5072,7 +5072,7 @@ class Waker:
         self.readable.setblocking(False)
         self._writable.setblocking(False)
         self.signals: FrozenSet[int] = frozenset()  # the signals that `take` looks for
-        self._forking = threading.local()  # `mask`: what a thread had blocked before its fork
+        self._forking = threading.local()  # `mask`: signals that were blocked before a fork
 
     def wake(self) -> None:
         """Wake the thread."""
@@ -5093,7 +5093,7 @@ class Waker:
     # default handlers and no longer writes to the socket.
 
     def _before_fork(self) -> None:
-        # Two calls: if a signal handler of the class raises within the second, the mask is kept.
+        # two calls: if a handler of the class raises within the second, the old mask is stored
         self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
@@ -5108,7 +5108,7 @@ class Waker:
         self._after_fork()
 
     def take(self) -> bool:
-        """Take all wake-ups; return whether one of `signals` is among them."""
+        """Take the wake-ups; return whether one of `signals` is among them."""
         try:
             numbers = self.readable.recv(READ_BYTES)
         except BlockingIOError:  # a former leader has taken them
@@ -5122,8 +5122,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     The thread of `serve_forever` leads: it selects over the listener and all connections, and
     serves them by `attend`. A connection that must wait goes to a thread of the pool, which serves
     it by `work` and then registers it with the selector again. A call of the class may turn out to
-    be slow. So another thread, the deputy, watches the leader. When the leader makes no progress
-    for `LEAD_SECONDS`, the deputy leads, without calling the class, until the leader is back.
+    be slow. So another thread, the deputy, watches the leader. If a turn makes no progress for
+    `LEAD_SECONDS`, the deputy leads, without calling the class, until the leader is back.
 
     If the class must be called on the main thread, that thread leads, and also makes the calls that
     other threads ask for. In a *turn* the leader serves one connection or makes one such call. A
@@ -5136,7 +5136,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.service = service
         self.application: Any = None  # a WSGIApplication, if the class has one
         self.is_draining = False  # whether the pod is stopping: only begun requests are answered
-        self.is_late = False  # whether clients that still send have had their time
+        self.is_late = False  # whether clients that still send are no longer waited for
         self.connections: Set[Connection] = set()
         self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends the process if the main thread is still held up at the end
@@ -5371,7 +5371,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     # -- the leader's other duties --
 
     def _look_around(self, events: Sequence[Tuple[selectors.SelectorKey, int]], term: int) -> None:
-        """Handle wake-ups, signals to stop, new connections, and connections out of time."""
+        """Handle wake-ups, signals to stop, new connections, and those whose time is over."""
         ready = [key.fileobj for key, _ in events if key.data is None]
         with self._lock:
             if self._term != term:  # the events are for the thread that leads now
@@ -5446,7 +5446,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return True
 
     def _make_room(self, term: int) -> None:
-        """Close the HTTP connections that have been idle longest; if none is, wait a moment."""
+        """Close up to a quarter of the idle HTTP connections, those that are idle longest.
+
+        If none is idle, wait a moment, since the listener stays readable.
+        """
         def retire(connection: Connection) -> Next:  # READ if a request has come meanwhile
             return Next.CLOSE if connection.dismiss() else Next.READ
 
@@ -5552,6 +5555,7 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     With `serves`, this includes the modules that serve its applications. Runs before workers are
     forked, so that they share the memory of these modules. Raises PackageError.
     """
+    # the first module is the framework itself, and the others serve its applications
     wanted = list(FRAMEWORKS[name].modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing and not may_install:
@@ -5668,6 +5672,7 @@ class StarletteAnswers:
 
         pieces, count = request.stream(), 0
         came, receives = request.scope.get("etl.request"), request.receive
+        # whether ASGIRequest receives it, directly or behind Starlette's own middleware
         is_as_it_came = came is not None and (
             getattr(receives, "__self__", None) is came
             or getattr(receives, "__module__", "") == "starlette.middleware.base")
@@ -6022,10 +6027,10 @@ class ASGIFront:
 def protocol_on(base: Any) -> Any:
     """Derive a class from uvicorn's HTTP protocol, `base`, that corrects two of its rules."""
     class Protocol(base):  # type: ignore[misc]
-        """One connection.
+        """A connection with two rules of our own.
 
-        It does not upgrade on a request that has a body. It still answers a client that has closed
-        its own side of the connection after a whole request.
+        A request that has a body does not upgrade it. A client that has closed its own side after a
+        whole request is still answered.
         """
 
         def _should_upgrade(self) -> bool:
