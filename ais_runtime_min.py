@@ -4470,33 +4470,34 @@ class HTTPConnection(Connection):
 
 
 # == 15. WebSocket: one connection ==
-# Frames (RFC 6455, the server's side, no extensions); AIStore's protocol, which pairs messages to
-# objects (ext/etl/websocket_comm.go); and the connection that joins the two.
+# WebSocket frames on the server's side, without extensions (RFC 6455); AIStore's protocol, which
+# makes objects of messages (ext/etl/websocket_comm.go); and the connection that joins the two.
 
 OPCODES = (0, 1, 2, 8, 9, 10)
 OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = OPCODES
-FRAME_HEAD_LIMIT_BYTES = 14
-# 7-bit lengths that announce a longer length field: where that ends, and its least valid value
+FRAME_HEAD_LIMIT_BYTES = 14  # two bytes, eight of the length, four of the mask
+# The two 7-bit lengths that announce a longer length field. For each: the offset at which that
+# field ends, and the least value that is valid in it.
 EXTENDED_SIZES = {126: (4, 126), 127: (10, 1 << 16)}
 CONTROL_LIMIT_BYTES = 125  # of a control frame's payload
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL, CLOSE_NO_CODE = 1001, 1002, 1005
 CLOSE_BAD_TEXT, CLOSE_TOO_BIG, CLOSE_FAILED = 1007, 1009, 1011
-# IANA's codes that an endpoint may send; 3000 to 4999 are free for use
+# IANA's registered codes that an endpoint may send; applications may also use 3000 to 4999
 CLOSE_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
 
 class CloseConnection(RequestError):
-    """The connection must be closed; `status` is the code of the close frame.
+    """The connection must be closed; `status` is the code of the close frame to send.
 
-    The text tells how the client violates the protocol. It is empty if the client has sent a close
-    frame.
+    The text tells how the client has violated the protocol. It is empty if the client has sent a
+    close frame, whose code is then sent back.
     """
 
     status = CLOSE_PROTOCOL
 
 
 def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
-    """Return the head of a frame from a server, which has no mask (RFC 6455, 5.2)."""
+    """Return the head of a server's frame, which must not be masked (RFC 6455, 5.1, 5.2)."""
     first = opcode | (0x80 if is_last else 0)
     if size < 126:
         return bytes((first, size))
@@ -4506,21 +4507,21 @@ def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
 
 
 def cut_reason(reason: str) -> str:
-    """Cut a reason to the whole characters that fit into a close frame."""
+    """Return as many whole characters of a reason as fit into a close frame."""
     return reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore")
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """Return a close frame; CLOSE_NO_CODE stands for one without a payload."""
+    """Return a close frame; with CLOSE_NO_CODE and no reason it has no payload."""
     payload = b"" if code == CLOSE_NO_CODE else struct.pack("!H", code)
     payload += cut_reason(reason).encode()
     return frame_head(OP_CLOSE, len(payload)) + payload
 
 
 def parse_close(payload: bytes) -> int:
-    """Return the code of a close frame (RFC 6455, 5.5.1 and 7.4).
+    """Return the code in a close frame's payload (RFC 6455, 5.5.1 and 7.4).
 
-    Raises CloseConnection if the payload is malformed.
+    Returns CLOSE_NO_CODE if there is no payload. Raises CloseConnection if it is malformed.
     """
     if not payload:
         return CLOSE_NO_CODE
@@ -4545,9 +4546,10 @@ class Frame(NamedTuple):
 
 
 def parse_frame(head: bytes) -> Optional[Frame]:
-    """Parse the head of a frame (RFC 6455, 5.2 and 5.5); None if it is incomplete.
+    """Parse the head of a client's frame; return None if the head is incomplete.
 
-    Raises CloseConnection for a frame that no client may send, as soon as that shows.
+    Raises CloseConnection as soon as the bytes show a frame that no client may send (RFC 6455, 5.2
+    and 5.5).
     """
     if len(head) < 2:
         return None
@@ -4564,30 +4566,32 @@ def parse_frame(head: bytes) -> Optional[Frame]:
     if len(head) < start + 4:
         return None
     size = int.from_bytes(head[2:start], "big") if least else size
+    # a length takes as few bytes as possible, and the highest bit of a 64-bit length is 0
     if not least <= size < 1 << 63:
         raise CloseConnection("the length of a frame is malformed")
     return Frame(head[0] >= 0x80, opcode, size, head[start:start + 4], start + 4)
 
 
 def unmasked(data: Any, mask: bytes) -> bytes:
-    """Return data without its mask (RFC 6455, 5.3): XOR both as large numbers."""
+    """Return data without its mask (RFC 6455, 5.3), by one XOR of two large numbers."""
     size = len(data)
     pad = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(data, "little") ^ int.from_bytes(pad, "little")).to_bytes(size, "little")
 
 
 def unmask_by_numbers(data: memoryview, mask: bytes) -> None:
-    """Remove the mask in place."""
+    """Remove the mask from data in place, by arithmetic."""
     data[:] = unmasked(data, mask)
 
 
 def unmasking_by_openssl() -> Callable[[memoryview, bytes], None]:
-    """Return a function that removes masks in place by OpenSSL.
+    """Return a function that removes masks in place by a routine of OpenSSL.
 
-    It is nine times as fast as arithmetic. Output feedback (NIST SP 800-38A, 6.4) encrypts a block
-    again and again, and XORs data with the results. With a cipher that returns its input, the data
-    is XORed with the same block over and over, as RFC 6455 does with a mask. The OpenSSL is the one
-    that hashlib is linked to. Raises an exception if it cannot be used.
+    The routine is nine times as fast as arithmetic. It implements output feedback, a mode of block
+    ciphers (NIST SP 800-38A, 6.4): a block is encrypted again and again, and the data is XORed with
+    the results. If the "cipher" returns its input, the data is XORed with the same block over and
+    over. With a mask repeated four times as the block, that is the masking of RFC 6455. The OpenSSL
+    is the one that hashlib is linked to. Raises an exception if it cannot be used in this way.
     """
     import _hashlib
     import ctypes
@@ -4597,8 +4601,8 @@ def unmasking_by_openssl() -> Callable[[memoryview, bytes], None]:
     address = ctypes.c_void_p
     encrypt.argtypes = [address, address, ctypes.c_size_t, address, address, address, address]
     encrypt.restype = None
-    # the cipher is called with a block, the same block for its output, and the key, which is NULL
-    # here: memmove then copies no bytes
+    # OpenSSL calls the cipher with the block, the place of the output, which is the block again,
+    # and the key. The key is NULL here, which memmove takes for a count of 0: it copies nothing.
     identity = ctypes.cast(ctypes.memmove, address)
 
     def unmask_by_openssl(data: memoryview, mask: bytes) -> None:
@@ -4615,7 +4619,7 @@ def unmasking_by_openssl() -> Callable[[memoryview, bytes], None]:
 
 @functools.lru_cache(maxsize=None)
 def fastest_unmasking() -> Callable[[memoryview, bytes], None]:
-    """Return the fastest function of this interpreter that removes masks in place."""
+    """Return the fastest function that removes masks in place and works in this process."""
     try:
         return unmasking_by_openssl()
     except (ImportError, AttributeError, OSError, TypeError, ValueError, RuntimeError) as error:
@@ -4624,11 +4628,12 @@ def fastest_unmasking() -> Callable[[memoryview, bytes], None]:
 
 
 class MessageStream(BodyStream):
-    """The payload of one message, joined from all its fragments.
+    """The payload of one message, joined from all its fragments (RFC 6455, 5.4).
 
-    `frame` is the head of the first fragment, already taken from `source`. Control frames between
-    fragments are passed to `control`. `check` is called with the number of bytes that the client
-    has announced so far; it raises ObjectTooLarge if that is too much.
+    `frame` is the head of the first fragment, already taken from `source`. The opcode and the
+    payload of a control frame between fragments are passed to `control`. `check` is called with
+    the number of bytes that the client has announced so far; it raises ObjectTooLarge if that is
+    too much.
     """
 
     def __init__(self, source: ConnectionInput, frame: Frame,
@@ -4652,12 +4657,13 @@ class MessageStream(BodyStream):
                 return 0
             self._read_head()
         view = memoryview(buffer)[:self._left]
-        # MSG_WAITALL saves system calls, but text is checked as it comes
+        # MSG_WAITALL saves system calls; but a text is checked as its bytes come
         count = self._source.readinto(view, 0 if self._decoder else socket.MSG_WAITALL)
         if not count:
             raise ShortBody("a message ended early")
         unmask = fastest_unmasking() if count > UNMASK_BYTES else unmask_by_numbers
         unmask(view[:count], self._mask)
+        # rotate the mask, so that its first byte belongs to the next byte of the payload
         used = count % 4
         self._mask = self._mask[used:] + self._mask[:used]
         self._left -= count
@@ -4665,7 +4671,7 @@ class MessageStream(BodyStream):
         return count
 
     def _read_head(self) -> None:
-        """Read the head of the next fragment, or a control frame before it."""
+        """Read the head of the next fragment, or a whole control frame that precedes it."""
         source = self._source
         frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
         while frame is None:
@@ -4681,10 +4687,11 @@ class MessageStream(BodyStream):
             raise CloseConnection("a message begins within another")
         else:
             self._begin_fragment(frame)
+            # an empty last fragment ends the text, perhaps in the middle of a character
             self._check_text(b"")
 
     def _check_text(self, data: Any) -> None:
-        """Raise CloseConnection as soon as text is not UTF-8: the end of the message may be far."""
+        """Raise CloseConnection if a text is not UTF-8, without waiting for the text's end."""
         if self._decoder is not None:
             try:
                 self._decoder.decode(bytes(data), self._is_last and not self._left)
@@ -4693,10 +4700,10 @@ class MessageStream(BodyStream):
 
 
 class Reply(NamedTuple):
-    """The answer for an object: its result, the length of a delivery, or a failure."""
+    """The reply for an object: its result, the number of bytes delivered, or a failure."""
 
-    opcode: int  # OP_BINARY, OP_TEXT or OP_CLOSE
-    data: bytes  # for a failure, the reason
+    opcode: int  # OP_BINARY, OP_TEXT; OP_CLOSE for a failure that closes the connection
+    data: bytes  # with OP_CLOSE, the reason of the failure
 
 
 class PendingObject:
@@ -4709,26 +4716,28 @@ class PendingObject:
 
 
 class ObjectExchange:
-    """AIStore's protocol on one connection: messages to objects, objects to replies.
+    """AIStore's protocol on one connection: messages become objects, and objects replies.
 
-    An object is one message of JSON and, if that has no `fqn`, a second message with the bytes. It
-    is *pending* until its reply is sent. One thread at a time passes messages to `take`. If this
-    thread may call the class, it answers an object itself while no other is pending. If that takes
-    long, `let_go` allows another thread to pass the messages behind the object. All other objects
-    are answered on other threads, by `submit(function, argument)`.
+    An object comes as a control message in JSON and, unless that has an `fqn`, a second message
+    with the object's bytes. The object is *pending* until its reply is sent.
+
+    One thread at a time passes messages to `take`. That thread answers an object itself if it may
+    call the class and no other object is pending. If the call takes long, `let_go` allows another
+    thread to pass the messages behind the object. All other objects are answered on other threads,
+    by `submit(function, argument)`.
 
     `send(replies, waits)` is called in the order of the objects, on any thread but never on two at
-    once. `waits` tells whether it may wait for the client. It must not raise. `told()` is called
-    each time another thread has answered an object.
+    once. `waits` tells whether `send` may wait for the client. `send` must not raise. `told()` is
+    called after each object that `answer` has answered.
 
-    The protocol has no word for failure. The reply for a failed object follows from what a target
-    (AIStore 5.0) makes of each message:
+    The protocol has no message for a failure. So the reply for a failed object depends on how a
+    target (AIStore 5.0) understands the reply:
 
-    * An object bound for another target: a binary message, which the target takes for the failure
-      of this object.
-    * Any other object: the connection must be closed, which fails the object. All objects behind it
-      are lost. With ETL_WS_FAILURE=empty the reply is the text of a delivery instead: the object is
-      empty or missing, and the job goes on.
+    * For an object that is bound for another target, the reply is a binary message. The target
+      takes that for the failure of this object.
+    * For any other object, the connection must be closed, which fails the object. All objects
+      behind it are lost. With ETL_WS_FAILURE=empty the reply is the text of a delivery of 0 bytes
+      instead: the object is empty or missing, and the job goes on.
     """
 
     def __init__(self, service: Service, send: Callable[[Sequence[Reply], bool], None],
@@ -4738,8 +4747,8 @@ class ObjectExchange:
         self._send = send
         self._submit = submit
         self._told = told
-        self._awaited: Optional[ETLRequest] = None  # the next message has its object's bytes
-        self._is_broken = False  # whether a failure closes the connection: what follows is lost
+        self._awaited: Optional[ETLRequest] = None  # the object whose bytes come next
+        self._is_broken = False  # whether a failure ends the connection; later objects are lost
         self.pending: Deque[PendingObject] = collections.deque()
         self._is_inline = False  # whether the thread of `take` answers the only pending object
         self._is_sending = False
@@ -4752,7 +4761,7 @@ class ObjectExchange:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much is pending that no further message is to be taken."""
+        """Whether so much is pending that no further message should be taken."""
         with self._lock:
             sizes = [len(each.reply.data) if each.reply else each.body.size
                      for each in self.pending]
@@ -4760,13 +4769,13 @@ class ObjectExchange:
 
     @property
     def next_name(self) -> str:
-        """The name in log lines of the object that the next message belongs to."""
+        """The name, for log lines, of the object that the next message belongs to."""
         return "a control message" if self._awaited is None else self._awaited.name
 
     def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
         """Take a message; if it completes an object, have the object answered.
 
-        Returns False if `let_go` was called meanwhile: another thread takes messages now.
+        Returns False if `let_go` was called meanwhile: another thread passes messages now.
         """
         taken = self.pair(message)
         if taken is None:
@@ -4783,7 +4792,8 @@ class ObjectExchange:
     def pair(self, message: Union[bytes, ReceivedObject]) -> Optional[PendingObject]:
         """Take a message; return the object that it completes, for `answer`, or None.
 
-        Raises BadRequest for a control message that makes no sense: then nothing behind it does.
+        Raises BadRequest for a malformed control message. No message behind it can be understood,
+        since it is unknown whether the next one begins an object.
         """
         request, self._awaited = self._awaited, None
         if request is None:
@@ -4806,7 +4816,7 @@ class ObjectExchange:
         return taken
 
     def let_go(self) -> bool:
-        """Let another thread call `take` while a call answers an object; False if none does."""
+        """Let another thread call `take`; return False if `take` is not answering an object."""
         with self._lock:
             was_inline, self._is_inline = self._is_inline, False
         return was_inline
@@ -4821,22 +4831,22 @@ class ObjectExchange:
                 self.pending.popleft()
         if is_inline:
             self._send([reply], False)
-        else:  # this thread must not wait for the client, so another one sends the reply
+        else:  # another thread sends the reply, as this one must not wait for the client
             taken.reply = reply
             self._hand_over(taken)
         return is_inline
 
     def _hand_over(self, taken: PendingObject) -> None:
-        """Have another thread answer an object, or this one if the system has no other."""
+        """Have another thread answer an object, or this thread if the system has no other."""
         try:
             self._submit(self.answer, taken)
         except (RuntimeError, MemoryError):
             self.answer(taken)
 
     def answer(self, taken: PendingObject) -> None:
-        """Answer an object; send the replies that wait for no reply before them.
+        """Answer an object; send all replies that no unanswered object precedes.
 
-        If another thread is sending, it sends these as well.
+        If another thread is sending, that thread sends these replies as well.
         """
         # `_answer_inline` may have made the reply
         taken.reply = taken.reply or self._reply_to(taken)
@@ -4856,7 +4866,7 @@ class ObjectExchange:
         self._told()
 
     def _reply_to(self, taken: PendingObject) -> Reply:
-        """Make the reply for an object, even if memory is too short for an answer."""
+        """Return the reply for an object, even if there is too little memory for an answer."""
         reply, error = attempt(self._answer, taken.request, taken.body)
         return reply if error is None else Reply(OP_CLOSE, type(error).__name__.encode())
 
@@ -4875,7 +4885,7 @@ class ObjectExchange:
         return self._failure(request, answer, content)
 
     def _failure(self, request: ETLRequest, answer: Answer, content: bytes) -> Reply:
-        """Log a failure and make its reply, by the rules in the docstring of the class."""
+        """Log a failure and return its reply, by the rules in the docstring of the class."""
         try:
             detail = json.loads(content)["detail"]
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -4899,25 +4909,27 @@ class ObjectExchange:
 class WebSocketConnection(Connection):
     """A connection that speaks AIStore's protocol over WebSocket.
 
-    Small messages are taken as they come, on any thread; a large message is read on a thread that
-    may wait. Text counts as bytes: AIStore sends none, and nothing else could be meant. Replies
-    that are made in one turn are sent together.
+    A small message is taken when it has come, by the thread that serves the connection. A large
+    message is read by a thread of the pool, which may wait. A text is taken for its bytes: AIStore
+    sends none, and nothing else could be meant. Replies that are made in one turn are sent
+    together.
 
-    The connection ends if the client closes it or just goes away, as AIStore does; after a failed
-    object; or when the pod stops. The objects that have come are answered first.
+    The connection ends if the client closes it or, as AIStore does, just goes away; after an object
+    has failed; or when the pod stops. The objects that have come before are answered first.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
-        with contextlib.suppress(OSError):  # macOS fails if the client is gone
+        # a client may be silent for any time, so TCP must find out that it has vanished
+        with contextlib.suppress(OSError):  # raised by macOS if the client is gone
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
-        # the last frames; once they are known, nothing more is read
+        # the frames that end the connection; once they are set, nothing more is read
         self._ending: Optional[Sequence[bytes]] = None
         self._is_paused = False
         self._queue: List[bytes] = []  # parts of frames that are to be sent
-        self._size = 0  # bytes of the results in the queue, roughly
-        self._lock = threading.Lock()  # of the three above
+        self._size = 0  # about how many bytes of results the queue has
+        self._lock = threading.Lock()  # of the three above, except that `_reply` adds to `_size`
         self._sending = threading.Lock()  # held while something is sent
         report(REPORT_OPENED)
 
@@ -4928,6 +4940,7 @@ class WebSocketConnection(Connection):
             return self._take_messages(socket.MSG_DONTWAIT)
         if self._is_within_object:
             return self.fail(ShortBody("an object ended early"))
+        # the client has gone, or the server itself has stopped reading
         return self._end([close_frame(CLOSE_GOING_AWAY)] if self.server.is_draining else [])
 
     def work(self) -> Next:
@@ -4939,7 +4952,7 @@ class WebSocketConnection(Connection):
         return self._take_messages() if self._ending is None else Next.LINGER
 
     def dismiss(self) -> bool:
-        """Say goodbye and return True, unless an object has begun to come or is pending."""
+        """Send a close frame and return True, unless an object has begun to come or is pending."""
         is_busy = self._is_within_object or self._objects.pending
         if is_busy or is_ready(self.socket, select.POLLIN):
             return False
@@ -4958,7 +4971,8 @@ class WebSocketConnection(Connection):
     def fail(self, error: BaseException) -> Next:
         """End the connection for an error; the objects that have come are answered first.
 
-        A close frame alone would leave the target waiting for the object that the error concerns.
+        If the error fails an object, a close frame alone would leave the target waiting for that
+        object: see `_breaking_frames`.
         """
         if self._ending is not None:  # the end itself has failed
             return super().fail(error)
@@ -4970,6 +4984,7 @@ class WebSocketConnection(Connection):
             if not self.server.is_late:
                 logger.debug("a WebSocket connection broke off: %s", error)
                 return self._end()
+            # the server has stopped reading, so the client is not to blame
             error = RequestError("the pod is stopping")
         reason = self.server.service.settings.redact(describe(error))
         logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name, reason,
@@ -4979,12 +4994,12 @@ class WebSocketConnection(Connection):
         return self._end(self._breaking_frames(code, reason))
 
     def let_go(self) -> bool:
-        """Allow another thread to take messages, if an object holds this one up."""
+        """Let another thread take messages if this one is held up by a call of the class."""
         super().let_go()
         return self._objects.let_go()
 
     def pause(self) -> bool:
-        """Pause until replies have left; return False if they have left meanwhile."""
+        """Pause until replies are sent; return False if there is no need for that any more."""
         with self._lock:
             self._is_paused = self._must_pause
             return self._is_paused
@@ -4995,12 +5010,12 @@ class WebSocketConnection(Connection):
 
     @property
     def _is_within_object(self) -> bool:
-        """Whether the client has begun an object and not sent all of it."""
+        """Whether the client has sent a part of an object or of a frame, and not the rest."""
         return bool(self.input.ahead) or not self._objects.is_between_objects
 
     @property
     def _must_pause(self) -> bool:
-        """Whether replies must leave before the connection takes messages again, or ends."""
+        """Whether replies must be sent before the connection takes messages again, or ends."""
         if not self._objects.pending:
             return False
         return self._ending is not None or self._objects.is_full or self.server.is_crowded()
@@ -5013,7 +5028,7 @@ class WebSocketConnection(Connection):
     # -- taking messages --
 
     def _take_messages(self, flags: int = 0) -> Next:
-        """Take the messages that are here; with MSG_DONTWAIT, up to a large one."""
+        """Take the messages that have come; with MSG_DONTWAIT, up to a large one."""
         while not (self.is_over or self._must_pause):
             message = self._next_message()
             if message is None:
@@ -5028,9 +5043,11 @@ class WebSocketConnection(Connection):
         return self._end() if self.is_over else Next.PAUSE
 
     def _next_message(self) -> Union[bytes, Frame, None]:
-        """Take the next small message, or return the head of a large one; None if neither has come.
+        """Take the next small message, or return the head of a large one, or None.
 
-        Control frames before it are answered.
+        A small message is one binary frame of at most `UNMASK_BYTES`. Every other message counts as
+        large, and its head stays in the buffer. None means that neither has come. Control frames on
+        the way are answered.
         """
         source = self.input
         while source.ahead:
@@ -5049,9 +5066,10 @@ class WebSocketConnection(Connection):
         return None
 
     def _take_large(self, frame: Frame) -> Next:
-        """Read a large message, have another thread take those behind it, and answer its object.
+        """Read a large message, let other threads take those behind it, and answer its object.
 
-        The message takes room in memory that all connections share, until its transform begins.
+        Until its transform begins, the message has a share of `message_room`, which bounds the
+        memory of all connections together.
         """
         self._flush()
         if frame.opcode == OP_CONTINUATION:
@@ -5062,16 +5080,18 @@ class WebSocketConnection(Connection):
         taken = self._objects.pair(WaitingBody(room, stream).load())
         if taken is None:
             return Next.THREAD
+        # from `settle` on, another thread may serve the connection
         wish = Next.THREAD if self.input.ahead else Next.READ
         self.server.settle(self, Next.PAUSE if self._must_pause else wish)
         self._objects.answer(taken)
         return Next.NOTHING
 
     def _take_control(self, opcode: int, payload: bytes) -> None:
-        """Answer a ping, if possible without waiting; raise CloseConnection for a close frame.
+        """Queue the answer to a ping; raise CloseConnection for a close frame.
 
-        While much is queued for a client that does not read, a pong replaces the one before it (RFC
-        6455, 5.5.3). A pong needs no answer.
+        The answer, a pong, is sent at once if that is possible without waiting. While much is
+        queued for a client that does not read, a pong replaces the one before it (RFC 6455, 5.5.3).
+        A client's own pong needs no answer.
         """
         if opcode == OP_CLOSE:
             raise CloseConnection("", parse_close(payload))
@@ -5087,7 +5107,7 @@ class WebSocketConnection(Connection):
     # -- sending --
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
-        """Send replies, or queue them if this thread must not wait."""
+        """Queue replies and, if this thread may wait, send them."""
         parts: List[bytes] = []
         for reply in replies:
             if self.is_over:  # the client has gone, or a failed object ends the connection
@@ -5101,16 +5121,19 @@ class WebSocketConnection(Connection):
         self._put(parts)
         if waits:
             self._flush()
-        else:  # the leader has called the class
+        else:  # the leader has called the class, and counts its calls
             self.server.turn += 1
 
     def _breaking_frames(self, code: int, reason: str) -> Sequence[bytes]:
-        """Return the frames of a message that is cut short, which fails its object."""
+        """Return the frames that fail an object: half a message and a close frame.
+
+        Also tells the supervisor the reason.
+        """
         report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
         return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
 
     def _go_on(self) -> None:
-        """Go on after a pause, or end, now that a reply has left."""
+        """Go on after a pause, or end, now that an object has been answered."""
         with self._lock:
             goes_on = self._is_paused and not self._must_pause
             if goes_on:
@@ -5137,6 +5160,7 @@ class WebSocketConnection(Connection):
                 while rest:
                     rest = send_some(self.socket, rest, flags)
         except OSError as error:
+            # without MSG_DONTWAIT, BlockingIOError means that the client has not read for too long
             if not flags or not isinstance(error, BlockingIOError):
                 logger.debug("a WebSocket connection broke off: %s", error)
                 self.is_over, rest = True, ()
@@ -5151,13 +5175,13 @@ class WebSocketConnection(Connection):
 
 # == 16. Server ==
 # A listening socket, its connections of both protocols, and a pool of threads. One thread leads: it
-# selects over all connections, and serves what is quick itself. The pool serves what must wait.
+# selects over all connections, and itself serves whatever is quick. The pool serves what must wait.
 
 
 class ThreadPool:
     """Threads that are started as needed, up to a limit, and kept until the process ends.
 
-    A job is a function and its argument; it must not raise.
+    A job is a function and its argument. The function must not raise.
     """
 
     def __init__(self, limit: int) -> None:
@@ -5169,7 +5193,7 @@ class ThreadPool:
         self.busy = 0  # jobs that run or wait
 
     def submit(self, function: Callable[[Any], None], argument: Any) -> None:
-        """Take a job; raise RuntimeError if there is no thread and none can be started."""
+        """Take a job; raise RuntimeError or MemoryError if there is no thread to do it."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
                 self._start_thread()
@@ -5177,7 +5201,7 @@ class ThreadPool:
             self._jobs.put((function, argument))
 
     def _start_thread(self) -> None:
-        """Start another thread; if the system has none left, the others do its work."""
+        """Start another thread; if that fails, raise only if there is no thread at all."""
         try:
             threading.Thread(target=self._serve, name="etl", daemon=True).start()
         except (RuntimeError, MemoryError) as error:
@@ -5196,33 +5220,33 @@ class ThreadPool:
             error = attempt(*self._jobs.get()).error
             if error is not None:
                 logger.error("a thread failed", exc_info=error)
-            del error  # it may hold large objects
+            del error  # its traceback may hold large objects, and the next job may be far
             with self._lock:
                 self.busy -= 1
 
 
 class Waker:
-    """Wakes the thread that selects on `readable`, from other threads and by signals.
+    """A pair of sockets; a byte in it wakes the thread that selects on `readable`.
 
-    The interpreter runs signal handlers on the main thread alone, which may be computing or waiting
-    for a lock. So the interpreter also writes the signal's number to a socket, which the selecting
-    thread reads.
+    Other threads wake it by `wake`, and signals do after `wake_on`. The interpreter runs signal
+    handlers on the main thread alone, which may be computing or waiting for a lock. So `wake_on`
+    has the interpreter also write a signal's number to a socket, and the selecting thread reads it.
     """
 
     def __init__(self) -> None:
         self.readable, self._writable = socket.socketpair()
         self.readable.setblocking(False)
         self._writable.setblocking(False)
-        self.signals: FrozenSet[int] = frozenset()  # that `take` looks for
-        self._forking = threading.local()  # the signals that a thread had blocked before its fork
+        self.signals: FrozenSet[int] = frozenset()  # the signals that `take` looks for
+        self._forking = threading.local()  # `mask`: signals that were blocked before a fork
 
     def wake(self) -> None:
         """Wake the thread."""
-        with contextlib.suppress(BlockingIOError):  # many wake-ups wait already
+        with contextlib.suppress(BlockingIOError):  # the socket is full of earlier wake-ups
             self._writable.send(b"\0")
 
     def wake_on(self, signals: Iterable[int], handle: Callable[[], None]) -> None:
-        """Have signals wake the thread and call `handle`; for the main thread only."""
+        """Have signals wake the thread and call `handle`. Call this on the main thread."""
         self.signals = frozenset(signals)
         signal.set_wakeup_fd(self._writable.fileno(), warn_on_full_buffer=False)
         for number in signals:
@@ -5230,11 +5254,12 @@ class Waker:
         os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork,
                             after_in_child=self._leave)
 
-    # A signal to a process that the class has forked must not stop this one. So signals are blocked
-    # during a fork, until the child has default handlers and no longer writes to the socket.
+    # A process that the class forks inherits the handlers and the socket, so a signal to that child
+    # would stop this process. Therefore signals are blocked during a fork, until the child has
+    # default handlers and no longer writes to the socket.
 
     def _before_fork(self) -> None:
-        # two calls: a handler of the class may raise within the second
+        # two calls: if a handler of the class raises within the second, the old mask is stored
         self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
@@ -5242,18 +5267,19 @@ class Waker:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
 
     def _leave(self) -> None:
+        # in the child
         signal.set_wakeup_fd(-1)
         for number in self.signals:
             signal.signal(number, signal.SIG_DFL)
         self._after_fork()
 
     def take(self) -> bool:
-        """Take the wake-ups; return whether one of the signals was among them."""
+        """Take the wake-ups; return whether one of `signals` is among them."""
         try:
             numbers = self.readable.recv(READ_BYTES)
         except BlockingIOError:  # a former leader has taken them
             return False
-        return bool(self.signals.intersection(numbers))  # a class may use other signals
+        return bool(self.signals.intersection(numbers))  # the class may handle others
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -5261,13 +5287,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     The thread of `serve_forever` leads: it selects over the listener and all connections, and
     serves them by `attend`. A connection that must wait goes to a thread of the pool, which serves
-    it by `work` and then registers it with the selector again. Calls of the class may turn out to
-    be slow. So a deputy watches the leader: when one thing has held the leader up for
+    it by `work` and then registers it with the selector again. A call of the class may turn out to
+    be slow. So another thread, the deputy, watches the leader. If a turn makes no progress for
     `LEAD_SECONDS`, the deputy leads, without calling the class, until the leader is back.
 
-    If the class must be called on the main thread, that thread leads, and makes the calls of other
-    threads between its turns. A *turn* serves one connection or makes one such call. A *term* is
-    the time in which one thread leads; a thread whose term is over begins no turn.
+    If the class must be called on the main thread, that thread leads, and also makes the calls that
+    other threads ask for. In a *turn* the leader serves one connection or makes one such call. A
+    *term* is the time in which one thread leads; a thread whose term is over begins no turn.
     """
 
     def __init__(self, listener: socket.socket, service: Service,
@@ -5275,8 +5301,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], cast(Any, None))
         self.service = service
         self.application: Any = None  # a WSGIApplication, if the class has one
-        self.is_draining = False  # whether the pod stops, and only begun requests are answered
-        self.is_late = False  # whether a client that still sends is no longer waited for
+        self.is_draining = False  # whether the pod is stopping: only begun requests are answered
+        self.is_late = False  # whether clients that still send are no longer waited for
         self.connections: Set[Connection] = set()
         self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends the process if the main thread is still held up at the end
@@ -5289,7 +5315,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._share = Current.share or Share.allot(1)[0]
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
-        self._patience = SWEEP_SECONDS  # between two sweeps
+        self._patience = SWEEP_SECONDS  # the time between two sweeps
         self._next_sweep = 0.0
         self._drain_began = 0.0
         self._is_busy = threading.Event()  # set while the leader is not selecting
@@ -5299,7 +5325,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._term = 0  # counts the changes of the leader
         self._is_in_turn = False
         self._current: Optional[Connection] = None  # the connection that the leader serves
-        self.turn = 0  # counts turns, and calls of the class within them
+        self.turn = 0  # counts turns, and also the calls of the class within them
 
     # -- the lead --
 
@@ -5312,7 +5338,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
         self._main.wake = self._waker.wake
-        with contextlib.suppress(RuntimeError):  # without a deputy, a slow call holds all up
+        with contextlib.suppress(RuntimeError):  # without a deputy, slow calls hold others up
             threading.Thread(target=self._watch, name="deputy", daemon=True).start()
         while not self._is_done:
             self._lead(self._take_lead())
@@ -5322,7 +5348,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     @property
     def _is_done(self) -> bool:
-        """Whether the server has drained, or has no time left for that."""
+        """Whether the server has drained, or the time for that is over."""
         if not self._drain_began:
             return False
         has_drained = self._listener is None and not self.connections
@@ -5331,7 +5357,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _take_lead(self) -> int:
         """Make the calling thread the leader; return its term.
 
-        A connection that the former leader serves just now stays with that thread.
+        If the former leader is serving a connection, that thread keeps the connection, and the
+        selector forgets it.
         """
         with self._lock:
             if self._current is not None:
@@ -5343,7 +5370,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return term
 
     def _watch(self) -> None:
-        """Be the deputy: lead whenever one thing holds the leader up."""
+        """Be the deputy, on a thread of its own: lead whenever the leader is held up."""
         while True:
             self._is_busy.wait()
             turn = self.turn
@@ -5354,7 +5381,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 held = self._current
                 term = self._take_lead()
                 self._pace.hand_over(LEAD_SECONDS, time.monotonic())
-                goes_on = held is not None and held.let_go()  # before its turn can end
+                goes_on = held is not None and held.let_go()  # the lock keeps its turn from ending
             if goes_on:
                 self.settle(cast(Connection, held), Next.THREAD)
             error = attempt(self._lead, term, True).error
@@ -5371,6 +5398,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         The deputy does not call the class, since nobody watches the deputy.
         """
         calls = () if is_deputy else self._main.calls
+        # `_watch` waits for the leader's event; nobody waits for one of the deputy
         is_busy = threading.Event() if is_deputy else self._is_busy
         while self._term == term:
             is_busy.clear()
@@ -5394,7 +5422,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         began, turn = time.monotonic(), self.turn + 1
         may_call = may_call and not self.service.is_streaming and self._pace.is_quick(began)
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
-        calls = self.turn - turn  # the leader alone counts them, and only where it may call
+        # `_take_turn` adds 1 to `self.turn`, and each call of the class adds 1 more
+        calls = self.turn - turn
         if may_call and has_lead and calls:
             now = time.monotonic()
             self._pace.note((now - began) / calls, now)
@@ -5402,10 +5431,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _take_turn(self, connection: Optional[Connection], term: int, serve: Callable[..., Any],
                    *args: Any) -> bool:
-        """Call `serve` for a registered connection, or for none; return False if the lead is lost.
+        """Take a turn: call `serve`, for a registered connection or for none.
 
-        Does nothing if the lead was lost before. If it is lost meanwhile, the connection is no
-        longer registered, and this thread settles it.
+        Returns False if the lead is lost. If it was lost before, nothing is called. If it is lost
+        meanwhile, the new leader has unregistered the connection, and this thread settles it.
         """
         with self._lock:
             if self._term != term:
@@ -5424,7 +5453,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return has_lead
 
     def _wish_after(self, connection: Connection, serve: Callable[..., Next], *args: Any) -> Next:
-        """Serve a connection; return what it wants next, or how it ends if serving fails."""
+        """Serve a connection; return what it wants next, or how it ends if that fails."""
         try:
             wish = serve(*args)
         except Exception as error:
@@ -5436,20 +5465,21 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     # -- connections --
 
     def settle(self, connection: Connection, wish: Next) -> None:
-        """Do what a connection wants; it must not be registered with the selector."""
+        """Do what a connection wants next; it must not be registered with the selector."""
         if wish is Next.READ:
             connection.since = time.monotonic()
             with self._lock:
                 self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+            # a sweep does not see a connection that ends while it is not registered
             if connection.is_over:
                 self.sweep_soon()
         elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
             try:
                 self.process_request(connection, None)
-            except (RuntimeError, MemoryError):  # there is no thread: the client tries again
+            except (RuntimeError, MemoryError):  # there is no thread; the client may try again
                 self._close(connection)
         elif wish in (Next.UPGRADE, Next.LINGER):
-            # a client must not see the end of WebSocket before the supervisor hears of it
+            # the supervisor must hear of a WebSocket connection's end before the client sees it
             connection.close()
             kind = WebSocketConnection if wish is Next.UPGRADE else LingeringConnection
             successor = kind(connection.socket, self, connection.input)
@@ -5472,6 +5502,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.connections.discard(connection)
         self._publish()
         if connection.is_cut:
+            # with SO_LINGER set to 0 seconds, close() resets the connection
             at_once = struct.pack("ii", True, 0)
             with contextlib.suppress(OSError):  # the client may be gone
                 connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
@@ -5492,18 +5523,21 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._waker.wake()
 
     def may_upgrade(self) -> bool:
-        """Return whether another connection may become one of WebSocket."""
+        """Return whether one more connection may become a WebSocket connection."""
         count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
         return not self.is_draining and count < WEBSOCKET_LIMIT
 
     def is_crowded(self) -> bool:
-        """Return whether half of the threads are busy, so that no connection may use several."""
+        """Return whether more than half of the threads are busy.
+
+        Then a WebSocket connection has only one object answered at a time.
+        """
         return self._pool.busy > THREAD_LIMIT // 2
 
     # -- the leader's other duties --
 
     def _look_around(self, events: Sequence[Tuple[selectors.SelectorKey, int]], term: int) -> None:
-        """Handle signals and wake-ups, new connections, and connections whose time is over."""
+        """Handle wake-ups, signals to stop, new connections, and those whose time is over."""
         ready = [key.fileobj for key, _ in events if key.data is None]
         with self._lock:
             if self._term != term:  # the events are for the thread that leads now
@@ -5520,16 +5554,17 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._sweep(now, term)
 
     def _sweep(self, now: float, term: int) -> None:
-        """End connections whose time is over, and during a drain all that are idle."""
+        """End connections whose time is over and, during a drain, those that are idle."""
         late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
         if self.is_draining and not self.is_late and now > late:
             self.is_late = True
             for connection in list(self.connections):
-                if isinstance(connection, WebSocketConnection):  # the reading thread sees the end
+                # a thread that waits for the client then reads the end of the input
+                if isinstance(connection, WebSocketConnection):
                     attempt(connection.socket.shutdown, socket.SHUT_RD)
         for connection in self._registered():
             if not self._take_turn(connection, term, connection.expire, now):
-                self._next_sweep = 0.0  # the thread that leads now sweeps the rest
+                self._next_sweep = 0.0  # the thread that leads now sweeps instead
                 return
         self.service.close_idle()
 
@@ -5538,7 +5573,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             return [key.data for key in self._selector.get_map().values() if key.data is not None]
 
     def _accept_some(self, excess: int, term: int) -> None:
-        """Accept a connection, and more until another worker has fewer by more than `excess`."""
+        """Accept waiting connections, of which other workers should have their share.
+
+        Accepts at least one, and stops when this worker has more than `excess` connections beyond
+        another worker, or after `CROWD_LIMIT`.
+        """
         if self._share.excess > excess:
             time.sleep(YIELD_SECONDS)  # another worker may be faster then
         for _ in range(CROWD_LIMIT):
@@ -5546,7 +5585,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
 
     def _accept(self, term: int) -> bool:
-        """Accept a connection; return False if none waits, or none can be opened."""
+        """Accept a connection; return False if none waits or none can be accepted."""
         listener = self._listener
         if listener is None:  # another thread leads now, and has begun to drain
             return False
@@ -5555,10 +5594,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         except BlockingIOError:  # another worker was faster
             return False
         except OSError as error:
-            if error.errno == errno.EBADF:  # another thread has closed the listener just now
+            if error.errno == errno.EBADF:  # another thread has just closed the listener
                 return False
             logger.error("a connection could not be accepted: %s", error)
-            if error.errno in OUT_OF_RESOURCES:  # otherwise the client is gone already
+            if error.errno in OUT_OF_RESOURCES:  # otherwise the client has gone already
                 self._make_room(term)
             return False
         try:
@@ -5573,8 +5612,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         return True
 
     def _make_room(self, term: int) -> None:
-        """Close some of the connections that have been idle longest, or wait a moment."""
-        def retire(connection: Connection) -> Next:  # unless a request has come meanwhile
+        """Close up to a quarter of the idle HTTP connections, those that are idle longest.
+
+        If none is idle, wait a moment, since the listener stays readable.
+        """
+        def retire(connection: Connection) -> Next:  # READ if a request has come meanwhile
             return Next.CLOSE if connection.dismiss() else Next.READ
 
         idle = [connection for connection in self._registered()
@@ -5588,11 +5630,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     # -- the end --
 
     def drain_on(self, signals: Iterable[int]) -> None:
-        """Have signals drain the server; for the main thread only."""
+        """Have signals drain the server. Call this on the main thread."""
         self._waker.wake_on(signals, self.drain)
 
     def drain(self) -> None:
-        """Stop accepting; requests that have begun to come are answered, idle connections close."""
+        """Stop accepting, answer the requests that have begun to come, close idle connections.
+
+        Returns at once. Any thread may call this, also within a signal handler.
+        """
         self.is_draining = True
         self._waker.wake()
 
@@ -5603,7 +5648,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             self._listener = None
 
     def _begin_drain(self, term: int) -> None:
-        """Accept the connections that the system has let in, and then close the listener."""
+        """Accept the connections that the kernel has let in, then close the listener."""
         with self._lock:
             if self._drain_began:  # a former leader was faster
                 return
@@ -5617,16 +5662,20 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             with self._lock:
                 self._selector.unregister(self._listener)
             self.server_close()
+        # if another thread leads by now, it may be selecting with the old patience
         self._waker.wake()
 
 
 # == 17. Frameworks ==
-# Classes that use an application: uvicorn serves one of FastAPI, the built-in server one of Flask.
-# Other classes need nothing of this section, and import no framework.
+# Classes with an application of their own: uvicorn serves one of FastAPI, the built-in server one
+# of Flask. All other classes need nothing of this section, and no framework is imported for them.
 
 
 class PieceInput(ConnectionInput):
-    """A request's body that another server receives; `receive` returns b"" at the end."""
+    """The input of a request that another server receives.
+
+    `receive` waits for the next piece of the body and returns it, or b"" at the end.
+    """
 
     def __init__(self, receive: Callable[[], bytes]) -> None:
         super().__init__(cast(socket.socket, None))
@@ -5639,7 +5688,7 @@ class PieceInput(ConnectionInput):
         return super().readinto(buffer, flags)
 
     def fill(self, flags: int = 0) -> bool:
-        """Wait for the next piece; raise any failure as the OSError that readers expect."""
+        """Wait for the next piece; raise every failure as an OSError, which readers expect."""
         piece, error = attempt(self._receive)
         if error is not None:
             raise error if isinstance(error, OSError) else OSError(describe(error)) from None
@@ -5648,9 +5697,9 @@ class PieceInput(ConnectionInput):
 
 def request_of_app(method: str, path: str, raw_path: str, query: str,
                    pipeline: str) -> ETLRequest:
-    """Parse a request; `path` is the object's, which the class may have changed.
+    """Parse a request for the object at `path`, which the class may have changed.
 
-    `raw_path` is the path as the client sent it. It is used as long as it means the same.
+    `raw_path` is the path as the client sent it, which is used if it still means `path`.
     """
     if decode_escapes(raw_path)[1:] != path:
         raw_path = "/" + quote(path)
@@ -5658,17 +5707,21 @@ def request_of_app(method: str, path: str, raw_path: str, query: str,
 
 
 def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
-    """Return the body of a request that another server receives; `length` is its Content-Length."""
+    """Return the body of a request that another server receives.
+
+    `length` is the value of Content-Length, if there is one. `receive` is as in PieceInput.
+    """
     source = PieceInput(receive)
     return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
 
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
-    """Import a framework; install it before, if it is missing and `may_install`.
+    """Import a framework, and first install it if it is missing and `may_install`.
 
-    With `serves` this includes the modules that serve its applications. Forked workers share what
-    is imported here.
+    With `serves`, this includes the modules that serve its applications. Runs before workers are
+    forked, so that they share the memory of these modules. Raises PackageError.
     """
+    # the first module is the framework itself, and the others serve its applications
     wanted = list(FRAMEWORKS[name].modules.items())[:None if serves else 1]
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing and not may_install:
@@ -5704,17 +5757,18 @@ def failure_of_user(what: str, error: BaseException) -> StartupError:
 
 @functools.lru_cache(maxsize=1)
 def piece_response_class() -> Any:
-    """Define the class of responses in pieces, once; Starlette must be installed for it.
+    """Define the class of responses in pieces, once; Starlette must be installed.
 
-    Starlette's StreamingResponse is of no use here. It receives messages of the request, to notice
-    a client that leaves, and so takes the body from a class that reads it while it answers.
+    Starlette's StreamingResponse cannot be used. While it sends, it receives the request's messages
+    in order to notice a client that leaves. So it would take away the body from a class that reads
+    the body while it answers.
     """
     import asyncio
 
     from starlette.responses import Response
 
     class PieceResponse(Response):  # type: ignore[misc]
-        """A response in pieces. If a piece fails, no end is sent and ASGIFront cuts the answer."""
+        """A response in pieces. If a piece fails, no end is sent, and ASGIFront cuts the answer."""
 
         def __init__(self, answer: Answer, name: str, threads: Any) -> None:
             super().__init__(None, answer.status)
@@ -5725,6 +5779,7 @@ def piece_response_class() -> Any:
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             """Send the answer; the class may still read the body of the request meanwhile."""
+            # bytes are an empty result here, which is sent in chunks: see Answer.is_open
             pieces = iter(()) if isinstance(self._answer.body, bytes) else self._answer.body
             try:
                 await send({"type": "http.response.start", "status": self.status_code,
@@ -5755,7 +5810,7 @@ class StarletteAnswers:
         self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
 
     async def __call__(self, path: str, request: Any) -> Any:
-        """Answer one request of Starlette's by one of its responses; runs on the loop."""
+        """Answer a Starlette request by a Starlette response; runs on the event loop."""
         import asyncio
 
         scope, fields, loop = request.scope, request.headers, asyncio.get_running_loop()
@@ -5763,7 +5818,7 @@ class StarletteAnswers:
         query, pipeline = scope["query_string"].decode("latin-1"), fields.getlist(HEADER_NODE_URL)
         try:
             parsed = request_of_app(request.method, path, raw_path, query, ", ".join(pipeline))
-            if parsed.is_message:  # a request for /ws that is no handshake
+            if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
                 upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), path)
@@ -5773,16 +5828,17 @@ class StarletteAnswers:
 
     @staticmethod
     def _receiver(request: Any, loop: Any) -> Callable[[], bytes]:
-        """Return a function that waits for the next piece of a body; call it on another thread.
+        """Return a function that waits for the next piece of a body, or returns b"" at the end.
 
-        It returns b"" at the end. It raises OSError there if the application has read a part of
-        the body, since the object would be cut. This is not checked behind middleware other than
-        Starlette's, which may put another body in the place of the one that came.
+        The function must not run on the thread of the event loop. At the end it raises OSError if
+        the application has read a part of the body, since the object would be cut. Middleware
+        other than Starlette's own may have replaced the body, so nothing is checked behind it.
         """
         import asyncio
 
         pieces, count = request.stream(), 0
         came, receives = request.scope.get("etl.request"), request.receive
+        # whether ASGIRequest receives it, directly or behind Starlette's own middleware
         is_as_it_came = came is not None and (
             getattr(receives, "__self__", None) is came
             or getattr(receives, "__module__", "") == "starlette.middleware.base")
@@ -5828,7 +5884,7 @@ class ASGIWebSocket:
         self._service = service
         self._receive = receive
         self._send = send
-        # uvicorn's, unless middleware wraps `send`: ASGI itself cannot send half a message
+        # uvicorn's, or None if middleware wraps `send`; ASGI itself cannot send half a message
         self._transport = getattr(getattr(send, "__self__", None), "transport", None)
         self._loop = asyncio.get_running_loop()
         self._has_answered = asyncio.Event()
@@ -5838,8 +5894,8 @@ class ASGIWebSocket:
         self._is_over = False
 
     async def serve(self) -> None:
-        """Take messages until the connection ends."""
-        await self._receive()
+        """Accept the connection, then take messages until it ends."""
+        await self._receive()  # "websocket.connect"
         await self._send({"type": "websocket.accept"})
         report(REPORT_OPENED)
         try:
@@ -5861,12 +5917,12 @@ class ASGIWebSocket:
         return is_done and not self._is_over and seconds > DRAIN_LOOK_SECONDS
 
     async def close(self) -> None:
-        """Close the connection; this waits for a client that does not read."""
+        """Close the connection; may wait for long if the client does not read."""
         self._is_over = True
         await self._send({"type": "websocket.close", "code": CLOSE_GOING_AWAY})
 
     async def fail(self, reason: str) -> None:
-        """End the connection so that a target takes this for the failure of an object."""
+        """End the connection in a way that a target takes for the failure of an object."""
         if self._is_over:
             return
         self._is_over = True
@@ -5877,7 +5933,7 @@ class ASGIWebSocket:
         elif not self._transport.is_closing():
             beginning = frame_head(OP_BINARY, 0, is_last=False)
             self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
-            # a client that still sends might not see it if the connection closed at once
+            # if the connection closed at once, a client that still sends might lose these frames
             self._loop.call_later(DRAIN_SECONDS, self._transport.close)
 
     async def _take(self, data: bytes) -> None:
@@ -5888,6 +5944,7 @@ class ASGIWebSocket:
             self._objects.take(ReceivedObject(data), False)
         except BadRequest as error:
             refusal = self._service.settings.redact(str(error))
+        # before a refusal ends the connection, the objects that have come are answered
         while self._objects.pending and (refusal or self._objects.is_full):
             self._has_answered.clear()
             await self._has_answered.wait()
@@ -5920,7 +5977,7 @@ class ASGIWebSocket:
 class ASGIWebSockets:
     """The application of `/ws`: AIStore's protocol through an ASGI server.
 
-    The server bounds the size of one message. The memory of all messages is not bounded.
+    The server bounds the size of one message. Nothing bounds the memory of all messages together.
     """
 
     def __init__(self, service: Service) -> None:
@@ -5941,7 +5998,7 @@ class ASGIWebSockets:
             self._connections.remove(connection)
 
     async def drain(self) -> None:
-        """Close each connection once its messages are answered; when time is up, end the rest."""
+        """Close each connection once its objects are answered; when time is up, fail the rest."""
         import asyncio
 
         deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
@@ -5954,10 +6011,11 @@ class ASGIWebSockets:
 
 
 def marking_failures(app: Any) -> Any:
-    """Wrap an ASGI application so that an answer which fails after its beginning is marked.
+    """Wrap an ASGI application so that an answer is marked if it fails after its beginning.
 
-    This stands below each middleware of the class, since Starlette's BaseHTTPMiddleware completes
-    an answer although the application below has failed. ASGIRequest then sends no more of it.
+    The wrapper stands below each middleware of the class, since Starlette's BaseHTTPMiddleware
+    completes an answer even if the application below has failed. ASGIRequest sends no more of a
+    marked answer.
     """
     async def marked_app(scope: Any, receive: Any, send: Any) -> None:
         is_half = False
@@ -5978,7 +6036,10 @@ def marking_failures(app: Any) -> Any:
 
 
 def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSockets:
-    """Add the routes of objects, of `/health` and of `/ws` behind the application's own."""
+    """Add routes for objects, `/health` and `/ws` behind the application's own routes.
+
+    Returns the application of `/ws`.
+    """
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route, WebSocketRoute
@@ -6022,7 +6083,7 @@ class ASGIRequest:
         return message
 
     async def send(self, message: Any) -> None:
-        """Send a message; raise AnswerCut if the client has left or the answer has failed."""
+        """Send a message; raise AnswerCut if the client has left or the answer is marked."""
         self.status = message.get("status", self.status)
         self.size += len(message.get("body", b""))
         if not self.has_failed:
@@ -6031,7 +6092,7 @@ class ASGIRequest:
             raise AnswerCut
 
     async def abort(self) -> None:
-        """End the connection, so that half an answer is not taken for a whole one."""
+        """Abort the connection, so that half an answer is not taken for a whole one."""
         import asyncio
 
         self._cycle.transport.abort()
@@ -6049,7 +6110,7 @@ def has_body(fields: Mapping[bytes, bytes]) -> bool:
 
 
 async def error_of(call: Any) -> Optional[BaseException]:
-    """Await a coroutine that runs users' code; return its exception, of whatever kind, or None."""
+    """Await a coroutine that runs users' code; return the exception that it raises, or None."""
     try:
         await call
     except BaseException as error:
@@ -6058,9 +6119,9 @@ async def error_of(call: Any) -> Optional[BaseException]:
 
 
 class ASGIFront:
-    """The outermost application: it answers `/health` and `/ws`, and the class's own the rest.
+    """The outermost application: answers `/health` and `/ws`, and has `app` answer the rest.
 
-    `begin` is called once the application has started up.
+    `app` is the class's own application. `begin` is called once `app` has started up.
     """
 
     def __init__(self, app: Any, websockets: ASGIWebSockets, begin: Callable[[], None]) -> None:
@@ -6079,7 +6140,7 @@ class ASGIFront:
             await self._serve(ASGIRequest(scope, receive, send), scope)
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application's start-up and shutdown; keep a failure for UvicornServer to tell."""
+        """Run the application's start-up and shutdown; keep a failure for UvicornServer."""
         async def send_on(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self._begin()
@@ -6094,9 +6155,9 @@ class ASGIFront:
             raise error
 
     def _app_for(self, scope: Any) -> Any:
-        """Choose what answers a request: a response of ours, or the application.
+        """Return what answers a request: the class's application, or a response of ours.
 
-        Ours are for health probes, and for bodies that uvicorn would misread.
+        Ours answer health probes, and refuse requests whose body uvicorn would misread.
         """
         from starlette.responses import PlainTextResponse
 
@@ -6113,7 +6174,7 @@ class ASGIFront:
         return self._app
 
     async def _serve(self, request: ASGIRequest, scope: Any) -> None:
-        """Answer one request; cut an answer that fails."""
+        """Answer one request; if the answer fails half-way, end the connection."""
         import asyncio
 
         app, began = self._app_for(scope), time.monotonic()
@@ -6130,15 +6191,19 @@ class ASGIFront:
 
 
 def protocol_on(base: Any) -> Any:
-    """Derive a class from uvicorn's protocol that corrects two of its rules."""
+    """Derive a class from uvicorn's HTTP protocol, `base`, that corrects two of its rules."""
     class Protocol(base):  # type: ignore[misc]
-        """One connection; it reads any body, and answers a client that has closed its own side."""
+        """A connection with two rules of our own.
+
+        A request that has a body does not upgrade it. A client that has closed its own side after a
+        whole request is still answered.
+        """
 
         def _should_upgrade(self) -> bool:
             return bool(super()._should_upgrade()) and not has_body(dict(self.headers))
 
         def eof_received(self) -> Optional[bool]:
-            """Return True to keep the connection open until a whole request is answered."""
+            """Return True, which keeps the connection open, if a whole request is unanswered."""
             if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
                 return cast(Optional[bool], super().eof_received())
             self.cycle.keep_alive = False
@@ -6150,8 +6215,9 @@ def protocol_on(base: Any) -> Any:
 class UvicornServer:
     """Serve a class's application by uvicorn, whose loop runs on a thread of its own.
 
-    The thread of `serve_forever` makes the class's calls. How long a client may take for the head
-    of a request is not bounded: uvicorn has no setting for that.
+    The thread of `serve_forever` makes the calls of the class that the main thread must make. The
+    time that a client may take for the head of a request is not bounded: uvicorn has no setting for
+    that.
     """
 
     def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service,
@@ -6159,13 +6225,13 @@ class UvicornServer:
         import uvicorn
 
         self.ready: Callable[[], object] = lambda: None  # called before the first request
-        # ends a process that has not begun to serve, or whose main thread is still held up
+        # ends a process that has not begun to serve, or whose main thread is held up at the end
         self.leave: Callable[[], object] = lambda: None
         self._name = type(server).__name__
         self._listener = listener
         self._waker = Waker()
         self._main = main_thread
-        self._bell = threading.Semaphore(0)  # released when there is a call to make, or no more
+        self._bell = threading.Semaphore(0)  # released when calls come, and at uvicorn's end
         main_thread.wake = self._bell.release
         self._has_begun = False  # whether the application has started up
         self._drain_began = 0.0
@@ -6183,17 +6249,17 @@ class UvicornServer:
         self._config.load()
         self._config.http_protocol_class = protocol_on(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
-        # at INFO uvicorn would tell of its ordinary life
+        # at INFO, uvicorn would log that it starts and stops
         level = logging.WARNING if logger.level == logging.INFO else logger.level
         logging.getLogger("uvicorn").setLevel(level)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; its connections inherit it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
             milliseconds = int(RESULT_UNREAD_SECONDS * 1000)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def serve_forever(self) -> None:
         """Serve until a signal of `drain_on`, then finish the requests that have begun.
 
-        Raise StartupError if the application's start-up or shutdown fails.
+        Raises StartupError if the application's start-up or shutdown fails.
         """
         threading.Thread(target=self._run, name="uvicorn", daemon=True).start()
         while self._outcome is None or self._main.calls:
@@ -6207,11 +6273,14 @@ class UvicornServer:
             raise failure_of_user(f"{self._name}'s {what}", failure)
 
     def drain_on(self, signals: Iterable[int]) -> None:
-        """Have signals drain the server. Call it on the main thread."""
+        """Have signals drain the server. Call this on the main thread."""
         self._waker.wake_on(signals, self._handle_signal)
 
     def _handle_signal(self) -> None:
-        """End a start-up, which may take long; else `_wake_up` finds the signal's number."""
+        """End the process if it is still starting up, which may take long.
+
+        Later, `_wake_up` reads the signal's number.
+        """
         if not self._has_begun:
             self.leave()
 
@@ -6219,6 +6288,7 @@ class UvicornServer:
         """Run uvicorn to its end; runs on a thread of its own."""
         self._outcome = attempt(self._uvicorn.run, [self._listener])
         self._bell.release()
+        # a call of the class may hold up the main thread
         if self._drain_began and not self._has_made_calls.wait(10 * LEAD_SECONDS):
             self.leave()
 
@@ -6231,17 +6301,18 @@ class UvicornServer:
         self._has_begun = True
 
     def _wake_up(self) -> None:
-        """Begin to drain if a signal is the reason; runs on uvicorn's loop."""
+        """Begin to drain if a signal has come; runs on uvicorn's loop."""
         import asyncio
 
         if self._waker.take() and not self._drain_began:
             self._drain_began = time.monotonic()
-            self._draining = asyncio.ensure_future(self._drain())  # kept: else it may be collected
+            self._draining = asyncio.ensure_future(self._drain())  # kept, or it might be collected
 
     async def _drain(self) -> None:
         """Stop accepting; end WebSocket connections, then have uvicorn finish its requests."""
         import asyncio
 
+        # uvicorn opens its listeners after the application's start-up, so after `_begin`
         while not self._uvicorn.started:
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         for server in self._uvicorn.servers:
@@ -6262,7 +6333,7 @@ class WSGIResponse:
         self.status = 0
         self.fields: List[Tuple[str, str]] = []
         self.size: Optional[int] = None  # the value of Content-Length, if the application sets it
-        self._written: List[bytes] = []  # through `write`, and not yet yielded
+        self._written: List[bytes] = []  # through `write`, and not yielded yet
         self._count = 0  # bytes that were yielded
 
     def start(self, status: str, fields: Sequence[Tuple[str, str]], exc_info: Any = None) -> Any:
@@ -6281,6 +6352,7 @@ class WSGIResponse:
         """Call the application and yield its output; raise if output or body is not whole."""
         output = application(environ, self.start)
         try:
+            # the empty piece at the end stands for what `write` has taken since the last piece
             for piece in itertools.chain(output, (b"",)):
                 written, self._written[:] = [*self._written, piece], []
                 data = b"".join(as_bytes(each, "the application yielded") for each in written)
@@ -6292,6 +6364,7 @@ class WSGIResponse:
                         f"the answer has more bytes than its Content-Length, {self.size}")
                 if data:
                     yield data
+            # the application may have caught the error of a body that was cut
             if self.status < 400:
                 body.raise_failure()
             if self.size not in (None, self._count) and self._has_body(environ):
@@ -6343,7 +6416,7 @@ class WSGIApplication:
         """Return the environ of a request (PEP 3333), without its body."""
         host, port = connection.getsockname()[:2]
         peer = attempt(connection.getpeername).value or ("", 0)
-        # a name with "_" would become the same key as one with "-"
+        # a name with "_" is left out, since it would become the same key as one with "-"
         fields = {"HTTP_" + name.upper().replace("-", "_"): value
                   for name, value in head.fields.items() if "_" not in name}
         for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -6361,7 +6434,7 @@ class WSGIApplication:
             "wsgi.input_terminated": True}
 
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
-        """Call the application up to its first piece: until then a status can tell a failure."""
+        """Call the application up to its first piece; until then, a status can tell a failure."""
         response = WSGIResponse()
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         environ["etl.input"] = environ["wsgi.input"]
@@ -6379,9 +6452,9 @@ class WSGIApplication:
 
 
 def body_of_flask(request: Any) -> MessageBody:
-    """Return the body of an object's request, which a hook of the class may have read whole.
+    """Return the body of an object's request, even if a hook of the class has read it whole.
 
-    Raise RequestError if the application has read a part of it: then the object would be cut.
+    Raises RequestError if the application has read a part of the body: the object would be cut.
     """
     data = getattr(request, "_cached_data", None)
     stream: Any = request.stream if data is None else io.BytesIO(data)
@@ -6397,7 +6470,7 @@ def body_of_flask(request: Any) -> MessageBody:
 
 
 def answer_flask(service: Service, path: str) -> Any:
-    """Answer Flask's current request, which is for an object, on the calling thread."""
+    """Answer the current request of Flask, which is for an object, on the calling thread."""
     import flask
 
     environ = flask.request.environ
@@ -6419,20 +6492,21 @@ def answer_flask(service: Service, path: str) -> Any:
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
-    """Add the routes of objects and of `/health`; the application's own rules win."""
+    """Add routes for objects, `/download` and `/health`; the application's own rules win."""
     import flask
     from werkzeug.routing import BaseConverter
 
     class AnyName(BaseConverter):  # type: ignore[misc]
-        """Match any name of an object, also with slashes anywhere and line feeds."""
+        """Match any object's name, which may have slashes and line feeds anywhere."""
 
+        # the weight puts the rule behind all rules of the application
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
     app, handle = server.app, server._handle_request
     if type(app).log_exception is flask.Flask.log_exception:
         app.log_exception = lambda *args: log_user_error(flask.request.path, args[-1][1])
     vars(server)[ANSWER] = functools.partial(answer_flask, service)
-    # a body that is cut raises it: no failure of the application
+    # a body that is cut raises RequestError, which is no failure of the application
     app.register_error_handler(RequestError, lambda error: (str(error), error.status))
     if "etl_object" in app.view_functions:
         return
