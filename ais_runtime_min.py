@@ -6334,7 +6334,7 @@ def descendants() -> List[int]:
     """
     own = os.getpid()
     group = own if os.getpgrp() == own and Current.reports is not None else 0
-    ticks = os.sysconf("SC_CLK_TCK")  # in a second
+    ticks = os.sysconf("SC_CLK_TCK")  # per second
     table: Dict[int, Tuple[int, int, float]] = {}  # by process id: parent, group, start in seconds
     for name in filter(str.isdigit, attempt(os.listdir, "/proc").value or ()):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
@@ -7051,7 +7051,7 @@ def prepare(settings: Settings, may_install: bool) -> None:
             log_user_error("a thread", told.exc_value)
 
     configure_logging(settings)
-    logging.captureWarnings(True)  # the log hides secrets
+    logging.captureWarnings(True)  # warnings may hold secrets, which the log hides
     threading.excepthook = log_failure
     if settings.client_ca or settings.client_cert:
         tls_context(settings)  # raises StartupError for files that are unusable
