@@ -6518,38 +6518,41 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
 
 
 # == 18. Workers ==
-# Processes: workers construct the class and serve it; the supervisor forks and watches them,
-# replaces those that die, and stops them.
+# Processes: workers construct the class and serve it; the supervisor forks the workers, watches
+# them, replaces those that die, and stops them.
 
 # -- how a process ends --
 
 
 def flush_output() -> None:
-    """Write what is buffered; a forked process has the buffers too and would write them again."""
+    """Flush stdout and stderr, before this process forks, executes a program or exits at once.
+
+    After a fork, both processes would write what was buffered; the other two would lose it.
+    """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process at once; the reason of a failed start is the last line of the log."""
+    """End this process at once; write the reason of a failed start last, if there is one."""
     attempt(flush_output)
-    if Current.last_line:  # not by sys.stdout, which the class may have closed
+    if Current.last_line:  # not through sys.stdout, which the class may have closed
         attempt(os.write, Current.output, f"{Current.last_line}\n".encode("utf-8", "replace"))
     os._exit(code)
 
 
 def descendants() -> List[int]:
-    """Return the ids of the processes that this program has started, directly or not.
+    """Return the ids of the processes that this program has started, directly or indirectly.
 
-    They are read from /proc; where there is none, the list is empty. In a worker all members of
-    its process group count, so that orphans are found. Two kinds are left out: processes older
-    than this program, which a shell has started before it executed this program; and the resource
-    tracker of multiprocessing, which cleans up after all others.
+    They are read from /proc; where there is none, the list is empty. In a worker, every member of
+    its process group counts, so that orphans are found. Two kinds of processes are left out: those
+    older than this program, which a shell started before it executed this program in its own place;
+    and the resource tracker of multiprocessing, which cleans up after all others.
     """
     own = os.getpid()
     group = own if os.getpgrp() == own and Current.reports is not None else 0
-    ticks = os.sysconf("SC_CLK_TCK")  # in a second
-    table: Dict[int, Tuple[int, int, float]] = {}  # parent, group and start of each process
+    ticks = os.sysconf("SC_CLK_TCK")  # per second
+    table: Dict[int, Tuple[int, int, float]] = {}  # by process id: parent, group, start in seconds
     for name in filter(str.isdigit, attempt(os.listdir, "/proc").value or ()):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -6570,8 +6573,9 @@ def end_children() -> None:
     pids: Set[int] = set()
 
     def send(number: int) -> bool:
-        # ids are kept from call to call: when a parent has ended, its child may not be found again
+        # keep the ids between calls: after a parent has ended, its child may not be found again
         pids.update(descendants() if number else ())
+        # reap the children that have ended: the signal below would still reach a zombie
         while (attempt(os.waitpid, -1, os.WNOHANG).value or (0,))[0]:
             pass
         pids.intersection_update(
@@ -6582,7 +6586,8 @@ def end_children() -> None:
 
 
 def finish_threads() -> None:
-    """Have executors finish the tasks that they have begun; give other threads a moment."""
+    """Have executors finish their tasks; wait up to `THREADS_SECONDS` for other threads."""
+    # concurrent.futures registers its functions here, and not with atexit
     for hook in reversed(getattr(threading, "_threading_atexits", ())):
         attempt(hook)
     deadline = time.monotonic() + THREADS_SECONDS
@@ -6595,7 +6600,7 @@ def finish_threads() -> None:
 
 
 def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> None:
-    """Call a function after some time, on a thread; do nothing if no thread can be started."""
+    """Call a function on a thread after some seconds; do nothing if no thread can be started."""
     timer = threading.Timer(seconds, function, args)
     timer.daemon = True
     attempt(timer.start)
@@ -6604,10 +6609,10 @@ def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> Non
 def leave(code: int, seconds: float) -> NoReturn:
     """End this process as Python does: wait for threads, call `atexit` functions, end children.
 
-    When `seconds` are over the process ends at once. Children, and threads other than those of
-    executors, have less time. If another thread than the main one calls this, the main thread is
-    held up, and no thread is waited for. Modules are not torn down: libraries that complain then
-    would write many lines behind the reason of a failed start.
+    After `seconds` the process ends at once. Child processes, and threads other than those of
+    executors, have less time. A thread other than the main one calls this function only if the main
+    thread is held up; then no thread is waited for. Unlike Python, this function does not tear down
+    modules: libraries that complain then would write many lines after the reason of a failed start.
     """
     import atexit
 
@@ -6618,9 +6623,10 @@ def leave(code: int, seconds: float) -> NoReturn:
         attempt(finish_threads)
     util = sys.modules.get("multiprocessing.util")
     end_multiprocessing = getattr(util, "_exit_function", lambda: None)
-    atexit.unregister(end_multiprocessing)  # it waits for children, so it is called last
+    atexit.unregister(end_multiprocessing)  # it waits for children, so it is called last, below
     attempt(atexit._run_exitfuncs)
     attempt(flush_output)
+    # for children that do not end by themselves
     start_timer(CHILDREN_SECONDS, attempt, end_children)
     attempt(end_multiprocessing)
     attempt(end_children)
@@ -6628,10 +6634,11 @@ def leave(code: int, seconds: float) -> NoReturn:
 
 
 def drop_inherited_cleanup() -> None:
-    """Let a forked worker forget the clean-up that is left to the supervisor.
+    """Make a forked worker forget the clean-up that the supervisor does.
 
-    The class's module may have made temporary folders, or processes of multiprocessing, when it was
-    loaded. All workers share these, so a worker that ends must not remove them.
+    When the class's module was loaded, it may have made temporary folders or multiprocessing
+    processes; pip may have filled a folder. All workers share these, so a worker that ends must
+    leave them alone.
     """
     for finalizer in list(getattr(weakref.finalize, "_registry", ())):
         finalizer.atexit = False
@@ -6640,7 +6647,11 @@ def drop_inherited_cleanup() -> None:
 
 
 def end_with_supervisor(life: int) -> None:
-    """End this worker and its children once the supervisor has gone, which closes a pipe."""
+    """End this worker and its children when the supervisor ends.
+
+    `life` is a pipe that only the supervisor could write to. It never does: the read returns when
+    the pipe closes, together with the supervisor. A thread of each worker runs this.
+    """
     os.read(life, 1)
     attempt(end_children)
     os._exit(Exit.SOFTWARE)
@@ -6650,7 +6661,10 @@ def end_with_supervisor(life: int) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a TCP socket that does not listen yet; an empty host stands for all interfaces."""
+    """Return a TCP socket that is bound and does not listen yet.
+
+    An empty host stands for all interfaces: of IPv6 and IPv4, or of IPv4 if that is all there is.
+    """
     takes_both = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host or takes_both else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -6667,14 +6681,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Return the URL that clients reach a listening socket by."""
+    """Return the URL by which clients reach a listening socket."""
     host, port = listener.getsockname()[:2]
     host = "0.0.0.0" if host == "::" else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def make_service(server: ETLServer, settings: Settings, slots: Slots) -> Service:
-    """Return the Service of an instance; all instances share one pool of connections."""
+    """Return the Service of an instance; all instances share one pool of connections to nodes."""
     Current.pool = Current.pool or ConnectionPool(settings)
     return Service(settings, server, Current.pool, slots)
 
@@ -6683,8 +6697,8 @@ def make_front(listener: socket.socket, server: ETLServer,
                settings: Settings) -> Union[UvicornServer, Server]:
     """Return the server that serves an instance on a listening socket.
 
-    Call it on the thread that made the instance. Framework classes are called on that thread alone,
-    unless the user sets NUM_THREADS.
+    Call this function on the thread that made the instance. Methods of framework classes are called
+    on that thread alone, unless NUM_THREADS is greater than 1.
     """
     has_app = vars(server).get(APP) is not None
     by_uvicorn = has_app and isinstance(server, FastAPIServer)
@@ -6703,7 +6717,7 @@ def make_front(listener: socket.socket, server: ETLServer,
 
 
 def add_routes(server: ETLServer, settings: Settings) -> None:
-    """Add the routes of objects to the application of a class that starts its own server."""
+    """Add the routes for objects to the application of a class that starts its own server."""
     has_app = vars(server).get(APP) is not None
     if has_app and vars(server).get(ANSWER) is None:
         add = add_fastapi_routes if isinstance(server, FastAPIServer) else add_flask_routes
@@ -6711,10 +6725,10 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
 
 
 def start_listening(listener: socket.socket) -> None:
-    """Let clients connect; return once the log tells that the class is served.
+    """Let clients connect; return once the log says that the class is served.
 
-    In a worker this waits until the supervisor has logged it. Before this call the system refuses
-    connections, so that a probe fails at once.
+    In a worker, this function waits until the supervisor has logged that. Before this call the
+    system refuses connections, so a readiness probe fails at once and does not wait.
     """
     try:
         listener.listen(BACKLOG)
@@ -6731,9 +6745,9 @@ def start_listening(listener: socket.socket) -> None:
 
 
 def serve_instance(server: ListeningServer) -> None:
-    """Serve an instance until SIGTERM, on the calling thread.
+    """Serve an instance until SIGTERM, on the calling thread; raise StartupError on failure.
 
-    A worker serves on the supervisor's socket. Any other process binds one of its own.
+    A worker serves on the supervisor's socket. Any other process binds a socket of its own.
     """
     settings = Current.settings or Settings()
     if Current.is_loading:
@@ -6755,9 +6769,9 @@ def serve_instance(server: ListeningServer) -> None:
 
 
 def freeze_heap() -> None:
-    """Collect garbage from now on, but not among the objects that exist now.
+    """Collect garbage from now on, but not among the objects that exist already.
 
-    A collection writes to each object that it examines, and forked workers share the memory of
+    A collection writes to each object that it examines, and forked processes share the memory of
     an object only until one of them writes to it.
     """
     gc.freeze()
@@ -6765,9 +6779,10 @@ def freeze_heap() -> None:
 
 
 def reseed() -> None:
-    """Give this worker random numbers of its own: it was forked with the state of all others.
+    """Give this worker random numbers of its own.
 
-    The standard library reseeds its own generator after a fork.
+    After the fork, the generators of all workers have the same state. The standard library reseeds
+    its own generator after a fork; these libraries do not.
     """
     seed = int.from_bytes(os.urandom(4), "big")
     for name, function in (("numpy.random", "seed"), ("torch", "manual_seed"),
@@ -6785,7 +6800,7 @@ def report_failure(error: BaseException) -> int:
     code, story = Exit.SYSTEM, ""
     if isinstance(error, StartupError):
         code, story = error.exit, error.story
-    # before the report is cut, perhaps within a secret
+    # redact before `report` cuts a long line: half of a secret would not be recognized
     redact = (Current.settings or Settings()).redact
     for line in redact(story).splitlines():
         report(REPORT_STORY + line.encode("utf-8", "replace"))
@@ -6812,7 +6827,7 @@ def construct(etl_class: Type[ETLServer]) -> Any:
 
 
 def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
-    """Construct the class and serve it until SIGTERM; raise StartupError where that fails.
+    """Construct the class and serve it until SIGTERM; raise StartupError if that fails.
 
     `load` returns the class, and loads it if the supervisor has not. `life` is the pipe that closes
     when the supervisor ends.
@@ -6827,7 +6842,7 @@ def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
     port = getattr(server, "port", settings.port)
     if Current.listener is None:
         add_routes(server, settings)
-        if port == 8000:
+        if port == 8000:  # the SDK's default: PORT decides
             server.port = settings.port
     elif port != settings.port:
         logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
@@ -6838,13 +6853,13 @@ def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
 
 
 def trial_fork_ends() -> bool:
-    """Fork a child that ends at once; return False if it fails or is not done in time."""
+    """Fork a child that ends at once; return False if the child fails or does not end in time."""
     import warnings
 
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of a fork with threads
+            warnings.simplefilter("ignore")  # Python warns of forks in a process with threads
             pid = os.fork()
         if pid == 0:
             os._exit(0)
@@ -6855,13 +6870,13 @@ def trial_fork_ends() -> bool:
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except OSError:  # ChildProcessError of waitpid if the class ignores SIGCHLD
+    except OSError:  # waitpid raises ChildProcessError if the class ignores SIGCHLD
         pass
     return False
 
 
 def has_threads() -> bool:
-    """Tell whether this process has other threads, also those that Python does not know."""
+    """Return whether this process has other threads, including those unknown to Python."""
     try:
         return len(os.listdir("/proc/self/task")) > 1
     except OSError:  # not Linux
@@ -6869,11 +6884,11 @@ def has_threads() -> bool:
 
 
 def may_be_forked() -> bool:
-    """Tell whether this process can be forked now that the class is loaded.
+    """Return whether this process can be forked now that the class is loaded.
 
-    A fork has one thread. A lock that another thread held at that moment is held in it forever.
-    Libraries for numbers therefore end their threads before a fork, and start them again when they
-    are needed. A trial shows whether all threads are of this kind.
+    A forked child has only the thread that forked. If another thread held a lock at that moment,
+    the lock stays held in the child forever. Numerical libraries therefore end their threads before
+    a fork, and start them again when needed. A trial fork shows whether all threads are like that.
     """
     if not has_threads():
         return True
@@ -6887,12 +6902,12 @@ def may_be_forked() -> bool:
 
 
 class Served(NamedTuple):
-    """The supervisor's knowledge of the class that its workers serve."""
+    """What the supervisor knows about the class that its workers serve."""
 
     name: str
     base: str  # the SDK's base class
-    server: str  # the framework that serves it; "" where only its construction can tell
-    has_own_start: bool  # it overrides `start`: then it serves as it likes, in one process
+    server: str  # the framework that must serve it; "" if only its constructor can tell
+    has_own_start: bool  # it overrides `start`, and so serves by itself, in one process
 
     @classmethod
     def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
@@ -6903,7 +6918,7 @@ class Served(NamedTuple):
 
 
 def how_it_ended(code: int) -> str:
-    """Put the exit code of a process into words; it is negative for a signal."""
+    """Put the exit code of a process into words; a negative code is that of a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
     is_known = -code in set(signal.Signals)
@@ -6916,18 +6931,18 @@ class Worker:
 
     def __init__(self, pid: int, reports: int, slot: int) -> None:
         self.pid = pid
-        self.reports = reports  # the pipe that it reports by
+        self.reports = reports  # the reading end of the pipe for its reports
         self.slot = slot  # the lowest number that no other worker has
         self.told: Set[bytes] = set()  # the kinds of reports that have come
         self.websockets = 0  # connections that are open
-        self.breakage = ""  # why a failed object has closed one, the last of them
+        self.breakage = ""  # the last failure of an object that has closed a connection
         self.failure: Optional[StartupError] = None
         self._story: List[str] = []  # the lines of the failure's traceback
-        self._rest = b""  # a report whose end has not come yet
+        self._rest = b""  # the beginning of a report whose end has not come yet
 
     @property
     def is_idle(self) -> bool:
-        """Whether it serves and has never had a request."""
+        """Whether the worker serves and has never had a request."""
         return REPORT_READY in self.told and REPORT_BEGUN not in self.told
 
     def read_reports(self) -> bool:
@@ -6961,15 +6976,15 @@ class Worker:
 class Supervisor:
     """Keep `NUM_WORKERS` processes serving a class until SIGTERM or SIGINT.
 
-    It owns the listening socket, forks the workers, replaces those that die, and ends with the
-    reason if one cannot construct the class. As PID 1 of a container it reaps the orphans of the
-    user's subprocesses.
+    The supervisor owns the listening socket, forks the workers, and replaces those that die. If a
+    worker cannot construct the class at the start, the pod ends with the reason. As PID 1 of a
+    container, the supervisor also reaps the orphans of the user's subprocesses.
 
     It has one thread, which waits in one place, the selector: for reports of the workers and for
     signals, whose handlers only count. A dead worker is replaced after a delay that doubles with
-    each death in a row. A row ends with the death of a worker that had answered a request. After
+    each death in a row. The death of a worker that had answered a request begins a new row. After
     DEATHS_LIMIT deaths in a row the pod ends, unless a living worker has answered a request.
-    Workers notice the supervisor's own death by a pipe whose other end closes.
+    Workers notice the supervisor's own death by a pipe whose writing end closes.
     """
 
     def __init__(self, settings: Settings, served: Served,
@@ -6980,13 +6995,13 @@ class Supervisor:
         self._count = 1 if served.has_own_start else settings.workers
         self._listener: Optional[socket.socket] = None
         self._workers: Dict[int, Worker] = {}  # by process id
-        self._due = [0.0] * self._count  # when to start workers
+        self._due = [0.0] * self._count  # when to start each worker that is missing
         self._deaths = 0  # in a row
         self._has_begun = False  # whether all workers were ready at the same time
-        self._deadline = 0.0  # for the workers' end, once they are told to stop
+        self._deadline = 0.0  # for the workers to end, once they are told to stop; 0.0 before
         self._failure: Optional[StartupError] = None  # why the pod ends
-        self._breakage = ""  # why the last lost WebSocket connection was lost
-        self._forsaken_at = 0.0  # when to end for that reason, where no connection is left
+        self._breakage = ""  # the last failure that has closed a WebSocket connection
+        self._forsaken_at = 0.0  # when the pod ends because of that failure; 0.0 if it goes on
         self._stops = 0  # signals to stop, so far
         self._last_stop = 0.0  # when the last of them came
         self._groups: List[int] = []  # process groups that have outlived their workers
@@ -6999,7 +7014,7 @@ class Supervisor:
     def run(self, announce: Callable[[str], None]) -> int:
         """Serve; return the exit code, or raise the StartupError that ends the pod.
 
-        `announce` gets the URL once a worker is ready, before any request is answered.
+        `announce` is called with the URL once a worker is ready, before any request is answered.
         """
         if not self._served.has_own_start:
             self._listener = bind(self._settings.host, self._settings.port)
@@ -7014,12 +7029,13 @@ class Supervisor:
                 if key.data is None:
                     self._waker.take()
                 elif not key.data.read_reports():
-                    self._selector.unregister(key.fd)  # closed; it would stay readable
+                    self._selector.unregister(key.fd)  # a closed pipe would stay readable
             self._announce(announce)
             self._reap()
             self._look_at_websockets()
             self._stop_in_time()
         self._close()
+        # a pod that is told to stop needs no framework any more: that is no failure
         is_stopped = self._stops > 0 and isinstance(self._failure, FrameworkNeeded)
         if self._failure is not None and not is_stopped:
             raise self._failure
@@ -7029,26 +7045,27 @@ class Supervisor:
         """Have signals wake the selector; the handlers only count."""
         def count() -> None:
             now = time.monotonic()
-            if now - self._last_stop > REPEAT_SECONDS:  # else it came to the group as well
+            if now - self._last_stop > REPEAT_SECONDS:  # else the same signal came twice
                 self._stops += 1
                 self._last_stop = now
 
         self._handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self._waker.wake_on(STOP_SIGNALS, count)
         self._selector.register(self._waker.readable, selectors.EVENT_READ, None)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # any handler has it wake the selector
 
     def _close(self) -> None:
-        """End the groups that are left, and release all: another supervisor may follow."""
+        """End the groups that are left, and release everything for a supervisor that may follow."""
         def send(number: int) -> bool:
             self._reap()
+            # a list, for any() would stop at the first group that is left
             return any([signal_group(group, number) for group in self._groups])
 
         end_all(send, CHILDREN_SECONDS)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        self._waker.signals = frozenset()  # its hooks of later forks do nothing
+        self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
         self._selector.close()
         for end in (*self._life, *self._gate):
             if end >= 0:
@@ -7069,10 +7086,10 @@ class Supervisor:
         try:
             ends += os.pipe()
             flush_output()
-            pid = os.fork()  # the child never has the handlers of our signals: see Waker
+            pid = os.fork()  # no signal reaches our handlers in the child: see Waker
             if not pid:
                 self._become_worker(slot, *ends)
-        except OSError as error:  # no memory, process or file is left, perhaps for a moment
+        except OSError as error:  # memory, processes or files are used up, perhaps for a moment
             for end in ends:
                 os.close(end)
             return self._start_later(f"a worker cannot be started: {error.strerror}")
@@ -7083,21 +7100,21 @@ class Supervisor:
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
     def _become_worker(self, slot: int, reports: int, reporter: int) -> NoReturn:
-        """Give up what is the supervisor's, serve, and end; runs in the forked child."""
+        """Release what belongs to the supervisor, serve, and end; runs in the forked child."""
         code: int = Exit.SOFTWARE
         try:
             if not os.isatty(0):  # else a debugger in the worker could not read the terminal
-                os.setpgid(0, 0)  # the supervisor ends all that the class starts by its group
+                os.setpgid(0, 0)  # by this group the supervisor ends what the class starts
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # a terminal sends Ctrl-C to all processes, but the supervisor alone decides
             signal.signal(signal.SIGINT, lambda *_: None)
-            self._waker.signals = frozenset()  # its hooks of later forks do nothing
+            self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
             self._selector.close()
             others = [worker.reports for worker in self._workers.values()]
             for end in (self._life[1], self._gate[1], reports, *others):
                 if end >= 0:
                     os.close(end)
-            attempt(os.close, Current.output)
+            attempt(os.close, Current.output)  # the supervisor writes the last line
             drop_inherited_cleanup()
             Current.reports, Current.listener = reporter, self._listener
             Current.gate, Current.share = self._gate[0], self._shares[slot]
@@ -7107,7 +7124,7 @@ class Supervisor:
             leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
 
     def _announce(self, announce: Callable[[str], None]) -> None:
-        """Announce the URL and let workers serve, once the first is ready."""
+        """Announce the URL and let workers serve, once the first of them is ready."""
         if self._has_begun:
             return
         ready = [REPORT_READY in worker.told for worker in self._workers.values()]
@@ -7120,7 +7137,7 @@ class Supervisor:
             self._open_gate()
 
     def _open_gate(self) -> None:
-        """Let workers serve that wait in `start_listening`, now or later."""
+        """Let the workers serve that wait in `start_listening`, now or later."""
         if self._gate[1] >= 0:
             os.close(self._gate[1])
             self._gate = (self._gate[0], -1)
@@ -7128,7 +7145,7 @@ class Supervisor:
     # -- watching --
 
     def _reap(self) -> None:
-        """Take note of every child that has ended, adopted ones too."""
+        """Reap every child that has ended, adopted ones too; forget the groups that are empty."""
         self._groups = [group for group in self._groups if signal_group(group, 0)]
         while True:
             try:
@@ -7142,7 +7159,7 @@ class Supervisor:
                 self._lose(worker, os.waitstatus_to_exitcode(status))
 
     def _lose(self, worker: Worker, code: int) -> None:
-        """Let go of a worker that has ended; its group ends with it."""
+        """Release a worker that has ended; tell the rest of its process group to end, too."""
         worker.read_reports()
         with contextlib.suppress(KeyError):
             self._selector.unregister(worker.reports)
@@ -7156,7 +7173,7 @@ class Supervisor:
         self._replace(worker, code)
 
     def _replace(self, worker: Worker, code: int) -> None:
-        """Replace a worker that has ended, or end the pod if it could not be started."""
+        """Replace a worker that has ended, or end the pod if the pod's start has failed."""
         if worker.failure is not None and not (self._has_begun or self._deadline):
             return self._fail(worker.failure)
         if worker.failure is not None and self._failure is None:
@@ -7171,7 +7188,7 @@ class Supervisor:
     def _start_later(self, why: str, was_idle: bool = False) -> None:
         """Start a worker after the delay that the deaths in a row demand, or end the pod."""
         self._deaths += 1
-        if was_idle:  # neither the class nor an object has killed it: no reason to give up
+        if was_idle:  # neither the class nor an object killed the worker: no reason to give up
             self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
         if self._served.has_own_start:  # the pod is this one process
             return self._fail(StartupError(why))
@@ -7184,10 +7201,11 @@ class Supervisor:
         self._due.append(time.monotonic() + delay)
 
     def _look_at_websockets(self) -> None:
-        """End a pod that has lost all WebSocket connections by failures, the last a while ago.
+        """End a pod that has lost a WebSocket connection by a failure, and has none for a while.
 
-        A target never dials again. What it sends over such a connection waits forever, and only
-        the end of the pod tells it of the failure.
+        The pod gets `FORSAKEN_SECONDS`, and again as many whenever a connection opens and closes.
+        A target never opens a lost connection again: the objects that it would send over that
+        connection wait forever, and only the end of the pod tells the target of the failure.
         """
         if not self._settings.is_pod:
             return
@@ -7214,7 +7232,7 @@ class Supervisor:
         self._stop()
 
     def _stop_in_time(self) -> None:
-        """Stop on the first signal, kill on the second, and kill what outlives the grace period."""
+        """Stop on the first signal; kill the workers on the second, or after the grace period."""
         if self._stops and not self._deadline:
             logger.info("stopping")
             self._stop()
@@ -7222,11 +7240,12 @@ class Supervisor:
             for pid in self._workers:
                 logger.error("worker %d is killed with what it has in flight", pid)
                 os.kill(pid, signal.SIGKILL)
+            # kill again on a further signal, or if a worker is still there after this time
             self._stops = 1
             self._deadline = time.monotonic() + TOOL_STOP_SECONDS
 
     def _stop(self) -> None:
-        """Refuse connections, and tell the workers to finish what they have begun."""
+        """Refuse connections, and tell the workers to finish the requests that they have begun."""
         self._deadline = time.monotonic() + GRACE_SECONDS
         self._due.clear()
         self._open_gate()
@@ -7237,18 +7256,19 @@ class Supervisor:
 
 
 # == 19. Entry ==
-# The command line. Without arguments it serves a pod's environment; `serve` serves a class from a
-# file, on a laptop; `install` installs packages while an image is built.
+# The command line. Without arguments it serves what a pod's environment describes; on a laptop,
+# `serve` serves a class from a file, and `pack` makes a payload or a spec of the file; `install`
+# installs packages while an image is built.
 
 
 def prepare(settings: Settings, may_install: bool) -> None:
-    """Configure the log, check the certificates, install packages: all before any user's code."""
+    """Configure the log, check certificates and install packages, before the user's code runs."""
     def log_failure(told: Any) -> None:
         if told.exc_type is not SystemExit:
             log_user_error("a thread", told.exc_value)
 
     configure_logging(settings)
-    logging.captureWarnings(True)  # the log hides secrets
+    logging.captureWarnings(True)  # warnings may hold secrets, which the log hides
     threading.excepthook = log_failure
     if settings.client_ca or settings.client_cert:
         tls_context(settings)  # raises StartupError for files that are unusable
@@ -7261,20 +7281,21 @@ def prepare(settings: Settings, may_install: bool) -> None:
 
 
 class Start(NamedTuple):
-    """How this process was started, recorded before a class could change anything of it."""
+    """How this process was started, recorded before the class can change any of that."""
 
     command: List[str]
     environ: Mapping[str, str]
     folder: str
 
     def over(self, served: Served) -> NoReturn:
-        """Replace this process by a new one of the same program: the class's threads forbid forks.
+        """Execute this program again, in this process: the class's threads forbid forks.
 
         The new supervisor does not load the class. It forks workers that load it, each for itself.
+        Raise StartupError if the program cannot be executed.
         """
-        # No signal may be lost. Signals to this thread are blocked until the new program has
-        # handlers. The number of a signal that another thread takes goes into a pipe, which the
-        # new program inherits.
+        # No signal to stop may be lost. This thread blocks these signals until the new program has
+        # handlers. If another thread takes such a signal, the signal's number goes into a pipe,
+        # which the new program inherits.
         signals, writer = os.pipe()
         for end in (signals, writer):
             os.set_blocking(end, False)
@@ -7317,7 +7338,7 @@ def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
 
 
 class Job(NamedTuple):
-    """A class to serve: how to load it, how to serve it, and how to announce that."""
+    """How to load a class, how to serve it, and how to announce that it is served."""
 
     settings: Settings
     may_install: bool
@@ -7326,10 +7347,10 @@ class Job(NamedTuple):
     announce: Callable[[Served, str, str], None]
 
     def run(self, start: Start, served: Optional[Served]) -> int:
-        """Serve until SIGTERM; begin again if the class turns out to need a framework.
+        """Serve until SIGTERM, and return the exit code.
 
-        `served` is given in a program that has started over: its packages are installed, and its
-        workers load the class. Return the exit code.
+        Begin again if the class turns out to need a framework. `served` is given in a program that
+        has started over: its packages are installed, and its workers load the class.
         """
         prepare(self.settings, served is None and self.may_install)
         if not self.may_install:
@@ -7341,7 +7362,7 @@ class Job(NamedTuple):
             try:
                 return job._serve(start, served)
             except FrameworkNeeded as need:
-                if (need.framework, need.serves) in needs:  # it was there, and did not help
+                if (need.framework, need.serves) in needs:  # it was there, to no avail
                     raise
                 needs.add((need.framework, need.serves))
                 prepare_framework(need.framework, need.serves, self.may_install)
@@ -7384,7 +7405,7 @@ def pod_job(environ: Mapping[str, str]) -> Job:
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
     """Return the class to serve from a file's module: the one named `wanted`, or the only one.
 
-    A class that another one of the file derives from does not count.
+    A class from which another class of the file derives does not count.
     """
     names = vars(module)
     if wanted:
@@ -7450,7 +7471,7 @@ def first_file(folder: str) -> str:
 
 
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
-    """Return the job of the command `serve`; options take the place of some variables."""
+    """Return the job of the command `serve`, whose options replace some variables."""
     if arguments.target:
         environ["AIS_TARGET_URL"] = arguments.target  # classes may read it, too
     unread = re.compile("NUM_WORKERS|PORT|ETL_FQN_ROOTS|ETL_CLASS_PAYLOAD.*")
@@ -7495,7 +7516,7 @@ def give_up(error: StartupError) -> int:
 def install(environ: Mapping[str, str]) -> int:
     """Install what `OS_PACKAGES` and `PACKAGES` name; return the exit code."""
     Current.settings = Settings.from_env(environ)
-    target_folder.may_be_made = False  # it would not be in the image
+    target_folder.may_be_made = False  # it would be removed before the image is complete
     prepare(Current.settings, True)
     return Exit.OK
 
@@ -7503,10 +7524,10 @@ def install(environ: Mapping[str, str]) -> int:
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
 
 VARIABLE_LIMIT_BYTES = 128 << 10  # of "NAME=text" and a zero byte: Linux, MAX_ARG_STRLEN
-ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line: docker's reader
-SPEC_LIMIT_BYTES = 1 << 20  # of a whole file: AIStore's command line, maxSpecSize
-TIME = "([1-9][0-9]{0,5}(ms|s|m|h))+"  # of Go's time.ParseDuration
-SPEC_RULES = {  # option of a spec: its default, what AIStore and Kubernetes accept, and its name
+ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line: docker reads no longer lines
+SPEC_LIMIT_BYTES = 1 << 20  # of a whole spec: AIStore's command line, maxSpecSize
+TIME = "([1-9][0-9]{0,5}(ms|s|m|h))+"  # most of what Go's time.ParseDuration takes
+SPEC_RULES = {  # option: its default, what AIStore and Kubernetes accept, and the same in words
     "name": ("", "[a-z][a-z0-9-]{4,30}[a-z0-9]",
              "6 to 32 of a-z, 0-9 and -, from a letter to a letter or digit"),
     "image": ("ais-runtime-min:{}.{}".format(*sys.version_info), r"[\w./:@-]+", "an image's name"),
@@ -7514,24 +7535,26 @@ SPEC_RULES = {  # option of a spec: its default, what AIStore and Kubernetes acc
     "init_timeout": ("5m", TIME, "a time like 45s, 5m or 1h30m"),
     "obj_timeout": ("45s", TIME, "a time like 45s, 5m or 1h30m"),
 }
-# what a container has in its environment beside the pod's variables
+# What a container has in its environment besides the pod's variables. The trial of a payload gets
+# these variables of the user's, and no others.
 CONTAINER_VARIABLES = re.compile(
     "PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy", re.I)
 
 
 class Packing(NamedTuple):
-    """A class that is being packed, and the variables of its pod without the payload."""
+    """A class to pack, and the variables of its pod, apart from the payload."""
 
-    file: str
-    folder: str  # that of the file, symlinks resolved
+    file: str  # FILE[:CLASS]
+    folder: str  # of the file; symlinks are resolved
     variables: Mapping[str, str]
     requirements: List[str]
 
 
 def use_names_of_pods() -> None:
-    """Pickle what this file defines by the names under which a pod finds it, from now on.
+    """Give the classes and functions of this file the module names under which pods find them.
 
-    These are the SDK's names where it has them, so that the default runtime finds them too.
+    Pickles refer to them by these names. They are the SDK's names where the SDK has the same
+    class or function, so that a pod of AIStore's default runtime can load the payload, too.
     """
     homes = {value: module for module, names in SDK_MODULES.items()
              for name, value in names.items() if callable(value) and value is getattr(
@@ -7542,7 +7565,11 @@ def use_names_of_pods() -> None:
 
 
 def pickle_more(by_value: Set[str]) -> None:
-    """Have a cache pickled as a new one, if its module is pickled by value, and locks as free."""
+    """Teach pickle to handle functions with a cache (`functools.lru_cache`), and locks.
+
+    If the function's module is one of `by_value`, the function gets an empty cache; otherwise it is
+    pickled by its name. A lock that is held becomes a free one.
+    """
     import copyreg
 
     def cache(wrapper: Any) -> Any:
@@ -7556,14 +7583,17 @@ def pickle_more(by_value: Set[str]) -> None:
 
 
 def is_own(path: str, folder: str) -> bool:
-    """Tell whether a file is below a folder, and neither of the library nor installed by pip."""
+    """Return whether a file is below a folder and the user's own.
+
+    Files of the standard library and of installed packages are not the user's.
+    """
     is_of_library = path.startswith(os.path.join(os.path.dirname(os.__file__), ""))
     is_installed = re.search(r"/(site|dist)-packages/", path[len(folder):])
     return path.startswith(os.path.join(folder, "")) and not is_of_library and not is_installed
 
 
 def own_path(module: str, folder: str) -> str:
-    """Return where an imported module is, if that is a place of the user's; "" otherwise."""
+    """Return the path of an imported module if it is the user's own and below a folder, or ""."""
     found = sys.modules.get(module)
     places = [getattr(found, "__file__", None), *getattr(found, "__path__", ())]
     path = os.path.realpath(next(filter(None, places), folder))
@@ -7571,9 +7601,10 @@ def own_path(module: str, folder: str) -> str:
 
 
 def pickle_from_file(packing: Packing) -> Tuple[str, str]:
-    """Return the payload and the name of the class.
+    """Return the payload and the name of the class; raise StartupError if there is none.
 
-    A pod has no modules that lie beside the file, so they are pickled with the class, by value.
+    A pod does not have the modules that lie beside the file, so these are pickled with the class,
+    by value.
     """
     try:
         import cloudpickle
@@ -7584,9 +7615,10 @@ def pickle_from_file(packing: Packing) -> Tuple[str, str]:
     try:
         etl_class = class_from_file(packing.file)
     except FrameworkNeeded as need:
+        # raises the error with the command that installs the framework
         prepare_framework(need.framework, serves=False, may_install=False)
         raise
-    sys.path[:] = path  # a module beside the file may have the name of one of the library's
+    sys.path[:] = path  # a module beside the file may be named as one of the standard library
     use_names_of_pods()
     by_value = {module for module in set(sys.modules) - before if own_path(module, packing.folder)}
     pickle_more(by_value)
@@ -7600,13 +7632,16 @@ def pickle_from_file(packing: Packing) -> Tuple[str, str]:
 
 
 def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
-    """Yield what of these requirements, and of what they depend on, is installed here."""
+    """Yield the installed distributions of requirements and of their dependencies.
+
+    A distribution may come several times. What is not installed is left out.
+    """
     import importlib.metadata
 
     waiting, done = [(text, "") for text in requirements], set()
     while waiting:
         text, extra = waiting.pop()
-        # without pip the name alone can be read
+        # without pip, only the name is read: markers and extras count as absent
         wanted = parse_requirement(text) or types.SimpleNamespace(
             name=re.split(r"[^\w.-]", text)[0], marker=None, extras=())
         found = attempt(importlib.metadata.distribution, wanted.name).value
@@ -7619,10 +7654,10 @@ def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
 
 
 def lend_packages(requirements: Iterable[str], folder: str) -> None:
-    """Link the files of installed packages, and of what they depend on, into a folder."""
+    """Link the installed packages of requirements, and of their dependencies, into a folder."""
     for found in distributions_of(requirements):
         tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
-        # without a RECORD
+        # a distribution without a RECORD lists no files
         tops = tops or {*(found.read_text("top_level.txt") or found.metadata["Name"]).split()}
         for top in tops:
             with contextlib.suppress(FileExistsError):
@@ -7630,7 +7665,7 @@ def lend_packages(requirements: Iterable[str], folder: str) -> None:
 
 
 class ImportNotes(PayloadUnpickler):
-    """Unpickles a class, and notes what its functions import when they run."""
+    """Unpickle a class, and note which modules its functions import when they run."""
 
     imports: Set[str] = set()
 
@@ -7638,6 +7673,7 @@ class ImportNotes(PayloadUnpickler):
         import dis
 
         code = super()._make_code(*args)
+        # an import loads its level (the number of leading dots), its names, and then the module
         instructions = list(dis.get_instructions(code))
         for level, instruction in zip(instructions, instructions[2:]):
             if instruction.opname == "IMPORT_NAME":
@@ -7647,7 +7683,7 @@ class ImportNotes(PayloadUnpickler):
 
     @classmethod
     def lacking(cls) -> List[str]:
-        """Return the imports that fail here; but a pod installs frameworks itself."""
+        """Return the noted imports that fail here, without frameworks: a pod installs those."""
         import importlib.util
 
         sdk = {} if is_here("aistore") else SDK_MODULES
@@ -7658,10 +7694,14 @@ class ImportNotes(PayloadUnpickler):
 
 
 def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Load and construct a payload as a pod does, and write what was found into a file as JSON.
+    """Load and construct the class of a payload as a pod does; write the findings to a file.
 
-    `try_payload` runs this in a process of its own. `needs` are frameworks, "fastapi" or, where it
-    serves the class, "fastapi serves". The class's file is in `folder`, where it reads nothing.
+    `try_payload` runs this in a process of its own. `needs` are the frameworks that are known to be
+    needed: "fastapi" or, if the framework must serve the class, "fastapi serves". The file `answer`
+    gets a JSON object. Its "reads" are the user's files below `folder`, where the class's file
+    lies, that were opened: a pod does not have them. If the class was constructed, "lacks" are the
+    imports of its functions that would fail. Otherwise there is either a further framework in
+    "needs", with the reason in "why"; or the failure, in "reason", "exit" and "story".
     """
     told: Dict[str, Any] = {"reads": []}
 
@@ -7672,7 +7712,7 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
 
     sys.addaudithook(note)
     settings = Settings.from_env(environ, ("AIS_TARGET_URL",))
-    Current.reports = os.open(os.devnull, os.O_WRONLY)  # as in a worker
+    Current.reports = os.open(os.devnull, os.O_WRONLY)  # as in a worker: see `require_framework`
     try:
         prepare(settings, may_install=False)
         for need in needs:
@@ -7681,6 +7721,7 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
             settings = settings._replace(server=framework if serves else settings.server)
         Current.settings = settings
         etl_class = load_etl_class(settings, ImportNotes)
+        # a supervisor imports this framework before it forks; here it has to be lent first
         if server_for(etl_class) and not settings.server:
             told["why"] = f"overrides {', '.join(overridden(etl_class, HOOKS))}"
             raise FrameworkNeeded(server_for(etl_class), serves=True)
@@ -7698,9 +7739,11 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
 
 def try_payload(payload: str, packing: Packing, needs: Sequence[str],
                 environ: Mapping[str, str]) -> Dict[str, Any]:
-    """Run `prove` in an empty folder, where it finds no more than a pod does.
+    """Run `prove` in a new process that can import no more than a pod can; return its findings.
 
-    That is the library, this file, cloudpickle, and what `PACKAGES` and frameworks bring.
+    It imports the standard library, this file, cloudpickle, and what `PACKAGES` and the frameworks
+    of `needs` bring. Its current folder is empty. The processes that the class has started end with
+    it. Raise ClassError if it leaves no findings.
     """
     import shutil
     import subprocess
@@ -7719,6 +7762,7 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
         shutil.copyfile(__file__, script)
         with open(text, "w", encoding="ascii") as file:
             file.write(payload)
+        # a pod always has AIS_TARGET_URL; nothing answers at this one
         env.update(packing.variables, ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
                    AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
 
@@ -7727,6 +7771,7 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
             return process.poll() is None
 
         with stop_signals_deferred():
+            # -S leaves out the packages that are installed here
             process = subprocess.Popen(
                 [sys.executable, "-S", script, "prove", answer, packing.folder, *needs], cwd=empty,
                 env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
@@ -7744,7 +7789,7 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
 
 
 def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) -> None:
-    """Raise the StartupError with which a pod would end, and tell what else the pod needs."""
+    """Try the payload: raise the StartupError with which a pod would end, or log what it needs."""
     missing = lacking(packing.requirements)
     if missing:
         raise PackageError(f"--packages names what pack needs here too, to try the class: "
@@ -7776,6 +7821,7 @@ def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) ->
 
 def failure_of(told: Mapping[str, Any], packing: Packing) -> StartupError:
     """Return the failure with which a pod would end."""
+    # without the advice to have a module pickled by value, as pack does itself
     reason = told["reason"].partition("; if it is a module of your own")[0]
     module = re.search(r"the module '([\w.]+)'", reason)
     elsewhere = own_path(module[1], "/") if module else ""
@@ -7788,7 +7834,7 @@ def failure_of(told: Mapping[str, Any], packing: Packing) -> StartupError:
 
 
 def packing_of(arguments: argparse.Namespace) -> Packing:
-    """Return what is to be packed, and the pod's variables that the options ask for."""
+    """Return what the options ask to pack; raise a StartupError for variables no pod can use."""
     options = {"PACKAGES": arguments.packages, "OS_PACKAGES": arguments.os_packages,
                "ETL_DIRECT_FQN": "true" if arguments.arg_type == "fqn" else ""}
     variables = {name: text for name, text in options.items() if text}
@@ -7797,11 +7843,13 @@ def packing_of(arguments: argparse.Namespace) -> Packing:
         set_by_others += "|AIS_TARGET_URL|PORT"
     for text in arguments.env:
         name, _, value = text.partition("=")
+        # surrogates stand for bytes of the command line that are not UTF-8
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=[^\ud800-\udfff]*", text):
             raise UsageError(f"--env {text!r} must be NAME=VALUE")
         if re.fullmatch(set_by_others, name):
             raise UsageError(f"--env {name}: pack, one of its options, or AIStore sets it")
         variables[name] = value
+    # the other variables are checked: files of the image need not be here
     in_image = {each.name for each in VARIABLES if each.parse is existing_file}
     Settings.from_env({name: text for name, text in variables.items() if name not in in_image})
     folder = os.path.dirname(os.path.realpath(split_file(arguments.file)[0]))
@@ -7811,13 +7859,13 @@ def packing_of(arguments: argparse.Namespace) -> Packing:
 
 def pieces_of(payload: str, limit: int) -> Dict[str, str]:
     """Return the variables that hold a payload, each shorter than a limit in bytes."""
-    size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # for the end of a line or variable
+    size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # 1 for the end of the line or variable
     return {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
             for number, start in enumerate(range(0, len(payload), size), 1)}
 
 
 def quote_yaml(text: str) -> str:
-    """Quote a text as in JSON, which is YAML too, but for characters that only YAML refuses."""
+    """Quote a text for YAML: as in JSON, and with escapes for characters that YAML refuses."""
     return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda found: f"\\u{ord(found[0]):04x}",
                   json.dumps(text, ensure_ascii=False))
 
@@ -7834,7 +7882,7 @@ def spec_of(arguments: argparse.Namespace, class_name: str, variables: Mapping[s
                 f"--{option.replace('_', '-')} must be {what}, and not {spec[option]!r}")
     if spec["comm"] == "ws" and arguments.direct_put is False:
         raise UsageError("--comm ws needs direct put")
-    # Kubernetes makes one "$" of two, and a variable's value of "$(NAME)"
+    # Kubernetes replaces "$$" by "$", and "$(NAME)" by the value of a variable
     env = "".join(f"\n    - name: {quote_yaml(name)}\n      value: "
                   f"{quote_yaml(text.replace('$', '$$'))}" for name, text in variables.items())
     return (f"name: {quote_yaml(spec['name'])}\nruntime:\n  image: {quote_yaml(spec['image'])}\n"
@@ -7844,7 +7892,7 @@ def spec_of(arguments: argparse.Namespace, class_name: str, variables: Mapping[s
 
 
 def env_file_of(variables: Mapping[str, str]) -> str:
-    """Return a file for `docker run --env-file`, which has no way to quote."""
+    """Return the text of a file for `docker run --env-file`, in which nothing can be quoted."""
     for name, text in variables.items():
         if "\n" in text or len(f"{name}={text}".encode()) >= ENV_FILE_LIMIT_BYTES:
             raise UsageError(f"--env {name}: an --env-file takes one line of up to 64 KiB")
@@ -7852,7 +7900,7 @@ def env_file_of(variables: Mapping[str, str]) -> str:
 
 
 def text_of(arguments: argparse.Namespace, payload: str, name: str, packing: Packing) -> str:
-    """Return what is asked for: the payload, a spec or an --env-file."""
+    """Return the text that the options ask for: the payload, a spec or an --env-file."""
     options = [option for option in (*SPEC_RULES, "direct_put")
                if getattr(arguments, option) is not None]
     if options and not arguments.spec:
@@ -7875,7 +7923,7 @@ def text_of(arguments: argparse.Namespace, payload: str, name: str, packing: Pac
 
 
 def write_result(text: str, stdout: int, path: str) -> None:
-    """Write what was asked for to a file, or to stdout."""
+    """Write the result to a file, or to the descriptor `stdout` if the path is empty."""
     try:
         with open(path or stdout, "w", encoding="utf-8") as file:
             file.write(text)
@@ -7886,13 +7934,16 @@ def write_result(text: str, stdout: int, path: str) -> None:
 
 
 def terminate_command(number: int, _: Any) -> NoReturn:
-    """End a command, by the exit code that shells give to a signal."""
+    """Handle a signal: end the command with the exit code that shells give to the signal."""
     raise Terminated(128 + number)
 
 
 def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int) -> int:
-    """Write the payload of a file's class, or a spec with it, if a pod can start with it."""
-    os.dup2(2, 1)  # what anybody prints is not in the result
+    """Write the payload of a file's class, or a spec with it, if a pod can start with it.
+
+    Return the exit code. `stdout` is a copy of descriptor 1, for the result alone.
+    """
+    os.dup2(2, 1)  # what the class and its packages print must not be in the result
     for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, terminate_command)
     Current.settings = Settings()
@@ -7900,7 +7951,8 @@ def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int)
     late = [*late_modules]
     leave_late_modules()
     for module in (*late, "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
-        importlib.import_module(module)  # now: a module beside the file may have such a name
+        # before the class: a module beside the file may have one of these names
+        importlib.import_module(module)
     packing = packing_of(arguments)
     output = arguments.output or ""
     if output and os.path.exists(output) and os.path.samefile(
@@ -7945,7 +7997,7 @@ def add_pack(commands: Any) -> None:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line; raise UsageError for a bad one."""
+    """Parse the arguments of the command line; raise UsageError if one is bad."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -7981,7 +8033,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("install stands alone; --help has the options")
     if os.path.isdir(getattr(arguments, "target", None) or ""):
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
-    for variable in VARIABLES:  # an option has the bounds of the variable with its field
+    for variable in VARIABLES:  # an option is parsed as the variable for the same field
         given = getattr(arguments, variable.field, None)
         value, error = attempt(variable.parse, given) if given is not None else Outcome()
         if error is not None:
@@ -7993,12 +8045,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def terminate(number: int, _: Any) -> NoReturn:
-    """Handle a signal during the start: the exception ends a running tool on its way to `run`."""
+    """Handle a signal to stop during the start.
+
+    The exception ends an installer that is running, on its way up to `run`.
+    """
     raise Terminated(Exit.OK if number == signal.SIGTERM else 128 + number)
 
 
 def own_command(arguments: Sequence[str]) -> List[str]:
-    """Return the command that starts this program again, with the options of the interpreter."""
+    """Return the command that starts this program again, with the interpreter's options."""
     original = getattr(sys, "orig_argv", ())  # Python 3.10 and later
     count = len(original) - len(arguments)
     if count > 0 and list(original[count:]) == list(arguments):
@@ -8018,9 +8073,9 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
     served = take_fresh_start(known, environ) if known else None
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
-    # the thread of pyarrow's allocator does not end before a fork
+    # the background thread of pyarrow's allocator would not end before a fork
     environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    if command == "prove":  # of pack's own
+    if command == "prove":  # internal: `try_payload` runs it
         return prove(arguments[1], arguments[2], arguments[3:], environ)
     if command == "pack":
         stdout, Current.output = Current.output, 2  # the result alone goes to stdout
@@ -8033,8 +8088,9 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
 def main(argv: Optional[Sequence[str]] = None,
          environ: MutableMapping[str, str] = os.environ) -> int:
     """Run the command line; return the exit code."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # CRI-O starts pods with a soft 1024
-    # it fails on macOS, whose kernel has a lower limit
+    # CRI-O starts pods with a soft limit of 1024 open files
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # fails on macOS, whose kernel takes less than the hard limit
     attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard))
     if sys.platform.startswith("linux"):
         Current.began = time.clock_gettime(time.CLOCK_BOOTTIME)
