@@ -38,8 +38,8 @@ HANDSHAKE = (b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConn
              b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
 BASES = {"": "HTTPMultiThreadedServer", "fastapi": "FastAPIServer", "flask": "FlaskServer"}  # by the extra that they are for
 
-# What the runtime leaves to the classes that want it.
-LATE = ("ssl", "inspect", "shutil", "html", "mimetypes", "ipaddress", "uuid")
+# What the runtime leaves to the classes that want it. (Few want html, whose table of entities is large.)
+LATE = ("ssl", "inspect", "shutil", "mimetypes", "ipaddress", "uuid")
 
 Answer = Tuple[int, bytes]
 

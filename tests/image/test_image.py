@@ -256,8 +256,9 @@ def test_an_extra_that_is_not_there_ends_the_build(engine: Engine) -> None:
 
 def vendor(engine: Engine, folder: Path, name: str, lines: str) -> str:
     """Build an image by the README's lines for another image, and further ones; return its name."""
-    lines = example(README, "Copy the file into your own image").text + lines
-    (folder / "Dockerfile").write_text("FROM %s\n%s" % (IMAGE, lines))
+    first, _, rest = example(README, "Copy the file into your own image").text.partition("\n")
+    assert first.startswith("FROM python:")
+    (folder / "Dockerfile").write_text("FROM %s\n%s%s" % (IMAGE, rest, lines))
     (folder / "ais_runtime_min.py").write_bytes((ROOT / "ais_runtime_min.py").read_bytes())
     engine.build(folder, name)
     return "localhost/" + name
