@@ -467,7 +467,7 @@ def folders(text: str) -> Tuple[str, ...]:
 
 
 def target_url(text: str) -> str:
-    """Parse a target's base URL; drop the slashes at its end, unless its path is `/`."""
+    """Parse a target's base URL; drop the slashes at its end, but not that of `file:///`."""
     try:
         url = urlsplit(text)
         if url.scheme == "file":
@@ -481,7 +481,7 @@ def target_url(text: str) -> str:
     if not is_usable or not re.fullmatch("[!-\"$->@-~]+", text):
         raise ValueError("http://host[:port]/path, https://… or file:///folder, of a folder that "
                          "is there, without user and password")
-    return text if url.path == "/" else text.rstrip("/")
+    return text if text == "file:///" else text.rstrip("/")
 
 
 class Variable(NamedTuple):
@@ -1237,6 +1237,8 @@ class BodyStream(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read some bytes, 0 at the end; after an error, every further read raises it."""
         self.raise_failure()
+        if not len(buffer):
+            return 0  # which says nothing of the body
         try:
             count = self.receive(buffer)
             self.count += count
@@ -1865,6 +1867,10 @@ class Framework(NamedTuple):
     server: str  # the package that serves its applications; "" if this runtime serves them
     # requirements by module: a class imports the first module, the others serve its application
     modules: Mapping[str, str]
+
+    def wanted(self, serves: bool) -> List[Tuple[str, str]]:
+        """Return modules and requirements: the class's, and if it `serves`, the others too."""
+        return list(self.modules.items())[:None if serves else 1]
 
 
 FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.cfg's extras
@@ -2562,16 +2568,19 @@ class PayloadUnpickler(pickle.Unpickler):
         A function whose only import is `from fastapi import HTTPException` needs no framework: its
         code is changed to import the class from this file.
         """
-        import opcode
-
         code = checked_code(*args)
-        imports = code.co_code[::2].count(opcode.opmap["IMPORT_NAME"])
-        for module in code.co_names if imports else ():
-            package = module.partition(".")[0]
-            framework = DEFAULT_IMAGE.get(package, "")
-            if framework in FRAMEWORKS and not is_here(package):
-                takes_one = imports == 1 and ("HTTPException",) in code.co_consts
+        missing = [name for name in code.co_names  # of modules, or of attributes called so
+                   if DEFAULT_IMAGE.get(name.partition(".")[0]) in FRAMEWORKS
+                   and not is_here(name.partition(".")[0])]
+        if missing:
+            import dis
+
+            imported = [each.argval for each in dis.get_instructions(code)
+                        if each.opname == "IMPORT_NAME"]
+            for module in set(missing).intersection(imported):
+                takes_one = len(imported) == 1 and ("HTTPException",) in code.co_consts
                 if module not in HTTP_EXCEPTION_MODULES or not takes_one:
+                    framework = DEFAULT_IMAGE[module.partition(".")[0]]
                     raise FrameworkNeeded(framework, serves=False)
                 names = [__name__ if name == module else name for name in code.co_names]
                 code = code.replace(co_names=tuple(names))
@@ -3532,6 +3541,7 @@ class Transforms:
 
 # == 12. Stage 4, delivering ==
 # Turns an output into an answer: the output itself, or the news that another node has taken it.
+# Runs on the thread that has transformed the object.
 
 
 # statuses whose answers have no content (RFC 9110, 6.4.1)
@@ -3737,9 +3747,9 @@ class Deliveries:
         status, content, length = self._server.handle_direct_put_response(
             response, data, size_of(output))
         status = int(status)
+        content = as_bytes(content or b"", "the answer is")
         if status >= 400:
-            text = as_bytes(content, "the answer is").decode("utf-8", "replace")
-            content = self._settings.redact(text).encode()
+            content = self._settings.redact(content.decode("utf-8", "replace")).encode()
         if status == HTTPStatus.NOT_FOUND:
             status = HTTPStatus.BAD_GATEWAY
         headers = self._server.make_direct_put_headers(length)
@@ -3799,7 +3809,8 @@ def user_status(error: BaseException) -> int:
     """Return the status that a user's exception stands for: 500 for all but a few known kinds."""
     for base in type(error).__mro__:
         name = base.__qualname__
-        if base.__module__ not in (__name__, "aistore.sdk.errors"):
+        is_ours = base in (InvalidPipelineError, ETLDirectPutTransientError)
+        if not is_ours and base.__module__ != "aistore.sdk.errors":
             name = f"{base.__module__}.{name}"
         if name in STATUS_OF_USER_ERROR:
             status = STATUS_OF_USER_ERROR[name](error)
@@ -5721,8 +5732,7 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     With `serves`, this includes the modules that serve its applications. Runs before workers are
     forked, so that they share the memory of these modules. Raises PackageError.
     """
-    # the first module is the framework itself, and the others serve its applications
-    wanted = list(FRAMEWORKS[name].modules.items())[:None if serves else 1]
+    wanted = FRAMEWORKS[name].wanted(serves)
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing and not may_install:
         raise PackageError(f"the class needs {name}: {pip_command(missing)}")
@@ -7541,6 +7551,10 @@ CONTAINER_VARIABLES = re.compile(
     "PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy", re.I)
 
 
+# variables that name a file of the image, which need not be here
+FILES_OF_IMAGE = {each.name for each in VARIABLES if each.parse is existing_file}
+
+
 class Packing(NamedTuple):
     """A class to pack, and the variables of its pod, apart from the payload."""
 
@@ -7587,7 +7601,8 @@ def is_own(path: str, folder: str) -> bool:
 
     Files of the standard library and of installed packages are not the user's.
     """
-    is_of_library = path.startswith(os.path.join(os.path.dirname(os.__file__), ""))
+    library = os.path.dirname(os.path.realpath(os.__file__))
+    is_of_library = path.startswith(os.path.join(library, ""))
     is_installed = re.search(r"/(site|dist)-packages/", path[len(folder):])
     return path.startswith(os.path.join(folder, "")) and not is_of_library and not is_installed
 
@@ -7596,7 +7611,8 @@ def own_path(module: str, folder: str) -> str:
     """Return the path of an imported module if it is the user's own and below a folder, or ""."""
     found = sys.modules.get(module)
     places = [getattr(found, "__file__", None), *getattr(found, "__path__", ())]
-    path = os.path.realpath(next(filter(None, places), folder))
+    place = next(filter(None, places), "")
+    path = os.path.realpath(place) if place else ""
     return path if is_own(path, folder) else ""
 
 
@@ -7674,7 +7690,8 @@ class ImportNotes(PayloadUnpickler):
 
         code = super()._make_code(*args)
         # an import loads its level (the number of leading dots), its names, and then the module
-        instructions = list(dis.get_instructions(code))
+        instructions = [each for each in dis.get_instructions(code)
+                        if each.opname not in ("EXTENDED_ARG", "CACHE")]
         for level, instruction in zip(instructions, instructions[2:]):
             if instruction.opname == "IMPORT_NAME":
                 dots = "." * level.argval if isinstance(level.argval, int) else ""
@@ -7707,7 +7724,8 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
 
     def note(event: str, args: Tuple[Any, ...]) -> None:
         path = str(args[0]) if event == "open" else ""
-        if is_own(path, folder) and not path.startswith(os.path.dirname(answer)):
+        is_source = path.endswith(".py")  # which a traceback shows
+        if is_own(path, folder) and not is_source and not path.startswith(os.path.dirname(answer)):
             told["reads"] = sorted({path, *told["reads"]})
 
     sys.addaudithook(note)
@@ -7751,8 +7769,7 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
 
     requirements = ["cloudpickle", *packing.requirements]
     for need in needs:
-        framework, _, serves = need.partition(" ")
-        requirements += list(FRAMEWORKS[framework].modules.values())[:None if serves else 1]
+        requirements += requirements_for(need)
     env = {name: text for name, text in environ.items() if CONTAINER_VARIABLES.fullmatch(name)}
     with contextlib.ExitStack() as stack:
         site, empty = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
@@ -7763,7 +7780,8 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
         with open(text, "w", encoding="ascii") as file:
             file.write(payload)
         # a pod always has AIS_TARGET_URL; nothing answers at this one
-        env.update(packing.variables, ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
+        env.update({name: text for name, text in packing.variables.items()
+                    if name not in FILES_OF_IMAGE}, ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
                    AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
 
         def send(number: int) -> bool:
@@ -7782,10 +7800,14 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
             with open(answer, encoding="utf-8") as file:
                 return cast(Dict[str, Any], json.load(file))
         except (OSError, ValueError):
-            code = process.returncode
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-            raise ClassError(f"the class ended the process that loads and constructs it, "
-                             f"{how}") from None
+            raise ClassError(f"the process that loads and constructs the class "
+                             f"{how_it_ended(process.returncode)}") from None
+
+
+def requirements_for(need: str) -> List[str]:
+    """Return the requirements of a framework: "fastapi", or "fastapi serves" if it serves."""
+    name, _, serves = need.partition(" ")
+    return [requirement for _, requirement in FRAMEWORKS[name].wanted(bool(serves))]
 
 
 def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) -> None:
@@ -7798,23 +7820,24 @@ def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) ->
     told = try_payload(payload, packing, needs, environ)
     while "needs" in told and told["needs"] not in needs:
         needs.append(told["needs"])
-        name, _, serves = needs[-1].partition(" ")
+        name, wanted = needs[-1].partition(" ")[0], requirements_for(needs[-1])
         logger.info("the class %s: a pod installs %s when it starts, unless the image has it",
                     told["why"], name)
-        wanted = list(FRAMEWORKS[name].modules.values())[:None if serves else 1]
         if lacking(wanted):
             raise PackageError(f"pack needs {name} here, to try the class: {pip_command(wanted)}")
         told = try_payload(payload, packing, needs, environ)
+    if "needs" in told:
+        raise ClassError(f"the class needs {told['needs']}, although it is there")
     for path in told["reads"]:
         logger.warning("the class reads %s, which a pod does not have: put it into the image", path)
     if "lacks" not in told:
         raise failure_of(told, packing)
     for name in told["lacks"]:
         top = name.partition(".")[0]
-        is_own = not top or any(os.path.exists(os.path.join(packing.folder, top + end))
-                                for end in (".py", ""))
+        lies_here = not top or any(os.path.exists(os.path.join(packing.folder, top + end))
+                                   for end in (".py", ""))
         remedy = ("import it at the top of the file and not in the function, to have it pickled"
-                  if is_own else f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
+                  if lies_here else f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
         logger.warning("a function imports %s when it runs, and a pod does not have that: %s",
                        name, remedy)
 
@@ -7849,11 +7872,14 @@ def packing_of(arguments: argparse.Namespace) -> Packing:
         if re.fullmatch(set_by_others, name):
             raise UsageError(f"--env {name}: pack, one of its options, or AIStore sets it")
         variables[name] = value
-    # the other variables are checked: files of the image need not be here
-    in_image = {each.name for each in VARIABLES if each.parse is existing_file}
-    Settings.from_env({name: text for name, text in variables.items() if name not in in_image})
+    Settings.from_env(
+        {name: text for name, text in variables.items() if name not in FILES_OF_IMAGE})
     folder = os.path.dirname(os.path.realpath(split_file(arguments.file)[0]))
     requirements = requirements_of(arguments.packages or "", "PACKAGES")
+    for requirement in requirements:
+        if re.match(r"[./~]|[\w+]+://", requirement):
+            raise UsageError(f"--packages {hide_credentials(requirement)}: pack needs the name of "
+                             f"the package, as in NAME @ URL")
     return Packing(arguments.file, folder, variables, requirements)
 
 
@@ -8075,7 +8101,7 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # the background thread of pyarrow's allocator would not end before a fork
     environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    if command == "prove":  # internal: `try_payload` runs it
+    if command == "prove" and len(arguments) > 2:  # internal: `try_payload` runs it
         return prove(arguments[1], arguments[2], arguments[3:], environ)
     if command == "pack":
         stdout, Current.output = Current.output, 2  # the result alone goes to stdout

@@ -76,7 +76,9 @@ class Judge:
     """Decides the answer by the class's own handle_direct_put_response."""
     def handle_direct_put_response(self, resp, data, data_length=-1):
         status, body, length = super().handle_direct_put_response(resp, data, data_length)
-        return (418, b"judged " + body, 0) if resp.status_code == 507 else (status, body, length)
+        if resp.status_code == 507:
+            return 418, "judged " + body.decode(), 0
+        return status, body or None, length
 
 class JudgeBuffered(Judge, Buffered):
     pass

@@ -425,6 +425,26 @@ def test_whatever_else_a_class_takes_of_fastapi_is_installed(before: str, code: 
     assert_told(done, Exit.UNAVAILABLE, "fastapi", "pip")  # there is no index
 
 
+def test_an_attribute_that_is_called_as_a_framework_needs_none(start_runtime: StartRuntime) -> None:
+    code = "import json; return json.dumps([self.flask.fastapi]).encode()"
+    more = "\n    class flask:\n        fastapi = 1\n"
+    runtime = start_runtime(simple(code, more=more))
+    assert runtime.request("PUT", "/b/o", b"").body == b"[1]"
+    assert "installing" not in runtime.log()
+
+
+def test_exceptions_of_ones_own_that_are_called_as_the_sdks_are_no_others(
+    start_runtime: StartRuntime
+) -> None:
+    before = ("class ETLDirectPutTransientError(Exception):\n    pass\n"
+              "class InvalidPipelineError(Exception):\n    pass\n")
+    for name in ("ETLDirectPutTransientError", "InvalidPipelineError"):
+        payload = simple("raise %s('of my own')" % name, before=before)
+        runtime = start_runtime(payload, expect_traceback=True)
+        answer = runtime.request("PUT", "/b/o", b"")
+        assert (answer.status, b"of my own" in answer.body) == (500, True), answer
+
+
 def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime) -> None:
     before, code = HTTP_EXCEPTION["module"]
     runtime = start_runtime(simple(code.replace("404", "503"), before=before), expect_traceback=True)

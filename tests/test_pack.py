@@ -275,6 +275,20 @@ def test_a_framework_that_is_needed_is_told_with_the_reason(write: Callable[...,
     assert packed.code == Exit.UNAVAILABLE and "pip install 'fastapi" in packed.reason
 
 
+def test_only_data_that_the_constructor_reads_is_told(write: Callable[..., Path]) -> None:
+    packed = pack(write(THREADED + UPPER + "    def __init__(self):\n        1 / 0\n"))
+    assert packed.code == Exit.SOFTWARE  # with a traceback, for which its file is read
+    assert "the class reads" not in "\n".join(packed.lines)
+
+
+def test_a_long_function_imports_what_a_short_one_does(write: Callable[..., Path]) -> None:
+    lines = "".join("        a%d = self.b%d\n" % (number, number) for number in range(400))
+    packed = pack(write(THREADED + "class Mine(Base):\n    def transform(self, data, path, args):\n"
+                        + lines + "        import json, PIL\n        return data\n"))
+    told = [line for line in packed.lines if "a function imports" in line]
+    assert len(told) == 1 and "imports PIL when" in told[0]
+
+
 def test_a_file_that_the_constructor_reads_is_told(write: Callable[..., Path]) -> None:
     model = write("", "model.bin")
     file = write(THREADED + UPPER + """
@@ -440,6 +454,7 @@ WRONG = {
     "payload": ["--env", "ETL_CLASS_PAYLOAD_2=x"], "target": ["--spec", "--env", "AIS_TARGET_URL=x"],
     "both": ["--spec", "--env-file"], "for a spec": ["--image", "x"],
     "lines": ["--env-file", "--env", "A=b\nc"], "options": ["--packages", "-r file"],
+    "no name": ["--packages", "git+https://example.com/a.git"],
     "unknown": ["--etl"], "arg type": ["--arg-type", "url"], "number": ["--env", "NUM_WORKERS=x"],
 }
 

@@ -24,6 +24,7 @@ GOOD: List[Tuple[str, str, str, Any]] = [
     ("NUM_WORKERS", "256", "workers", 256), ("NUM_WORKERS", " 07 ", "workers", 7),
     ("NUM_THREADS", "1", "threads", 1), ("NUM_THREADS", "1024", "threads", 1024),
     ("AIS_TARGET_URL", TARGET + "/", "target", TARGET),
+    ("AIS_TARGET_URL", "http://10.0.0.5/", "target", "http://10.0.0.5"),
     ("AIS_TARGET_URL", "https://[fd00::5]:51081/v1", "target", "https://[fd00::5]:51081/v1"),
     ("AIS_DIRECT_PUT_RETRIES", "0", "direct_put_retries", 0),
     ("AIS_DIRECT_PUT_RETRIES", "100", "direct_put_retries", 100),
