@@ -6531,6 +6531,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
 # Processes: workers construct the class and serve it; the supervisor forks the workers, watches
 # them, replaces those that die, and stops them.
 
+
 # -- how a process ends --
 
 
