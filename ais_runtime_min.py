@@ -7781,8 +7781,9 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
         with open(text, "w", encoding="ascii") as file:
             file.write(payload)
         # a pod always has AIS_TARGET_URL; nothing answers at this one
-        env.update({name: text for name, text in packing.variables.items()
-                    if name not in FILES_OF_IMAGE}, ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
+        env.update({name: given for name, given in packing.variables.items()
+                    if name not in FILES_OF_IMAGE})
+        env.update(ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
                    AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
 
         def send(number: int) -> bool:
