@@ -1834,14 +1834,16 @@ class ConnectionPool:
             self._idle.setdefault(connection.hop, []).append(connection)
 
     def close_idle(self) -> None:
-        """Close connections that have been idle for too long, or that the node has ended."""
-        with self._lock:
-            connections, self._idle = self._idle, {}
-        for connection in itertools.chain(*connections.values()):
-            if connection.is_usable():
-                self._keep(connection)
-            else:
-                connection.close()
+        """Close the connections that have been idle for too long, or that the node has ended."""
+        with self._lock:  # or a request would open a connection while one is looked at here
+            connections = list(itertools.chain(*self._idle.values()))
+            self._idle = {}
+            ended = [each for each in connections if not each.is_usable()]
+            for connection in connections:
+                if connection not in ended:
+                    self._idle.setdefault(connection.hop, []).append(connection)
+        for connection in ended:
+            connection.close()
 
 
 # == 7. The ETL class contract ==

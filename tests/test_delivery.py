@@ -14,6 +14,7 @@ import re
 import socket
 import struct
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
 
-from ais_runtime_min import Hop, NodeConnection, NodeRequest
+from ais_runtime_min import ConnectionPool, Hop, NodeConnection, NodeRequest, Settings
 from conftest import StartTarget
 from harness import QUICK_NUMBERS, Body, Environ, Numbers, Response, Runtime, make_payload
 from standin import BASE_PATH, At, Behaviour, Certificates, Recorded, StandInTarget
@@ -662,6 +663,30 @@ def test_a_connection_to_a_hop_is_used_again(pods: Pods, start_target: StartTarg
             assert statuses_in_a_row(pod, entry_of(hop, kind), bytes(size), 10) == [status] * 10
             assert hop.connections == 1
             assert [len(request.body) for request in hop.requests] == [size] * 10
+
+
+def test_a_connection_is_used_again_while_idle_ones_are_looked_at(start_target: StartTarget) -> None:
+    hop = start_target()
+    hop.default = Behaviour(status=200, body=b"content")
+    pool = ConnectionPool(Settings())
+    request = NodeRequest("GET", Hop.of(hop.root), "/object")
+    is_over = threading.Event()
+
+    def sweep() -> None:
+        while not is_over.is_set():
+            pool.close_idle()
+
+    with ThreadPoolExecutor(1) as sweeper:
+        sweeping = sweeper.submit(sweep)
+        try:
+            for _ in range(300):
+                with pool.open(request) as answer:
+                    assert answer.readall() == b"content"
+                time.sleep(0.001)  # in which the other thread looks at it many times
+        finally:
+            is_over.set()
+        sweeping.result()
+    assert hop.connections == 1
 
 
 def test_a_connection_that_is_idle_for_long_is_closed(pods: Pods) -> None:
