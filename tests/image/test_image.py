@@ -280,7 +280,8 @@ def test_the_lines_of_the_reference_add_packages_and_a_health_check(
         assert stated in lines
         lines = lines.replace(stated, small)
     image = vendor(engine, tmp_path, "filled", lines)
-    assert "/health" in str(engine.inspect(image)["Healthcheck"])
+    described = json.loads(engine.podman("image", "inspect", image).stdout)[0]
+    assert "/health" in str(described["Healthcheck"])
     source = RUN.replace("        import subprocess\n", "        import six, subprocess\n")
     container = boot(image, make_payload(source, "Run"), *ROOTLESS)
     assert answer(container, b"hello-apk") == b"hello from apk\n"
