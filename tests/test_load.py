@@ -344,7 +344,8 @@ def test_the_first_connections_of_a_pod_spread_over_all_workers(
         start: Callable[..., Runtime]) -> None:
     least = []
     for _ in range(5):
-        server, pids = start(2), Counter[str]()
+        server, pids = start(2, LOG_LEVEL="DEBUG"), Counter[str]()
+        server.wait_for_line("all workers are ready")  # the pod opens with the first one
         with contextlib.ExitStack() as stack:
             for _ in range(16):  # one after the other, and all stay open
                 client = stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port)))
