@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         for name in COPIED:
             shutil.copy(run.ROOT / name, folder)
+        shutil.copytree(run.ROOT / "docs", Path(folder, "docs"))
         shutil.copytree(arguments.tests, Path(folder, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
         Path(folder, ".venv").symlink_to(run.ROOT / ".venv")  # for the interpreters of other versions
         for mutation in read_cases(CASES.read_text(encoding="utf-8")):
