@@ -384,6 +384,26 @@ def test_a_process_that_the_class_leaves_behind_does_not_hold_it_up(
     assert packed.code == 0 and packed.out
 
 
+def test_a_class_that_crashes_leaves_no_process_behind(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(THREADED + UPPER + """
+    def __init__(self):
+        import os, signal, subprocess
+        child = subprocess.Popen(["sleep", "600"])
+        with open(os.environ["PID"], "w") as file:
+            file.write(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+""")
+    packed = pack(file, "--env", "PID=%s" % (tmp_path / "pid"))
+    assert packed.code == Exit.SOFTWARE and "SIGKILL" in packed.reason
+    deadline = time.monotonic() + 10  # an orphan is reaped by another process
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("where", ["/dev/full", "", "/nonexistent/x"])
 def test_a_result_that_cannot_be_written_is_told(
     where: str, write: Callable[..., Path], tmp_path: Path
