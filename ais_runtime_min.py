@@ -136,6 +136,7 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit, ur
 
 if TYPE_CHECKING:
     import argparse
+    import subprocess
 
 __version__ = "0.1.0"
 
@@ -709,6 +710,25 @@ def stop_signals_deferred() -> Iterator[None]:
             signal.raise_signal(late)
 
 
+def start_in_group(stack: contextlib.ExitStack, stop_seconds: float, command: Sequence[str],
+                   **options: Any) -> subprocess.Popen[bytes]:
+    """Start a child in a process group of its own, which ends when `stack` is closed.
+
+    What is left of the group then gets `stop_seconds` before SIGKILL. `options` are those of Popen.
+    """
+    import subprocess
+
+    def send(number: int) -> bool:
+        signal_group(process.pid, number)
+        return process.poll() is None
+
+    with stop_signals_deferred():
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
+        stack.callback(end_all, send, stop_seconds)
+    return process
+
+
 def last_lines(output: int) -> List[str]:
     """Return the last lines of an installer's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
@@ -750,10 +770,6 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     import subprocess
     import tempfile
 
-    def send(number: int) -> bool:
-        signal_group(process.pid, number)
-        return process.poll() is None
-
     name = "pip" if command[0] == sys.executable else command[0]
     listed = hide_credentials(" ".join(packages))
     if len(listed) > 200:
@@ -761,11 +777,8 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     with contextlib.ExitStack() as stack:
         try:
             output = stack.enter_context(tempfile.TemporaryFile()).fileno()
-            with stop_signals_deferred():
-                process = subprocess.Popen(
-                    command, env=environ, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, start_new_session=True)
-                stack.callback(end_all, send, TOOL_STOP_SECONDS)
+            process = start_in_group(stack, TOOL_STOP_SECONDS, command, env=environ,
+                                     stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
             raise PackageError(f"{why}: {name} cannot be run: {error.strerror}") from None
         began = time.monotonic()
@@ -7550,9 +7563,8 @@ SPEC_RULES = {  # option: its default, what AIStore and Kubernetes accept, and t
 }
 # What a container has in its environment besides the pod's variables. The trial of a payload gets
 # these variables of the user's, and no others.
-CONTAINER_VARIABLES = re.compile(
-    "PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy", re.I)
-
+CONTAINER_VARIABLES = (
+    "(?i)PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy")
 
 # variables that name a file of the image, which need not be here
 FILES_OF_IMAGE = {each.name for each in VARIABLES if each.parse is existing_file}
@@ -7604,10 +7616,11 @@ def is_own(path: str, folder: str) -> bool:
 
     Files of the standard library and of installed packages are not the user's.
     """
+    if not path.startswith(os.path.join(folder, "")):
+        return False
     library = os.path.dirname(os.path.realpath(os.__file__))
     is_of_library = path.startswith(os.path.join(library, ""))
-    is_installed = re.search(r"/(site|dist)-packages/", path[len(folder):])
-    return path.startswith(os.path.join(folder, "")) and not is_of_library and not is_installed
+    return not is_of_library and not re.search(r"/(site|dist)-packages/", path[len(folder):])
 
 
 def own_path(module: str, folder: str) -> str:
@@ -7767,13 +7780,13 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
     it. Raise ClassError if it leaves no findings.
     """
     import shutil
-    import subprocess
     import tempfile
 
     requirements = ["cloudpickle", *packing.requirements]
     for need in needs:
         requirements += requirements_for(need)
-    env = {name: text for name, text in environ.items() if CONTAINER_VARIABLES.fullmatch(name)}
+    env = {name: text for name, text in environ.items()
+           if re.fullmatch(CONTAINER_VARIABLES, name)}
     with contextlib.ExitStack() as stack:
         site, empty = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
         lend_packages(requirements, site)
@@ -7787,17 +7800,9 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
                     if name not in FILES_OF_IMAGE})
         env.update(ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
                    AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
-
-        def send(number: int) -> bool:
-            signal_group(process.pid, number)
-            return process.poll() is None
-
-        with stop_signals_deferred():
-            # -S leaves out the packages that are installed here
-            process = subprocess.Popen(
-                [sys.executable, "-S", script, "prove", answer, packing.folder, *needs], cwd=empty,
-                env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
-            stack.callback(end_all, send, CHILDREN_SECONDS)
+        # -S leaves out the packages that are installed here
+        command = [sys.executable, "-S", script, "prove", answer, packing.folder, *needs]
+        process = start_in_group(stack, CHILDREN_SECONDS, command, cwd=empty, env=env, stdout=2)
         while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
             logger.info("the class is still being constructed")
         try:

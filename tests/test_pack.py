@@ -17,7 +17,7 @@ from ais_runtime_min import Exit
 from documents import REFERENCE, read_document
 from harness import RUNTIME, UNUSED_TARGET, Runtime, exact_environment, interpreter
 from test_installing import make_environment, make_wheel, offline
-from test_readme import as_json, requests_of_script
+from test_readme import as_json, request_of_script
 
 StartRuntime = Callable[..., Runtime]
 ETLS = Path(__file__).resolve().parent / "etls"
@@ -437,7 +437,7 @@ def test_a_spec_is_what_the_sdk_sends_for_the_same_class(
     for each in spec["runtime"]["env"]:  # as Kubernetes does
         each["value"] = each["value"].replace("$$", "$")
     payload = spec["runtime"]["env"][0]["value"]
-    sent, = requests_of_script("""
+    sent = request_of_script("""
 from aistore.sdk import Client
 etl = Client("http://my-cluster:51080").etl("upper-case")
 etl.init(%r, comm_type="ws", init_timeout="2m", obj_timeout="1h", direct_put=True,

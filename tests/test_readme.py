@@ -119,9 +119,8 @@ def test_the_first_command_says_what_the_readme_shows_and_its_curl_lines_work() 
 # == Use it in a cluster ==
 
 
-def requests_of_script(script: str, tmp_path: Path) -> List[Dict[str, Any]]:
-    """Run a script with the real SDK; return the bodies of the requests that it sends to AIStore."""
-    bodies: List[Dict[str, Any]] = []
+def request_of_script(script: str, tmp_path: Path) -> Dict[str, Any]:
+    """Run a script with the real SDK; return the body of the request that it sends to AIStore."""
     file = tmp_path / "script.py"
     python = interpreter("sdk")
     with socket.create_server(("127.0.0.1", 0)) as cluster:
@@ -136,12 +135,12 @@ def requests_of_script(script: str, tmp_path: Path) -> List[Dict[str, Any]]:
                     connection.settimeout(10)
                     head, body = read_request(connection)
                     assert head.startswith(b"PUT /v1/etl ")
-                    bodies.append(json.loads(body))
+                    sent: Dict[str, Any] = json.loads(body)
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nid")
                     assert process.wait(30) == 0
             finally:
                 process.kill()
-    return bodies
+    return sent
 
 
 def read_request(connection: socket.socket) -> Tuple[bytes, bytes]:
@@ -159,12 +158,12 @@ def test_the_examples_init_class_does_what_the_sdks_own_does_but_for_the_image(
     tmp_path: Path
 ) -> None:
     script = example(README, "Use it in a cluster", 1).text
-    ours, = requests_of_script(script, tmp_path)
+    ours = request_of_script(script, tmp_path)
     calls = re.findall(r"(?m)^@init_class\(etl, (.*)\)  # before: @etl.init_class\(\.\.\.\)$", script)
     assert len(calls) == 1
     any_python = ("import sys, aistore.sdk.etl.etl as module\n"
                   "module.ETL_SUPPORTED_PYTHON_VERSIONS = ['%d.%d' % sys.version_info[:2]]\n")
-    theirs, = requests_of_script(any_python + re.sub(
+    theirs = request_of_script(any_python + re.sub(
         r"(?m)^@init_class\(.*$", "@etl.init_class(%s)" % calls[0], script), tmp_path)
     runtimes = [ours.pop("runtime"), theirs.pop("runtime")]
     assert ours == theirs and ours["support_direct_put"] is True
@@ -201,7 +200,7 @@ etl = Client("http://my-cluster:51080").etl(%r)
 etl.init(%r, comm_type=%r, init_timeout=%r, obj_timeout=%r, direct_put=%r, ETL_CLASS_PAYLOAD=%r)
 """ % (spec["name"], runtime["image"], str(spec["communication"])[:-3], spec["init_timeout"],
        spec["obj_timeout"], spec["support_direct_put"], runtime["env"][0]["value"])
-    sent, = requests_of_script(script, tmp_path)
+    sent = request_of_script(script, tmp_path)
     assert sent == spec
 
 
