@@ -729,6 +729,15 @@ def start_in_group(stack: contextlib.ExitStack, stop_seconds: float, command: Se
     return process
 
 
+def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait up to some seconds for a child to end; return whether it has."""
+    import subprocess
+
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
+
+
 def last_lines(output: int) -> List[str]:
     """Return the last lines of an installer's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
@@ -782,14 +791,13 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
         except OSError as error:
             raise PackageError(f"{why}: {name} cannot be run: {error.strerror}") from None
         began = time.monotonic()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TOOL_PROGRESS_SECONDS)
-            code, seconds, lines = process.returncode, time.monotonic() - began, last_lines(output)
-            if code is not None or seconds >= TOOL_SECONDS:
+        while not has_ended(process, TOOL_PROGRESS_SECONDS):
+            seconds = time.monotonic() - began
+            if seconds >= TOOL_SECONDS:
                 break
-            last = f": {lines[-1].strip()}" if lines else ""
+            last = "".join(f": {line.strip()}" for line in last_lines(output)[-1:])
             logger.info("%s has been running for %.0f s%s", name, seconds, last)
+        code, lines = process.returncode, last_lines(output)
     if code == 0:
         return lines
     logger.error("%s failed:\n%s", name, "\n".join(lines) or "(it printed nothing)",
@@ -881,7 +889,7 @@ def requirements_of(text: str, why: str) -> List[str]:
     Raise PackageError, whose text begins with `why`, if a requirement contains an option of pip.
     """
 
-    def is_whole(part: str) -> bool:
+    def is_complete(part: str) -> bool:
         # an option (refused below), a path, a URL, a bare name, or a requirement that pip can parse
         part = part.strip()
         return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
@@ -890,8 +898,8 @@ def requirements_of(text: str, why: str) -> List[str]:
     for part in filter(str.strip, text.split(",")):
         last = found[-1] if found else ""
         # another version, or the rest of a URL, even if the text before it is whole by itself
-        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_whole(part))
-        if last and (goes_on or not is_whole(last)):
+        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_complete(part))
+        if last and (goes_on or not is_complete(last)):
             found[-1] += "," + part
         else:
             found.append(part)
@@ -1896,13 +1904,6 @@ FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.c
 }
 
 
-def framework_of(cls: type) -> str:
-    """Return the framework of an ETL class's base, or "" if it has none."""
-    if issubclass(cls, FastAPIServer):
-        return "fastapi"
-    return "flask" if issubclass(cls, FlaskServer) else ""
-
-
 class Share:
     """One worker's number of connections, in memory that all workers of a pod share.
 
@@ -1951,7 +1952,7 @@ class Current:
     # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
     began = 0.0  # when this program began, in seconds since the system's start
-    output = 1  # the descriptor of the log
+    output = -1  # a copy of the log's descriptor, which the class cannot close; -1 without a log
     last_line = ""  # the last line of the log, with the reason of a failed start
 
 
@@ -1967,6 +1968,13 @@ def how_to_get(package: str) -> str:
     """Return how the user gets a package: in a pod by PACKAGES, on a laptop by pip."""
     is_laptop = Current.settings is not None and not Current.settings.is_pod
     return pip_command([package]) if is_laptop else f"add {package} to PACKAGES"
+
+
+def framework_of(cls: type) -> str:
+    """Return the framework of an ETL class's base, or "" if it has none."""
+    if issubclass(cls, FastAPIServer):
+        return "fastapi"
+    return "flask" if issubclass(cls, FlaskServer) else ""
 
 
 # The runtime keeps two things in the `vars` of an instance, under names that cannot be attributes
@@ -2957,19 +2965,19 @@ class LoadedObject(io.BytesIO):
 class ReceivedObject(LoadedObject):
     """An object that was read into memory, and that waits for its transform.
 
-    Until the transform begins, the object may take memory in a Room. `leave` gives this memory
-    back; it may be called twice.
+    Until the transform begins, the object may take memory in a Room. `release` gives this
+    memory back; it may be called twice.
     """
 
-    def __init__(self, data: bytes = b"", leave: Optional[Callable[[], object]] = None) -> None:
+    def __init__(self, data: bytes = b"", release: Optional[Callable[[], object]] = None) -> None:
         super().__init__(data)
-        self._leave = leave  # None if the object is too small to be counted
+        self._release = release  # None if the object is too small to be counted
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that gives the memory back, then calls `function`."""
         def call(*args: Any) -> Any:
-            if self._leave is not None:
-                self._leave()
+            if self._release is not None:
+                self._release()
             return function(*args)
 
         return call
@@ -2977,8 +2985,8 @@ class ReceivedObject(LoadedObject):
     def close(self) -> None:
         """Give the memory back even if no transform has begun."""
         super().close()
-        if self._leave is not None:
-            self._leave()
+        if self._release is not None:
+            self._release()
 
 
 RequestBody = Union[MessageBody, ReceivedObject]
@@ -4093,6 +4101,14 @@ def answer_head(status: int, fields: Iterable[Tuple[str, str]]) -> bytes:
     return f"HTTP/1.1 {int(status)} {reason}\r\nDate: {date}\r\n{lines}\r\n".encode("latin-1")
 
 
+def peer_of(connection: socket.socket) -> Any:
+    """Return the address of a client, which may be gone."""
+    try:
+        return connection.getpeername()
+    except OSError:
+        return "", 0
+
+
 def log_request(method: str, path: str, status: int, size: int, began: float) -> None:
     """Log an answer at DEBUG; `began` is when answering began, by time.monotonic()."""
     milliseconds = 1000 * (time.monotonic() - began)
@@ -4360,10 +4376,7 @@ class HTTPConnection(Connection):
 
     def _refused(self, error: UnframedRequest) -> HTTPRequest:
         """Return a stand-in for a request that cannot be framed, and log the error."""
-        client: Any = None
-        with contextlib.suppress(OSError):  # the client may be gone
-            client = self.socket.getpeername()
-        logger.warning("request of %s: %s", client, error)
+        logger.warning("request of %s: %s", peer_of(self.socket), error)
         answer = error_answer(error.status, str(error), error.headers)
         return HTTPRequest(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
 
@@ -5550,8 +5563,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def may_upgrade(self) -> bool:
         """Return whether one more connection may become a WebSocket connection."""
-        count = sum(isinstance(each, WebSocketConnection) for each in list(self.connections))
-        return not self.is_draining and count < WEBSOCKET_LIMIT
+        return not self.is_draining and len(self._websockets()) < WEBSOCKET_LIMIT
+
+    def _websockets(self) -> List[Connection]:
+        return [each for each in list(self.connections) if isinstance(each, WebSocketConnection)]
 
     def is_crowded(self) -> bool:
         """Return whether more than half of the threads are busy.
@@ -5584,10 +5599,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
         if self.is_draining and not self.is_late and now > late:
             self.is_late = True
-            for connection in list(self.connections):
+            for connection in self._websockets():
                 # a thread that waits for the client then reads the end of the input
-                if isinstance(connection, WebSocketConnection):
-                    attempt(connection.socket.shutdown, socket.SHUT_RD)
+                with contextlib.suppress(OSError):  # the client may be gone
+                    connection.socket.shutdown(socket.SHUT_RD)
         for connection in self._registered():
             if not self._take_turn(connection, term, connection.expire, now):
                 self._next_sweep = 0.0  # the thread that leads now sweeps instead
@@ -6440,7 +6455,7 @@ class WSGIApplication:
                  connection: socket.socket) -> Dict[str, Any]:
         """Return the environ of a request (PEP 3333), without its body."""
         host, port = connection.getsockname()[:2]
-        peer = attempt(connection.getpeername).value or ("", 0)
+        peer = peer_of(connection)
         # a name with "_" is left out, since it would become the same key as one with "-"
         fields = {"HTTP_" + name.upper().replace("-", "_"): value
                   for name, value in head.fields.items() if "_" not in name}
@@ -6563,7 +6578,8 @@ def exit_now(code: int) -> NoReturn:
     """End this process at once; write the reason of a failed start last, if there is one."""
     attempt(flush_output)
     if Current.last_line:  # not through sys.stdout, which the class may have closed
-        attempt(os.write, Current.output, f"{Current.last_line}\n".encode("utf-8", "replace"))
+        with contextlib.suppress(OSError):
+            os.write(Current.output, f"{Current.last_line}\n".encode("utf-8", "replace"))
     os._exit(code)
 
 
@@ -6579,7 +6595,7 @@ def descendants() -> List[int]:
     group = own if os.getpgrp() == own and Current.reports is not None else 0
     ticks = os.sysconf("SC_CLK_TCK")  # per second
     table: Dict[int, Tuple[int, int, float]] = {}  # by process id: parent, group, start in seconds
-    for name in filter(str.isdigit, attempt(os.listdir, "/proc").value or ()):
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
             table[int(name)] = int(fields[1]), int(fields[2]), int(fields[19]) / ticks
@@ -6602,10 +6618,14 @@ def end_children() -> None:
         # keep the ids between calls: after a parent has ended, its child may not be found again
         pids.update(descendants() if number else ())
         # reap the children that have ended: the signal below would still reach a zombie
-        while (attempt(os.waitpid, -1, os.WNOHANG).value or (0,))[0]:
-            pass
-        pids.intersection_update(
-            [pid for pid in pids if attempt(os.kill, pid, number).error is None])
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        for pid in tuple(pids):
+            try:
+                os.kill(pid, number)
+            except OSError:
+                pids.discard(pid)
         return bool(pids)
 
     end_all(send, CHILDREN_SECONDS)
@@ -6629,7 +6649,8 @@ def start_timer(seconds: float, function: Callable[..., Any], *args: Any) -> Non
     """Call a function on a thread after some seconds; do nothing if no thread can be started."""
     timer = threading.Timer(seconds, function, args)
     timer.daemon = True
-    attempt(timer.start)
+    with contextlib.suppress(RuntimeError, MemoryError):
+        timer.start()
 
 
 def leave(code: int, seconds: float) -> NoReturn:
@@ -7140,7 +7161,8 @@ class Supervisor:
             for end in (self._life[1], self._gate[1], reports, *others):
                 if end >= 0:
                     os.close(end)
-            attempt(os.close, Current.output)  # the supervisor writes the last line
+            if Current.output >= 0:
+                os.close(Current.output)  # the supervisor writes the last line
             drop_inherited_cleanup()
             Current.reports, Current.listener = reporter, self._listener
             Current.gate, Current.share = self._gate[0], self._shares[slot]
@@ -7306,6 +7328,14 @@ def prepare(settings: Settings, may_install: bool) -> None:
         install_python_packages(settings.packages)
 
 
+def current_folder() -> str:
+    """Return the current folder, or "" if it has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
 class Start(NamedTuple):
     """How this process was started, recorded before the class can change any of that."""
 
@@ -7336,7 +7366,7 @@ class Start(NamedTuple):
                             Current.began])
         flush_output()
         try:
-            if attempt(os.getcwd).value != self.folder:
+            if current_folder() != self.folder:
                 os.chdir(self.folder)
             os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
         except OSError as error:
@@ -7347,16 +7377,17 @@ class Start(NamedTuple):
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     """Read what `Start.over` has left for this program, and use its folder of packages."""
-    values = attempt(json.loads, known).value
-    if not (isinstance(values, list) and len(values) == 6):
-        raise UsageError(f"{FRESH_START} is internal to this runtime and must not be set")
-    served, folder, requirements, signals, writer, Current.began = values
+    try:
+        served, folder, requirements, signals, writer, Current.began = json.loads(known)
+    except (ValueError, TypeError):
+        raise UsageError(f"{FRESH_START} is internal to this runtime and must not be "
+                         f"set") from None
     if folder:
         target_folder.take_over(folder, requirements)
         use_packages_of(folder, environ)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    for number in attempt(os.read, signals, READ_BYTES).value or b"":
-        if number in STOP_SIGNALS:
+    with contextlib.suppress(BlockingIOError):  # no signal has come
+        for number in set(STOP_SIGNALS).intersection(os.read(signals, READ_BYTES)):
             signal.raise_signal(number)
     os.close(signals)
     os.close(writer)
@@ -7489,9 +7520,9 @@ def first_file(folder: str) -> str:
         subfolders.sort()
         for path in (os.path.join(where, name) for name in sorted(names)):
             name = os.path.relpath(path, root)
+            can_be_read = os.path.isfile(path) and os.access(path, os.R_OK)
             is_within = is_object_path(os.path.realpath(path), (root,))
-            can_be_read = is_within and attempt(existing_file, path).error is None
-            if can_be_read and f"/{name}" not in PATH_METHODS:
+            if can_be_read and is_within and f"/{name}" not in PATH_METHODS:
                 return name
     return ""
 
@@ -7771,6 +7802,12 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
     return Exit.OK
 
 
+def requirements_for(need: str) -> List[str]:
+    """Return the requirements of a framework: "fastapi", or "fastapi serves" if it serves."""
+    name, _, serves = need.partition(" ")
+    return [requirement for _, requirement in FRAMEWORKS[name].wanted(bool(serves))]
+
+
 def try_payload(payload: str, packing: Packing, needs: Sequence[str],
                 environ: Mapping[str, str]) -> Dict[str, Any]:
     """Run `prove` in a new process that can import no more than a pod can; return its findings.
@@ -7803,7 +7840,7 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
         # -S leaves out the packages that are installed here
         command = [sys.executable, "-S", script, "prove", answer, packing.folder, *needs]
         process = start_in_group(stack, CHILDREN_SECONDS, command, cwd=empty, env=env, stdout=2)
-        while attempt(process.wait, TOOL_PROGRESS_SECONDS).error is not None:
+        while not has_ended(process, TOOL_PROGRESS_SECONDS):
             logger.info("the class is still being constructed")
         try:
             with open(answer, encoding="utf-8") as file:
@@ -7813,10 +7850,18 @@ def try_payload(payload: str, packing: Packing, needs: Sequence[str],
                              f"{how_it_ended(process.returncode)}") from None
 
 
-def requirements_for(need: str) -> List[str]:
-    """Return the requirements of a framework: "fastapi", or "fastapi serves" if it serves."""
-    name, _, serves = need.partition(" ")
-    return [requirement for _, requirement in FRAMEWORKS[name].wanted(bool(serves))]
+def failure_of(told: Mapping[str, Any], packing: Packing) -> StartupError:
+    """Return the failure with which a pod would end."""
+    # without the advice to have a module pickled by value, as pack does itself
+    reason = told["reason"].partition("; if it is a module of your own")[0]
+    module = re.search(r"the module '([\w.]+)'", reason)
+    elsewhere = own_path(module[1], "/") if module else ""
+    if module and elsewhere:
+        reason = (f"it has no module {module[1]}, which is {elsewhere}: put it beside "
+                  f"{packing.file}, to have it pickled too")
+    failure = StartupError(f"a pod would not start: {reason}")
+    failure.exit, failure.story = told["exit"], told["story"]
+    return failure
 
 
 def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) -> None:
@@ -7849,20 +7894,6 @@ def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) ->
                   if lies_here else f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
         logger.warning("a function imports %s when it runs, and a pod does not have that: %s",
                        name, remedy)
-
-
-def failure_of(told: Mapping[str, Any], packing: Packing) -> StartupError:
-    """Return the failure with which a pod would end."""
-    # without the advice to have a module pickled by value, as pack does itself
-    reason = told["reason"].partition("; if it is a module of your own")[0]
-    module = re.search(r"the module '([\w.]+)'", reason)
-    elsewhere = own_path(module[1], "/") if module else ""
-    if module and elsewhere:
-        reason = (f"it has no module {module[1]}, which is {elsewhere}: put it beside "
-                  f"{packing.file}, to have it pickled too")
-    failure = StartupError(f"a pod would not start: {reason}")
-    failure.exit, failure.story = told["exit"], told["story"]
-    return failure
 
 
 def packing_of(arguments: argparse.Namespace) -> Packing:
@@ -8070,12 +8101,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
     for variable in VARIABLES:  # an option is parsed as the variable for the same field
         given = getattr(arguments, variable.field, None)
-        value, error = attempt(variable.parse, given) if given is not None else Outcome()
-        if error is not None:
+        try:
+            setattr(arguments, variable.field, None if given is None else variable.parse(given))
+        except ValueError as error:
             what = "" if variable.secret else f"={given!r}"
             also = "a folder that is there, or " if variable.field == "target" else ""
-            raise UsageError(f"--{variable.field}{what} must be {also}{error}")
-        setattr(arguments, variable.field, value)
+            raise UsageError(f"--{variable.field}{what} must be {also}{error}") from None
     return arguments
 
 
@@ -8105,7 +8136,7 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     command = arguments[0] if arguments else ""
     if arguments == ["install"]:
         return install(environ)
-    start = Start(own_command(arguments), dict(environ), attempt(os.getcwd).value or "")
+    start = Start(own_command(arguments), dict(environ), current_folder())
     served = take_fresh_start(known, environ) if known else None
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # the background thread of pyarrow's allocator would not end before a fork
@@ -8125,11 +8156,12 @@ def main(argv: Optional[Sequence[str]] = None,
     """Run the command line; return the exit code."""
     # CRI-O starts pods with a soft limit of 1024 open files
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # fails on macOS, whose kernel takes less than the hard limit
-    attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS's kernel takes less than the hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if sys.platform.startswith("linux"):
         Current.began = time.clock_gettime(time.CLOCK_BOOTTIME)
-    Current.output = attempt(os.dup, 1).value or -1
+    with contextlib.suppress(OSError):  # the program was started without a stdout
+        Current.output = os.dup(1)
     for number in STOP_SIGNALS:
         signal.signal(number, terminate)  # until the supervisor handles them
     for stream in (sys.stdout, sys.stderr):
