@@ -64,26 +64,19 @@ if __name__ == "__main__":
     gc.disable()
 
     class LateModule(types.ModuleType):
-        """A stand-in for a module that is loaded when an attribute is first read or set.
+        """A stand-in for a module that is loaded when an attribute is first read.
 
-        Modules that have imported the stand-in keep it, and it forwards every attribute. The user's
-        class imports the module itself, since `leave_late_modules` has removed the stand-ins by
-        then.
+        Modules that have imported the stand-in keep it. The user's class imports the module itself,
+        since `leave_late_modules` has removed the stand-ins by then.
         """
 
         _lock = threading.Lock()
 
         def __getattr__(self, name: str) -> object:
-            return getattr(self._load(), name)
-
-        def __setattr__(self, name: str, value: object) -> None:
-            setattr(self._load(), name, value)
-
-        def _load(self) -> types.ModuleType:
             with self._lock:  # else a slow thread could remove the module that a fast one loads
                 if sys.modules.get(self.__name__) is self:
                     del sys.modules[self.__name__]
-            return importlib.import_module(self.__name__)
+            return getattr(importlib.import_module(self.__name__), name)
 
     # The standard library and cloudpickle import these modules, but few pods use them. Loading them
     # would take a fifth of the start-up time and of the memory.
@@ -154,8 +147,6 @@ QPARAM_ARGS = "etl_args"  # the user's argument for the transform
 QPARAM_LATEST = "latest-ver"  # whether to ask the target for the object, and not read its file
 QPARAM_ORIGINAL_URL = "original_url"  # of /download: the URL to fetch
 QPARAM_OBJECT_TO = "object_to"  # of /download: the object's path
-# for /download: some servers refuse requests without a User-Agent
-AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
 FRESH_START = "AIS_RUNTIME_FRESH_START"  # the state that `Start.over` leaves to the next program
 
@@ -164,16 +155,11 @@ HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
 READ_BYTES = 64 << 10  # of one receive: a small object usually comes together with its head
 WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
 DRAIN_LIMIT_BYTES = 1 << 20  # of a body, read on after an error; beyond this, closing is cheaper
-LINGER_LIMIT_BYTES = 64 << 20  # read before closing, so that a client still sending gets the answer
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # of a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore cuts far earlier
-# a smaller answer of the next stage is read to its end before our answer begins: if that fails, a
-# status can still tell it
-SMALL_ANSWER_BYTES = 64 << 10
 WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
 UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads, unmasked as one integer
-AHEAD_LIMIT_MESSAGES = 64  # of a WebSocket connection, read but unanswered; 16 transforms run
-AHEAD_LIMIT_BYTES = 16 << 20  # of these objects and their results; one object is always read
+AHEAD_LIMIT_BYTES = 16 << 20  # of objects of a WebSocket connection that are read ahead
 BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes at most 1024
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
@@ -187,25 +173,16 @@ CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
-# to connect, in all retries of a delivery together. The default, three retries, then ends within
-# 8 s of the first failure (1 + 2 + 4 + 1); AIStore's own limit for an object may be 10 s.
-RETRY_CONNECT_SECONDS = 1.0
 FORSAKEN_SECONDS = 10.0  # until the pod ends after failures have closed all WebSocket connections
 WEBSOCKET_DRAIN_SECONDS = 15.0  # for WebSocket clients that go on sending while the pod stops
 GRACE_SECONDS = 25.0  # from SIGTERM to the pod's end: a node drain leaves 30 s
 WORKER_GRACE_SECONDS = 23.0  # of these, for the requests of a worker; its exit hooks have the rest
 LEAVE_SECONDS = 2.0  # for a process without requests to end
-REPEAT_SECONDS = 0.3  # stop signals this close are one, sent to the process and to its group
 CHILDREN_SECONDS = 0.3  # for a class's child processes to end on SIGTERM, when its worker ends
-THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; those of executors have more
 TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once if forking is safe
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, not half an hour
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines which say that an installer still runs
-TOOL_QUERY_SECONDS = 60.0  # for the query whether a package is installed, which only reads a file
-TOOL_LINES_LIMIT = 40  # last lines of an installer's output that are kept: errors are among them
-TOOL_OUTPUT_BYTES = 128 << 10  # of the end of an installer's output, which has these lines
-TOOL_LINE_LIMIT_BYTES = 2000  # of one of these lines
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
@@ -213,17 +190,11 @@ WEBSOCKET_LIMIT = 512  # WebSocket connections of a worker: half of the threads 
 QUICK_SECONDS = 0.0005  # the leader itself calls a class that is faster: a handover costs more
 TURN_SECONDS = 0.05  # in which the leader calls the class for one connection, while others wait
 LEAD_SECONDS = 0.01  # until a leader that is held up loses the lead to its deputy
-YIELD_SECONDS = 0.001  # for another worker with fewer connections to accept the next one
 CROWD_LIMIT = 64  # connections accepted in a row, or idle ones closed to make room
-EXCESS_LIMIT = 8  # connections that a busy worker may have beyond another, which may be as busy
-DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
-DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for I/O
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # before a dead worker is replaced; the delay doubles up to this
 DEATHS_LIMIT = 10  # workers that die in a row, none having answered a request; then the pod ends
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # shortages that pass
-DOWNLOAD_REDIRECTS_LIMIT = 5  # more are probably a loop
 TERMINATION_LOG = "/dev/termination-log"
-TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more
 
 # outside the root logger's tree: neither the class's setup nor logging.disable() can silence it
 logger = logging.Manager(cast(Any, logging.root)).getLogger("ais_runtime_min")
@@ -548,7 +519,7 @@ class Settings(NamedTuple):
     payload_file: str = ""
     packages: str = ""
     os_packages: str = ""
-    workers: int = DEFAULT_WORKERS
+    workers: int = 4  # as AIStore documents for NUM_WORKERS
     threads: Optional[int] = None  # None: the environment does not say
     target: str = ""
     direct_put: bool = False
@@ -740,14 +711,14 @@ def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 def last_lines(output: int) -> List[str]:
     """Return the last lines of an installer's output file, without credentials."""
-    start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
-    found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
+    start = max(0, os.fstat(output).st_size - (128 << 10))
+    found = re.split(b"[\r\n]+", os.pread(output, 128 << 10, start))
     if start:
         del found[0]  # the beginning of this line was not read
     lines = []
-    for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
-        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
-        if len(line) > TOOL_LINE_LIMIT_BYTES:
+    for line in [line for line in found if line.strip()][-40:]:  # the error is among them
+        text = line[:2000].decode("utf-8", "replace").rstrip()
+        if len(line) > 2000:
             # the last word may be half of a URL, in which no password can be recognized
             text = text.rpartition(" ")[0] + " …"
         lines.append(hide_credentials(text))
@@ -821,7 +792,7 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
     try:
         said = subprocess.check_output(
             command, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            errors="replace", timeout=TOOL_QUERY_SECONDS)
+            errors="replace", timeout=60)  # it only reads a file
     except (OSError, subprocess.SubprocessError):
         return False
     return bool(re.search(wanted, said))
@@ -3251,10 +3222,11 @@ class Sources:
         # character per byte, and `path_of` escapes it as such.
         url = re.sub("[^!-~]", lambda match: quote(match[0]), url)
         location = ""
-        for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+        agent = {"User-Agent": f"ais-runtime-min/{__version__}"}  # some servers want one
+        for _ in range(6):  # more than five redirects are probably a loop
             try:
                 url = urljoin(url, location)
-                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url), AGENT))
+                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url), agent))
             except (OSError, ValueError) as error:
                 raise BadGateway(f"the download failed: {describe(error)}") from None
             if stream.status == HTTPStatus.OK:
@@ -3782,7 +3754,8 @@ class Deliveries:
                      output: Union[bytes, CountingIterator]) -> Answer:
         """Turn the hop's answer into ours; pass on a stage's large content as it comes."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
-        if is_content and (body.size is None or body.size > SMALL_ANSWER_BYTES):
+        # a small answer is read to its end before ours begins: a status can tell if that fails
+        if is_content and (body.size is None or body.size > 64 << 10):
             pieces = relay(body)
             first = next(pieces, b"")
             return Answer(HTTPStatus.OK, chain_first(first, pieces), content_type(body.headers))
@@ -3971,13 +3944,15 @@ class Service:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
                                        {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}) from None
                 now = time.monotonic()
-                deadline = deadline or now + sum(delays) + RETRY_CONNECT_SECONDS
+                # All retries have 1 s together for connecting. The default, three retries, then
+                # ends within 8 s (1 + 2 + 4 + 1); AIStore's limit for an object may be 10 s.
+                deadline = deadline or now + sum(delays) + 1.0
                 if not delays or now + delays[0] > deadline:
                     raise
                 delay, *delays = delays
                 logger.warning("%s: %s; trying again in %.0f s", request.name, error, delay)
                 time.sleep(delay)
-                connect_seconds = RETRY_CONNECT_SECONDS / len(self._delays)
+                connect_seconds = 1.0 / len(self._delays)
 
     def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
         """Map a failure to the client's answer, and log it for the operator."""
@@ -4240,13 +4215,13 @@ class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
     To close it at once would reset it, and the client might lose the answer. So the connection
-    reads and discards what comes, for `DRAIN_SECONDS` and up to `LINGER_LIMIT_BYTES`.
+    reads and discards what comes, for `DRAIN_SECONDS` and up to 64 MiB.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
         source.take(source.ahead)
-        self._bytes_left = LINGER_LIMIT_BYTES
+        self._bytes_left = 64 << 20
         self._deadline = self.since + DRAIN_SECONDS
         with contextlib.suppress(OSError):  # `attend` finds out that the client is gone
             connection.shutdown(socket.SHUT_WR)
@@ -4804,7 +4779,7 @@ class ObjectExchange:
         with self._lock:
             sizes = [len(each.reply.data) if each.reply else each.body.size
                      for each in self.pending]
-        return len(sizes) >= AHEAD_LIMIT_MESSAGES or sum(sizes) >= AHEAD_LIMIT_BYTES
+        return len(sizes) >= 64 or sum(sizes) >= AHEAD_LIMIT_BYTES
 
     @property
     def next_name(self) -> str:
@@ -5588,7 +5563,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self.is_draining and not self._drain_began:
             self._begin_drain(term)
         elif self._listener in ready:
-            self._accept_some(EXCESS_LIMIT if len(events) > CROWD_LIMIT // 2 else 0, term)
+            # another worker may be as busy as this one
+            self._accept_some(8 if len(events) > CROWD_LIMIT // 2 else 0, term)
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + self._patience
@@ -5620,7 +5596,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         another worker, or after `CROWD_LIMIT`.
         """
         if self._share.excess > excess:
-            time.sleep(YIELD_SECONDS)  # another worker may be faster then
+            time.sleep(0.001)  # another worker may be faster then
         for _ in range(CROWD_LIMIT):
             if not self._accept(term) or self._share.excess > excess:
                 return
@@ -6632,11 +6608,11 @@ def end_children() -> None:
 
 
 def finish_threads() -> None:
-    """Have executors finish their tasks; wait up to `THREADS_SECONDS` for other threads."""
+    """Have executors finish their tasks; wait up to 0.2 s for other threads."""
     # concurrent.futures registers its functions here, and not with atexit
     for hook in reversed(getattr(threading, "_threading_atexits", ())):
         attempt(hook)
-    deadline = time.monotonic() + THREADS_SECONDS
+    deadline = time.monotonic() + 0.2
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -6752,7 +6728,7 @@ def make_front(listener: socket.socket, server: ETLServer,
     is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
     main_thread = MainThread() if is_one or by_uvicorn else None
     slots = (main_thread if main_thread and is_one
-             else ThreadSlots(settings.threads or DEFAULT_THREADS))
+             else ThreadSlots(settings.threads or 16))  # they share the GIL, but may wait for I/O
     service = make_service(server, settings, slots)
     if main_thread and by_uvicorn:
         return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
@@ -7092,7 +7068,7 @@ class Supervisor:
         """Have signals wake the selector; the handlers only count."""
         def count() -> None:
             now = time.monotonic()
-            if now - self._last_stop > REPEAT_SECONDS:  # else the same signal came twice
+            if now - self._last_stop > 0.3:  # else the signal came to the process and its group
                 self._stops += 1
                 self._last_stop = now
 
@@ -7564,7 +7540,7 @@ def give_up(error: StartupError) -> int:
     if os.path.exists(TERMINATION_LOG):
         try:
             with open(TERMINATION_LOG, "wb") as file:
-                file.write(reason.encode("utf-8", "replace")[:TERMINATION_LOG_LIMIT_BYTES])
+                file.write(reason.encode("utf-8", "replace")[:2048])  # the kubelet keeps no more
         except OSError as problem:
             logger.debug("%s cannot be written: %s", TERMINATION_LOG, problem)
     return error.exit
