@@ -3369,8 +3369,8 @@ class Room:
     def check(self, size: int) -> None:
         """Raise ObjectTooLarge if the container's memory cannot hold so many bytes."""
         if size > self._memory:
-            raise ObjectTooLarge(f"the object has {size} bytes, more than the {self._memory} of "
-                                 f"the container's memory")
+            raise ObjectTooLarge(
+                f"the object has more bytes than the container's memory, {self._memory}")
 
     def take(self, body: object, count: int) -> None:
         """Wait until there is room for `count` more bytes of a body, then take the room.
@@ -3380,9 +3380,7 @@ class Room:
         with self._change:
             taken = self._taken.setdefault(body, 0)
             # a body is read in steps, and the last step may reach beyond the body's end
-            if taken + count > self._memory + WRITE_BYTES:
-                raise ObjectTooLarge(
-                    f"the object has more bytes than the container's memory, {self._memory}")
+            self.check(taken + count - WRITE_BYTES)
             self._change.wait_for(lambda: self._total + count <= WAITING_LIMIT_BYTES
                                   or body is next(iter(self._taken)))
             self._total += count
@@ -3406,8 +3404,7 @@ class WaitingBody(io.RawIOBase):
     """Read a body into memory, in steps that wait for room; the stream stays open.
 
     A client may announce a large body and send little of it. So each step takes room for as many
-    bytes as have come so far, but at least for `READ_BYTES` and at most for `WRITE_BYTES`. The
-    bytes of a file are all there, so a file takes its room at once.
+    bytes as have come so far, but at least for `READ_BYTES` and at most for `WRITE_BYTES`.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3418,10 +3415,20 @@ class WaitingBody(io.RawIOBase):
 
     def load(self) -> ReceivedObject:
         """Read to the end; the object keeps its room until its transform begins or it is closed."""
+        stream, release = self._stream, functools.partial(self._room.leave, self)
         with contextlib.ExitStack() as on_failure:
-            release = functools.partial(self._room.leave, self)
             on_failure.callback(release)
-            received = ReceivedObject(self.readall(), release)
+            if isinstance(stream, ObjectFile):
+                self._room.take(self, stream.size)  # at once, since its bytes are all there
+                read: Callable[[int], bytes] = functools.partial(read_to_end, stream)
+                if stream.size <= WRITE_BYTES:  # one call, since each may let another thread run
+                    read = stream.read
+                data = read_whole(read, stream.size)
+            else:
+                if isinstance(stream, BoundedReader):
+                    stream.receive_flags = socket.MSG_WAITALL
+                data = read_to_end(self, stream.size)
+            received = ReceivedObject(data, release)
             on_failure.pop_all()
         return received
 
@@ -3431,28 +3438,13 @@ class WaitingBody(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end."""
-        step = len(buffer)
-        if not isinstance(self._stream, ObjectFile):
-            step = min(step, max(READ_BYTES, min(self._count, WRITE_BYTES)))
+        step = min(len(buffer), max(READ_BYTES, min(self._count, WRITE_BYTES)))
         self._room.take(self, step)
         count = self._stream.readinto(memoryview(buffer)[:step]) or 0
         if count < step:
             self._room.give_back(self, step - count)
         self._count += count
         return count
-
-    def readall(self) -> bytes:
-        """Read to the end."""
-        stream = self._stream
-        if isinstance(stream, ObjectFile):
-            read: Callable[[int], bytes] = functools.partial(read_to_end, self)
-            if stream.size <= WRITE_BYTES:  # in one call, since each may let another thread run
-                self._room.take(self, stream.size)
-                read = stream.read
-            return read_whole(read, stream.size)
-        if isinstance(stream, BoundedReader):
-            stream.receive_flags = socket.MSG_WAITALL
-        return read_to_end(self, stream.size)
 
 
 def as_bytes(output: Any, what: str) -> bytes:
