@@ -272,12 +272,8 @@ class BadGateway(RequestError):
 class HopLost(BadGateway):
     """The next hop was lost before its answer was whole, or wants the object again.
 
-    The delivery may be tried again, unless `hopeless` says that no attempt can succeed.
+    The delivery may be tried again.
     """
-
-    def __init__(self, detail: str, hopeless: bool = False) -> None:
-        super().__init__(detail)
-        self.hopeless = hopeless
 
 
 class NodeBodyLost(BadGateway):
@@ -377,12 +373,16 @@ class UsageError(StartupError):
 class InvalidPipelineError(ValueError):
     """The SDK's error for a malformed pipeline, answered 400; classes may raise it."""
 
+    __module__ = "aistore.sdk.errors"  # `user_status` knows the exception by this name
+
 
 class ETLDirectPutTransientError(Exception):
     """The SDK's error for a direct put that may succeed later; classes may raise it.
 
     The answer is 502, or 503 with `Ais-Etl-Retry-Reason` if `bail_without_local_retry` is true.
     """
+
+    __module__ = "aistore.sdk.errors"
 
     def __init__(self, url: str, cause: Exception, bail_without_local_retry: bool = False) -> None:
         self.url = url
@@ -2823,14 +2823,14 @@ class ETLRequest(NamedTuple):
         fqn = parameters.get(QPARAM_FQN, "").strip()
         etl_args = parameters.get(QPARAM_ARGS, "").strip()
         latest = QPARAM_LATEST in parameters and parse_bool(parameters[QPARAM_LATEST])
+        request = cls(method, raw_path, rest, fqn, etl_args, latest, pipeline.strip())
         if raw_path != "/download":
-            return cls(method, raw_path, rest, fqn, etl_args, latest, pipeline.strip())
+            return request
         original_url, object_to = map(parameters.get, (QPARAM_ORIGINAL_URL, QPARAM_OBJECT_TO))
         if not original_url or not object_to:
             raise BadRequest(
                 f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
-        return cls(method, raw_path, rest, "", etl_args, latest, pipeline.strip(),
-                   original_url, object_to)
+        return request._replace(fqn="", original_url=original_url, object_to=object_to)
 
     @classmethod
     def from_message(cls, message: Any) -> ETLRequest:
@@ -2852,29 +2852,16 @@ class ETLRequest(NamedTuple):
         """Whether the object came over WebSocket; its output is sent back whole."""
         return self.raw_path == "/ws"
 
-    @property
-    def path(self) -> str:
-        """The decoded path without its first slash; bytes that are not UTF-8 are replaced."""
+    def decoded_path(self, errors: str = "replace") -> str:
+        """Return the decoded path without its first slash; `errors` is as in `bytes.decode`."""
         if self.object_to or self.is_message:
             return self.object_to
-        return decode_escapes(self.raw_path)[1:]
-
-    @property
-    def decoded_path(self) -> str:
-        """The decoded path with its first slash; bytes that are not UTF-8 become surrogates."""
-        if self.object_to or self.is_message:
-            return "/" + self.object_to.lstrip("/")
-        return decode_escapes(self.raw_path, "surrogateescape")
+        return decode_escapes(self.raw_path, errors)[1:]
 
     @property
     def name(self) -> str:
         """The object's name in log lines."""
         return self.object_to or self.raw_path
-
-    @property
-    def is_replayable(self) -> bool:
-        """Whether the object can be read a second time: it is a file, or another node has it."""
-        return bool(self.fqn) or self.method != "PUT"
 
 
 # == 10. Stage 2, reading ==
@@ -3522,7 +3509,7 @@ class Transforms:
     def _path(self, request: ETLRequest) -> str:
         """Return the object's path in the form that the base class of the SDK gives."""
         if self._gets_decoded_path or request.raw_path in ("/ws", "/download"):
-            return request.path
+            return request.decoded_path()
         return request.raw_path
 
 
@@ -3593,7 +3580,6 @@ class OutputFailed(Exception):
     """The class's stream failed while its pieces were being sent; `error` is its exception."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
         self.error = error
 
 
@@ -3628,31 +3614,17 @@ def relay(body: NodeBody) -> Iterator[bytes]:
         yield from iter(lambda: body.read(READ_BYTES) or b"", b"")
 
 
-def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
-    """Return the body to deliver: bytes, or an iterator that can be closed."""
-    return output if isinstance(output, bytes) else iter(output)
-
-
-def size_of(output: Union[bytes, CountingIterator]) -> int:
-    """Return how many bytes of an output were sent."""
-    return len(output) if isinstance(output, bytes) else output.bytes_sent
-
-
 def is_hopeless(error: Optional[BaseException]) -> bool:
     """Tell whether every attempt will fail: nobody listens, or a certificate is wrong.
 
-    `requests` wraps such an error several times, so its causes are looked through.
+    A class's `client_put` may use `requests`, which raises errors of its own from such an error.
     """
     while error is not None:
-        if isinstance(error, ConnectionRefusedError):
-            return True
         # without _ssl no certificate can have failed; `ssl` may be a stand-in, which stays unloaded
-        if "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError):
+        if isinstance(error, ConnectionRefusedError) or (
+                "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError)):
             return True
-        inner = error.args[0] if error.args else None
-        causes = (getattr(error, "reason", None), getattr(inner, "reason", None), inner,
-                  error.__cause__)
-        error = next((cause for cause in causes if isinstance(cause, BaseException)), None)
+        error = error.__context__
     return False
 
 
@@ -3668,11 +3640,6 @@ class Destination(NamedTuple):
 def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
     """Return the header field that passes on the `Content-Type` of another node's answer."""
     return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
-
-
-def is_overridden(server: ETLServer, name: str) -> bool:
-    """Tell whether a class overrides a method of ETLServer."""
-    return getattr(type(server), name) is not getattr(ETLServer, name)
 
 
 def check_early(to: Destination, status: int, is_early: bool) -> None:
@@ -3693,16 +3660,19 @@ class Deliveries:
         self._settings = settings
         self._server = server
         self._pool = pool
-        self._judges = is_overridden(server, "handle_direct_put_response")
-        self._by_class = self._judges or is_overridden(server, "client_put")
+        # whether the class overrides how an answer is judged, and how an output is put
+        self._judges = (type(server).handle_direct_put_response
+                        is not ETLServer.handle_direct_put_response)
+        self._by_class = self._judges or type(server).client_put is not ETLServer.client_put
 
     def destination(self, request: ETLRequest) -> Destination:
         """Return the next hop of the pipeline; raise BadRequest if there can be none."""
         try:
             entry, rest = parse_etl_pipeline(request.pipeline)
             Hop.of(entry)
+            path = request.decoded_path("surrogateescape")
             url = compose_etl_direct_put_url(
-                entry, self._settings.target, request.decoded_path, request.etl_args)
+                entry, self._settings.target, path, request.etl_args)
             headers = {HEADER_NODE_URL: rest} if rest else {}
             return Destination(url, Hop.of(url), is_final(entry), headers)
         except ValueError as error:  # also InvalidPipelineError, this file's and the SDK's
@@ -3710,29 +3680,34 @@ class Deliveries:
 
     def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]],
                 connect_seconds: float) -> Answer:
-        """Put an output to the next hop; raise HopLost if the answer does not come whole."""
-        counted = output if isinstance(output, bytes) else CountingIterator(output)
+        """Put an output to the next hop.
+
+        Raises HopLost if the answer does not come whole, and BadGateway if no attempt can succeed.
+        """
+        if isinstance(output, bytes):
+            size: Callable[[], int] = functools.partial(len, output)
+        else:
+            counted = CountingIterator(output)
+            output, size = iter(counted), lambda: counted.bytes_sent
         try:
             if self._by_class:
-                return self._deliver_by_class(to, counted)
+                return self._deliver_by_class(to, output, size)
             request = NodeRequest(
-                "PUT", to.hop, path_of(to.url), to.headers, as_body(counted), connect_seconds)
-            return self._read_answer(to, self._pool.open(request), counted)
+                "PUT", to.hop, path_of(to.url), to.headers, output, connect_seconds)
+            return self._read_answer(to, self._pool.open(request), size)
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
-            text = f"the next hop was lost: {describe(error)}"
-            raise HopLost(text, is_hopeless(error)) from None
+            kind = BadGateway if is_hopeless(error) else HopLost
+            raise kind(f"the next hop was lost: {describe(error)}") from None
 
-    def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
+    def _deliver_by_class(self, to: Destination, output: Union[bytes, Iterator[bytes]],
+                          size: Callable[[], int]) -> Answer:
         """Put the output by `client_put`; judge the answer by the class's method if it has one."""
-        response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
+        response = self._server.client_put(to.url, cast(Any, output), dict(to.headers))
         check_early(to, response.status_code, getattr(response, "is_early", False))
         if not self._judges:
-            answer = NodeAnswer(
-                response.status_code, response.headers, response.content, to.url)
-            return self._judge(to, answer, size_of(output))
+            return self._judge(to, response, size())
         data = output if isinstance(output, bytes) else b""
-        status, content, length = self._server.handle_direct_put_response(
-            response, data, size_of(output))
+        status, content, length = self._server.handle_direct_put_response(response, data, size())
         status = int(status)
         content = as_bytes(content or b"", "the answer is")
         if status >= 400:
@@ -3742,8 +3717,7 @@ class Deliveries:
         headers = self._server.make_direct_put_headers(length)
         return Answer(status, content, tuple(headers.items()))
 
-    def _read_answer(self, to: Destination, body: NodeBody,
-                     output: Union[bytes, CountingIterator]) -> Answer:
+    def _read_answer(self, to: Destination, body: NodeBody, size: Callable[[], int]) -> Answer:
         """Turn the hop's answer into ours; pass on a stage's large content as it comes."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
         # a small answer is read to its end before ours begins: a status can tell if that fails
@@ -3755,9 +3729,9 @@ class Deliveries:
             check_early(to, body.status, body.is_early)
             content = body.readall() if is_content else body.read_text()
             answer = NodeAnswer(body.status, body.headers, content, to.url)
-            return self._judge(to, answer, size_of(output))
+            return self._judge(to, answer, size())
 
-    def _judge(self, to: Destination, answer: NodeAnswer, size: int) -> Answer:
+    def _judge(self, to: Destination, answer: Any, size: int) -> Answer:
         """Decide what a whole answer means: a delivery, content (also empty), or a refusal."""
         status, headers = answer.status_code, answer.headers
         if to.is_final and status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) and not answer.content:
@@ -3774,7 +3748,7 @@ class Deliveries:
         # from us, a 404 would mean that the source is not there, and a 3xx or 2xx that all is well
         if status < 400 or status == HTTPStatus.NOT_FOUND:
             raise BadGateway(f"the next hop answered {status}: {text}".rstrip(": "))
-        origin = urlsplit(answer.url).netloc
+        origin = urlsplit(to.url).netloc
         return Answer(status, text.encode(), content_type(headers), origin=origin)
 
 
@@ -3788,18 +3762,16 @@ STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
     "werkzeug.exceptions.HTTPException": lambda error: int(
         error.code or getattr(error.response, "status_code", 500)),
-    "InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
-    "ETLDirectPutTransientError": lambda error: 503 if error.bail_without_local_retry else 502,
+    "aistore.sdk.errors.InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
+    "aistore.sdk.errors.ETLDirectPutTransientError": lambda error: (
+        503 if error.bail_without_local_retry else 502),
 }
 
 
 def user_status(error: BaseException) -> int:
     """Return the status that a user's exception stands for: 500 for all but a few known kinds."""
     for base in type(error).__mro__:
-        name = base.__qualname__
-        is_ours = base in (InvalidPipelineError, ETLDirectPutTransientError)
-        if not is_ours and base.__module__ != "aistore.sdk.errors":
-            name = f"{base.__module__}.{name}"
+        name = f"{base.__module__}.{base.__qualname__}"
         if name in STATUS_OF_USER_ERROR:
             status = STATUS_OF_USER_ERROR[name](error)
             return status if 400 <= status <= 599 else HTTPStatus.INTERNAL_SERVER_ERROR
@@ -3923,15 +3895,14 @@ class Service:
         destination = self._deliveries.destination(request)
         is_whole = not self.is_streaming or request.is_message
         output = self._output(request, body) if is_whole else None
-        can_repeat = is_whole or request.is_replayable
+        # a file or another node has the object; otherwise it came in the body
+        can_repeat = is_whole or bool(request.fqn) or request.method != "PUT"
         connect_seconds, delays, deadline = CONNECT_SECONDS, self._delays, 0.0
         while True:
             try:
                 pieces = guarded(self._pieces(request, body)) if output is None else output
                 return self._deliveries.deliver(destination, pieces, connect_seconds)
             except HopLost as error:
-                if error.hopeless:
-                    raise
                 if not can_repeat:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
                                        {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}) from None
