@@ -64,7 +64,7 @@ if __name__ == "__main__":
     gc.disable()
 
     class LateModule(types.ModuleType):
-        """A stand-in for a module that is loaded when an attribute is first read.
+        """A stand-in for a module that is loaded when an attribute is first read or set.
 
         Modules that have imported the stand-in keep it. The user's class imports the module itself,
         since `leave_late_modules` has removed the stand-ins by then.
@@ -73,10 +73,16 @@ if __name__ == "__main__":
         _lock = threading.Lock()
 
         def __getattr__(self, name: str) -> object:
+            return getattr(self._load(), name)
+
+        def __setattr__(self, name: str, value: object) -> None:
+            setattr(self._load(), name, value)
+
+        def _load(self) -> types.ModuleType:
             with self._lock:  # else a slow thread could remove the module that a fast one loads
                 if sys.modules.get(self.__name__) is self:
                     del sys.modules[self.__name__]
-            return getattr(importlib.import_module(self.__name__), name)
+            return importlib.import_module(self.__name__)
 
     # The standard library and cloudpickle import these modules, but few pods use them. Loading them
     # would take a fifth of the start-up time and of the memory.
@@ -400,27 +406,19 @@ def parse_bool(text: Optional[str]) -> bool:
     return str(text or "").strip().lower() in ("1", "t", "true", "y", "yes", "on")
 
 
-def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `lowest` to `highest`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or not lowest <= int(text) <= highest:
-            raise ValueError(f"a whole number from {lowest} to {highest}")
-        return int(text)
-
-    return parse
+def whole_number(lowest: int, highest: int, text: str) -> int:
+    """Parse a whole number from `lowest` to `highest`."""
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or not lowest <= int(text) <= highest:
+        raise ValueError(f"a whole number from {lowest} to {highest}")
+    return int(text)
 
 
-def word_of(*words: str) -> Callable[[str], str]:
-    """Return a parser of one of `words`, in upper or lower case."""
-
-    def parse(text: str) -> str:
-        for word in words:
-            if word.lower() == text.strip().lower():
-                return word
-        raise ValueError("one of " + ", ".join(words))
-
-    return parse
+def word_of(words: Sequence[str], text: str) -> str:
+    """Parse one of some words, in upper or lower case."""
+    for word in words:
+        if word.lower() == text.strip().lower():
+            return word
+    raise ValueError("one of " + ", ".join(words))
 
 
 def existing_file(text: str) -> str:
@@ -474,23 +472,25 @@ VARIABLES = (
     Variable("ETL_CLASS_PAYLOAD_FILE", "payload_file", existing_file),
     Variable("PACKAGES", "packages", str),
     Variable("OS_PACKAGES", "os_packages", str),
-    Variable("NUM_WORKERS", "workers", whole_number(1, 256)),
-    Variable("NUM_THREADS", "threads", whole_number(1, 1024)),
+    Variable("NUM_WORKERS", "workers", functools.partial(whole_number, 1, 256)),
+    Variable("NUM_THREADS", "threads", functools.partial(whole_number, 1, 1024)),
     Variable("AIS_TARGET_URL", "target", target_url, secret=True),
     Variable("direct_put", "direct_put", parse_bool),
     Variable("DIRECT_PUT", "direct_put", parse_bool),
     Variable("ETL_DIRECT_FQN", "direct_fqn", parse_bool),
-    Variable("AIS_DIRECT_PUT_RETRIES", "direct_put_retries", whole_number(0, 100)),
+    Variable("AIS_DIRECT_PUT_RETRIES", "direct_put_retries",
+             functools.partial(whole_number, 0, 100)),
     Variable("AIS_SKIP_VERIFY", "skip_verify", parse_bool),
     Variable("AIS_SKIP_VERIFY_CRT", "skip_verify", parse_bool),
     Variable("AIS_CLIENT_CA", "client_ca", existing_file),
     Variable("AIS_CRT", "client_cert", existing_file),
     Variable("AIS_CRT_KEY", "client_key", existing_file),
     Variable("AIS_AUTHN_TOKEN", "token", str, secret=True),
-    Variable("PORT", "port", whole_number(0, 65535)),
-    Variable("LOG_LEVEL", "log_level", word_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
+    Variable("PORT", "port", functools.partial(whole_number, 0, 65535)),
+    Variable("LOG_LEVEL", "log_level", functools.partial(
+        word_of, ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))),
     Variable("ETL_FQN_ROOTS", "fqn_roots", folders),
-    Variable("ETL_WS_FAILURE", "ws_failure", word_of("break", "empty")),
+    Variable("ETL_WS_FAILURE", "ws_failure", functools.partial(word_of, ("break", "empty"))),
 )
 
 
@@ -499,17 +499,15 @@ def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str
 
     A large payload comes in pieces, since Linux takes at most 128 KiB in one variable.
     """
-    further = {name for name, text in environ.items()
-               if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name)}
+    further = sorted(name for name, text in environ.items()
+                     if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name))
     names = [f"ETL_CLASS_PAYLOAD_{number}" for number in range(2, 2 + len(further))]
-    missing, surplus = sorted({*names} - further), sorted(further - {*names})
-    complaints = [f"{one} is not set, but {other} is" for one, other in zip(missing, surplus)]
-    if further and not values.get("payload"):
-        complaints.append("ETL_CLASS_PAYLOAD is not set, but a further piece of it is")
-    if values.get("payload") and values.get("payload_file"):
-        complaints.append("ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set")
-    values["payload"] = values.get("payload", "") + "".join(environ.get(name, "") for name in names)
-    return complaints
+    names.insert(0, "ETL_CLASS_PAYLOAD")
+    values["payload"] = "".join(environ.get(name, "") for name in names)
+    if values["payload"] and values.get("payload_file"):
+        return ["ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set"]
+    return [f"{name} is not set, but there are further pieces of the payload, {', '.join(further)}"
+            for name in names if further and not environ.get(name)]
 
 
 class Settings(NamedTuple):
