@@ -1853,24 +1853,18 @@ REPORT_STORY = b"S"  # text: a line of the traceback for the REPORT_FAILED that 
 REPORT_FAILED = b"F"  # the start has failed; text: an exit code, a space, and the reason
 
 
-class Framework(NamedTuple):
-    """A framework that a class may need."""
-
-    server: str  # the package that serves its applications; "" if this runtime serves them
-    # requirements by module: a class imports the first module, the others serve its application
-    modules: Mapping[str, str]
-
-    def wanted(self, serves: bool) -> List[Tuple[str, str]]:
-        """Return modules and requirements: the class's, and if it `serves`, the others too."""
-        return list(self.modules.items())[:None if serves else 1]
-
-
-FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.cfg's extras
-    "fastapi": Framework("uvicorn", {
-        "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
-        "websockets": "uvicorn[standard]>=0.29"}),
-    "flask": Framework("", {"flask": "flask>=3.0"}),
+# The frameworks that a class may need, their modules, and the requirements for these, which are
+# those of setup.cfg's extras. A class imports the first module; the others serve its application.
+FRAMEWORKS: Mapping[str, Mapping[str, str]] = {
+    "fastapi": {"fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
+                "websockets": "uvicorn[standard]>=0.29"},
+    "flask": {"flask": "flask>=3.0"},
 }
+
+
+def modules_of(framework: str, serves: bool) -> List[Tuple[str, str]]:
+    """Return modules and requirements: the class's, and if the framework `serves`, the others."""
+    return list(FRAMEWORKS[framework].items())[:None if serves else 1]
 
 
 class Share:
@@ -5699,7 +5693,7 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     With `serves`, this includes the modules that serve its applications. Runs before workers are
     forked, so that they share the memory of these modules. Raises PackageError.
     """
-    wanted = FRAMEWORKS[name].wanted(serves)
+    wanted = modules_of(name, serves)
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing and not may_install:
         raise PackageError(f"the class needs {name}: {pip_command(missing)}")
@@ -7373,7 +7367,7 @@ class Job(NamedTuple):
         server, by = self.settings.server or served.server, ""
         if server in FRAMEWORKS:
             prepare_framework(server, serves=True, may_install=self.may_install)
-            by = FRAMEWORKS[server].server
+            by = "uvicorn" if server == "fastapi" else ""
         if is_loaded_here and not may_be_forked():
             start.over(served)
         freeze_heap()
@@ -7742,7 +7736,7 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
 def requirements_for(need: str) -> List[str]:
     """Return the requirements of a framework: "fastapi", or "fastapi serves" if it serves."""
     name, _, serves = need.partition(" ")
-    return [requirement for _, requirement in FRAMEWORKS[name].wanted(bool(serves))]
+    return [requirement for _, requirement in modules_of(name, bool(serves))]
 
 
 def try_payload(payload: str, packing: Packing, needs: Sequence[str],
