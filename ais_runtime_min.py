@@ -2236,11 +2236,6 @@ class CountingIterator:
 class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """The SDK's server, for payloads that refer to it; this runtime does not use it."""
 
-    def __init__(self, server_address: Tuple[str, int], handler_class: Any,
-                 etl_server: ETLServer) -> None:
-        super().__init__(server_address, handler_class)
-        self.etl_server = etl_server
-
 
 # == 8. Loading the class ==
 # Turns the payload's text into a class that can be served. A pickle refers to modules of the SDK,
