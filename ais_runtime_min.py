@@ -2126,24 +2126,18 @@ class HTTPMultiThreadedServer(ListeningServer):
 
 
 class LateApp:
-    """A stand-in for an instance's application, which is made when it is used.
+    """A stand-in for an instance's application, which is made when an attribute is read.
 
     Files that were written for the SDK end with `server = Mine()` and `app = server.app`, for
     uvicorn or gunicorn. The command `serve` imports such a file, serves an instance of its own, and
     so needs no framework for these lines.
     """
 
-    def __init__(self, server: Any) -> None:
-        vars(self)["_app"] = functools.partial(app_of, server)  # not by our own __setattr__
+    def __init__(self, server: FrameworkServer) -> None:
+        self._server = server
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._app(), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._app(), name, value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._app()(*args, **kwargs)
+        return getattr(app_of(self._server), name)
 
 
 class FrameworkServer(ListeningServer):
