@@ -3424,10 +3424,7 @@ def as_bytes(output: Any, what: str) -> bytes:
     try:
         return bytes(memoryview(output))
     except TypeError:
-        hint = ": it must not be async" if hasattr(output, "__await__") else ""
-        # a coroutine that is not closed makes Python warn that it was never awaited
-        attempt(getattr(output, "close", lambda: None))
-        raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
+        raise TypeError(f"{what} {type(output).__name__!r}, not bytes") from None
 
 
 class Transforms:
