@@ -2746,20 +2746,6 @@ def decode_escapes(text: str, errors: str = "replace") -> str:
     return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
 
 
-FOLDER_LIMIT = 1024  # characters; longer folders are not cached
-# cached, since the objects of a bucket lie in few folders
-decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)
-
-
-def decode_query(text: str) -> str:
-    """Decode a name or a value of a query; bytes that are not UTF-8 are replaced."""
-    text = text.replace("+", " ")
-    folder, slash, name = text.rpartition("%2F")
-    if slash and len(folder) < FOLDER_LIMIT:
-        return decode_folder(folder) + "/" + decode_escapes(name)
-    return decode_escapes(text)
-
-
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
     """Return a query's parameters, decoded, and the raw rest that is sent to the target.
 
@@ -2768,9 +2754,9 @@ def split_query(query: str) -> Tuple[Dict[str, str], str]:
     parameters: Dict[str, str] = {}
     rest = []
     for item in query.split("&") if query else ():
-        name, _, value = item.partition("=")
-        name = decode_query(name)
-        parameters.setdefault(name, decode_query(value))
+        name, _, value = item.replace("+", " ").partition("=")
+        name = decode_escapes(name)
+        parameters.setdefault(name, decode_escapes(value))
         if name not in (QPARAM_FQN, QPARAM_ARGS):
             rest.append(item)
     return parameters, "&".join(rest)
