@@ -3606,12 +3606,6 @@ def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
     return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
 
 
-def check_early(to: Destination, status: int, is_early: bool) -> None:
-    """Raise BadGateway if a target claims success before it has got the whole object."""
-    if is_early and status < 300 and to.is_final:
-        raise BadGateway("the target answered before it had the object")
-
-
 class Deliveries:
     """Put outputs to the next hop, and turn its answers into ours.
 
@@ -3655,34 +3649,25 @@ class Deliveries:
             output, size = iter(counted), lambda: counted.bytes_sent
         try:
             if self._by_class:
-                return self._deliver_by_class(to, output, size)
-            request = NodeRequest(
-                "PUT", to.hop, path_of(to.url), to.headers, output, connect_seconds)
-            return self._read_answer(to, self._pool.open(request), size)
+                answer = self._server.client_put(to.url, cast(Any, output), dict(to.headers))
+            else:
+                request = NodeRequest(
+                    "PUT", to.hop, path_of(to.url), to.headers, output, connect_seconds)
+                answer = self._read_answer(to, self._pool.open(request))
+                if isinstance(answer, Answer):
+                    return answer
+            if to.is_final and answer.status_code < 300 and getattr(answer, "is_early", False):
+                raise BadGateway("the target answered before it had the object")
+            if not self._judges:
+                return self._judge(to, answer, size())
+            data = output if isinstance(output, bytes) else b""
+            return self._judge_by_class(answer, data, size())
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
             kind = BadGateway if is_hopeless(error) else HopLost
             raise kind(f"the next hop was lost: {describe(error)}") from None
 
-    def _deliver_by_class(self, to: Destination, output: Union[bytes, Iterator[bytes]],
-                          size: Callable[[], int]) -> Answer:
-        """Put the output by `client_put`; judge the answer by the class's method if it has one."""
-        response = self._server.client_put(to.url, cast(Any, output), dict(to.headers))
-        check_early(to, response.status_code, getattr(response, "is_early", False))
-        if not self._judges:
-            return self._judge(to, response, size())
-        data = output if isinstance(output, bytes) else b""
-        status, content, length = self._server.handle_direct_put_response(response, data, size())
-        status = int(status)
-        content = as_bytes(content or b"", "the answer is")
-        if status >= 400:
-            content = self._settings.redact(content.decode("utf-8", "replace")).encode()
-        if status == HTTPStatus.NOT_FOUND:
-            status = HTTPStatus.BAD_GATEWAY
-        headers = self._server.make_direct_put_headers(length)
-        return Answer(status, content, tuple(headers.items()))
-
-    def _read_answer(self, to: Destination, body: NodeBody, size: Callable[[], int]) -> Answer:
-        """Turn the hop's answer into ours; pass on a stage's large content as it comes."""
+    def _read_answer(self, to: Destination, body: NodeBody) -> Union[Answer, NodeAnswer]:
+        """Read the hop's answer; return ours if it is a stage's large content, to be passed on."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
         # a small answer is read to its end before ours begins: a status can tell if that fails
         if is_content and (body.size is None or body.size > 64 << 10):
@@ -3690,10 +3675,8 @@ class Deliveries:
             first = next(pieces, b"")
             return Answer(HTTPStatus.OK, chain_first(first, pieces), content_type(body.headers))
         with body:
-            check_early(to, body.status, body.is_early)
             content = body.readall() if is_content else body.read_text()
-            answer = NodeAnswer(body.status, body.headers, content, to.url)
-            return self._judge(to, answer, size())
+        return NodeAnswer(body.status, body.headers, content, to.url, body.is_early)
 
     def _judge(self, to: Destination, answer: Any, size: int) -> Answer:
         """Decide what a whole answer means: a delivery, content (also empty), or a refusal."""
@@ -3714,6 +3697,18 @@ class Deliveries:
             raise BadGateway(f"the next hop answered {status}: {text}".rstrip(": "))
         origin = urlsplit(to.url).netloc
         return Answer(status, text.encode(), content_type(headers), origin=origin)
+
+    def _judge_by_class(self, answer: Any, data: bytes, size: int) -> Answer:
+        """Have the class decide what an answer means; hide secrets, and a 404 as `_judge` does."""
+        status, content, length = self._server.handle_direct_put_response(answer, data, size)
+        status = int(status)
+        content = as_bytes(content or b"", "the answer is")
+        if status >= 400:
+            content = self._settings.redact(content.decode("utf-8", "replace")).encode()
+        if status == HTTPStatus.NOT_FOUND:
+            status = HTTPStatus.BAD_GATEWAY
+        headers = self._server.make_direct_put_headers(length)
+        return Answer(status, content, tuple(headers.items()))
 
 
 # == 13. One request ==
