@@ -1870,9 +1870,8 @@ def modules_of(framework: str, serves: bool) -> List[Tuple[str, str]]:
 class Share:
     """One worker's number of connections, in memory that all workers of a pod share.
 
-    The kernel wakes all workers for a new connection, and the quickest accepts it: usually the one
-    that is already running. A worker with more connections than another therefore leaves a new
-    connection to the others for a moment. An absent worker counts as having more than all others.
+    The kernel wakes all workers for a new connection, and the one that is already running is the
+    quickest to accept it. So a worker with more connections than another waits for a moment.
     """
 
     def __init__(self, counts: memoryview, slot: int) -> None:
@@ -1891,7 +1890,7 @@ class Share:
         self._counts[self._slot] = connections
 
     def leave(self) -> None:
-        """Tell the other workers that this one is absent."""
+        """Tell the other workers that this one is absent: it has more connections than any."""
         self.publish(0xFFFFFFFF)
 
     @property
@@ -1940,8 +1939,8 @@ def framework_of(cls: type) -> str:
     return "flask" if issubclass(cls, FlaskServer) else ""
 
 
-# The runtime keeps two things in the `vars` of an instance, under names that cannot be attributes
-# of the class: the framework's application, and the function that answers requests for objects.
+# Keys in the `vars` of an instance, which cannot be attributes of the class: the framework's
+# application, and the function that answers requests for objects.
 APP, ANSWER = "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
@@ -1999,10 +1998,7 @@ class ETLServer(ABC):
         return self._build_session()
 
     def _build_session(self) -> Any:
-        """Make the session, with the certificates and the token of the settings.
-
-        Raise ImportError if the package `requests` is missing.
-        """
+        """Make the session, with the certificates and the token of the settings."""
         settings = Current.settings or Settings()
         try:
             import requests
@@ -2018,10 +2014,7 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Return the transformed object.
-
-        `data` is the object's bytes, or its local path if `ETL_DIRECT_FQN` is on.
-        """
+        """Return the transformed object; `data` is its bytes, or its path by `ETL_DIRECT_FQN`."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
@@ -2040,9 +2033,9 @@ class ETLServer(ABC):
                    timeout: Optional[float] = None) -> Any:
         """Put bytes to another node, and return its whole answer.
 
-        `data` is bytes, or an iterator of bytes where a class streams. `timeout` is in seconds: for
-        connecting, and for each silence of the node. Raise OSError if the node is lost. If a class
-        overrides this method, all its outputs are delivered by the override.
+        `data` is an iterator of bytes where a class streams. `timeout` is in seconds: for
+        connecting, and for each silence of the node. Raises OSError if the node is lost. If a class
+        overrides this method, the override delivers all its outputs.
         """
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
@@ -2107,11 +2100,14 @@ class ListeningServer(ETLServer):
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
         super().__init__()
+        settings = Current.settings or Settings()
         self.host = host
-        self.port = (Current.settings or Settings()).port if port == 8000 else port
+        self.port = settings.port if port == 8000 else port
+        if settings.server and settings.server == framework_of(type(self)):
+            app_of(self)
 
     def start(self) -> None:
-        """Serve until SIGTERM, in a worker on the shared socket, elsewhere on a new one."""
+        """Serve until SIGTERM."""
         serve_instance(self)
 
 
@@ -2128,9 +2124,8 @@ class HTTPMultiThreadedServer(ListeningServer):
 class LateApp:
     """A stand-in for an instance's application, which is made when an attribute is read.
 
-    Files that were written for the SDK end with `server = Mine()` and `app = server.app`, for
-    uvicorn or gunicorn. The command `serve` imports such a file, serves an instance of its own, and
-    so needs no framework for these lines.
+    Files that were written for the SDK end with `server = Mine()` and `app = server.app`. The
+    command `serve` serves an instance of its own, and so needs no framework for these lines.
     """
 
     def __init__(self, server: FrameworkServer) -> None:
@@ -2145,14 +2140,8 @@ class FrameworkServer(ListeningServer):
 
     Transforms run one at a time, on the main thread, unless `NUM_THREADS` is more than 1. The
     framework serves a class that overrides a hook, or that uses `self.app` in its constructor. This
-    use raises FrameworkNeeded; the pod then starts again with the framework, and the constructor
-    below makes the application.
+    use raises FrameworkNeeded; the pod then starts again with the framework.
     """
-
-    def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
-        super().__init__(host, port)
-        if Current.settings and Current.settings.server == framework_of(type(self)):
-            app_of(self)
 
     @property
     def app(self) -> Any:
@@ -3219,10 +3208,9 @@ class ThreadSlots:
 
 
 class MainThread:
-    """Make calls on the main thread, one by one, in the order in which they are asked for.
+    """Make calls on the main thread, the one that made this object, one by one, in their order.
 
-    The main thread is the thread that made this object. Other threads append their calls to `calls`
-    and wake the main thread by `wake`; its loop makes the calls by `make_call`.
+    Other threads append to `calls` and wake the main thread by `wake`; its loop makes the calls.
     """
 
     def __init__(self) -> None:
@@ -3266,11 +3254,10 @@ Slots = Union[ThreadSlots, MainThread]
 class Pace:
     """Predict from the last calls of the class whether the next call is quick.
 
-    The leader is the thread that watches all connections (section 16). Handing a call to another
-    thread costs as much as a quick call takes, so the leader makes quick calls itself. It hands
-    calls over after a call that took more than a hundred times `QUICK_SECONDS`, or when more than
-    three in four of about the last sixteen calls were slow. It goes on handing over for a hundred
-    times as long as the last call took. Times are those of time.monotonic().
+    Handing a call to another thread costs as much as a quick call takes, so the leader (section 16)
+    makes quick calls itself. It hands calls over after a call that took more than a hundred times
+    `QUICK_SECONDS`, or when more than three in four of about the last sixteen calls were slow, for
+    a hundred times as long as the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
@@ -3416,9 +3403,7 @@ def as_bytes(output: Any, what: str) -> bytes:
 class Transforms:
     """Call the class with the arguments that it expects, and convert its output to bytes.
 
-    Arguments are passed by position, since users name their parameters freely. The form of `path`
-    depends on the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and
-    classes rely on this form.
+    Arguments are passed by position, since users name their parameters freely.
     """
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
@@ -3438,10 +3423,7 @@ class Transforms:
         return str.__str__(value)  # a plain str, whatever a subclass overrides
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
-        """Read the whole object, wait for a slot, and transform it.
-
-        Raises ObjectTooLarge if the object cannot be held in memory.
-        """
+        """Read the whole object, wait for a slot, and transform it."""
         stream, transform = source.stream, self._server.transform
         args = (self._path(request), request.etl_args)
         if source.path or (stream.size is not None and stream.size <= READ_BYTES):
@@ -3471,7 +3453,7 @@ class Transforms:
             self._server.close_reader(output)
 
     def _path(self, request: ETLRequest) -> str:
-        """Return the object's path in the form that the base class of the SDK gives."""
+        """Return the object's path in the form that the SDK's base class gives (SDK 2.0)."""
         if self._gets_decoded_path or request.raw_path in ("/ws", "/download"):
             return request.decoded_path()
         return request.raw_path
