@@ -56,8 +56,7 @@ import threading
 import types
 
 if __name__ == "__main__":
-    # A class that imports this file by its name must get this module, with the same ETLServer, and
-    # not a second copy.
+    # a class that imports this file by its name must get this module, with the same ETLServer
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
     # Imported modules stay: a search for garbage among them would take a sixth of the start-up
     # time. `freeze_heap` enables the collector again.
@@ -3492,15 +3491,11 @@ class Answer(NamedTuple):
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
-        """Return the header field that frames the body, if any.
-
-        There is none if the answer has no content, or if the connection's end ends the body.
-        """
+        """Return the header field that frames the body, if the connection's end does not."""
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
-        size = self.size
-        if size is None and isinstance(self.body, bytes):
-            size = len(self.body)
+        is_measured = self.size is None and isinstance(self.body, bytes)
+        size = len(cast(bytes, self.body)) if is_measured else self.size
         return [] if size is None or self.status in BODILESS else [("Content-Length", str(size))]
 
     def __enter__(self) -> Answer:
@@ -3591,9 +3586,9 @@ def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
 class Deliveries:
     """Put outputs to the next hop, and turn its answers into ours.
 
-    Shared by all threads of a worker. AIStore acts on our status alone: 200 means content, 204 a
-    delivery, and 404 that the source does not exist, which AIStore skips in silence. So a hop's
-    status is not passed on if it would mean something else as ours.
+    AIStore acts on our status alone: 200 means content, 204 a delivery, and 404 that the source
+    does not exist, which AIStore skips in silence. So a hop's status is not passed on if it would
+    mean something else as ours.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
@@ -3720,11 +3715,7 @@ def user_status(error: BaseException) -> int:
 
 
 def forget_traceback(error: BaseException) -> None:
-    """Drop the frames that an error came through.
-
-    The frames hold whole objects, which would stay in memory until the next full garbage
-    collection.
-    """
+    """Drop the frames that an error came through, which would keep whole objects in memory."""
     for each in (error, getattr(error, "error", None), error.__context__, error.__cause__):
         if isinstance(each, BaseException):
             each.__traceback__ = None
@@ -3746,7 +3737,6 @@ class Service:
         self.message_room = self._transforms.message_room
         self._deliveries = Deliveries(settings, server, pool)
         self.is_streaming = server.use_streaming  # whether objects are transformed in pieces
-        # before each retry of a delivery
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS)
                         for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
@@ -3754,8 +3744,7 @@ class Service:
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
         """Read an object by its path; return request and object as if it had come in the body.
 
-        Returns None if `Sources.load` does, or if the object cannot be read: `answer` then reads
-        the object, or tells why that is impossible.
+        Returns None if `Sources.load` does, or if the object cannot be read: `answer` tells why.
         """
         data = attempt(self._sources.load, request).value
         if data is None:
