@@ -3326,13 +3326,6 @@ class Room:
             self._total += count
             self._taken[body] += count
 
-    def give_back(self, body: object, count: int) -> None:
-        """Give back some of the room that a body has taken."""
-        with self._change:
-            self._total -= count
-            self._taken[body] -= count
-            self._change.notify_all()
-
     def leave(self, body: object) -> None:
         """Give back all the room of a body; may be called more than once."""
         with self._change:
@@ -3352,6 +3345,7 @@ class WaitingBody(io.RawIOBase):
         self._room = room
         self._stream = stream
         self._count = 0
+        self._spare = 0  # bytes for which room was taken, and which have not come yet
 
     def load(self) -> ReceivedObject:
         """Read to the end; the object keeps its room until its transform begins or it is closed."""
@@ -3379,11 +3373,12 @@ class WaitingBody(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end."""
         step = min(len(buffer), max(READ_BYTES, min(self._count, WRITE_BYTES)))
-        self._room.take(self, step)
+        if step > self._spare:
+            self._room.take(self, step - self._spare)
+            self._spare = step
         count = self._stream.readinto(memoryview(buffer)[:step]) or 0
-        if count < step:
-            self._room.give_back(self, step - count)
         self._count += count
+        self._spare -= count
         return count
 
 
