@@ -3223,7 +3223,11 @@ class MainThread:
         if threading.get_ident() == self._ident:
             return function(*args)
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self.put(lambda: outcomes.put(attempt(function, *args)))
+        with self._lock:  # or two threads could both see two calls, and neither would wake
+            self.calls.append(lambda: outcomes.put(attempt(function, *args)))
+            is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
+        if is_first:
+            self.wake()
         value, error = outcomes.get()
         try:
             if error is not None:
@@ -3233,14 +3237,6 @@ class MainThread:
             # The error's traceback refers to this frame, and the frame to the error. This cycle
             # would keep the user's object in memory.
             del error
-
-    def put(self, call: Callable[[], None]) -> None:
-        """Append a call, which must not raise; return at once."""
-        with self._lock:  # or two threads could both see two calls, and neither would wake
-            self.calls.append(call)
-            is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
-        if is_first:
-            self.wake()
 
     def make_call(self) -> None:
         """Make the oldest call; for the main thread only."""
@@ -3405,8 +3401,6 @@ class Transforms:
         self._slots = slots
         self._gets_decoded_path = isinstance(server, FrameworkServer)
         self._room = Room()
-        # messages have a Room of their own: a message may wait for an object that is being read
-        self.message_room = Room()
 
     @property
     def mime_type(self) -> str:
@@ -3729,7 +3723,8 @@ class Service:
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self.close_idle = self._sources.close_idle  # connections to other nodes
         self._transforms = Transforms(server, slots)
-        self.message_room = self._transforms.message_room
+        # messages have a Room of their own: a message may wait for an object that is being read
+        self.message_room = Room()
         self._deliveries = Deliveries(settings, server, pool)
         self.is_streaming = server.use_streaming  # whether objects are transformed in pieces
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS)
