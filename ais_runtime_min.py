@@ -2127,7 +2127,7 @@ class LateApp:
     command `serve` serves an instance of its own, and so needs no framework for these lines.
     """
 
-    def __init__(self, server: FrameworkServer) -> None:
+    def __init__(self, server: Any) -> None:
         self._server = server
 
     def __getattr__(self, name: str) -> Any:
