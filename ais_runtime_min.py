@@ -3595,8 +3595,7 @@ class Deliveries:
             entry, rest = parse_etl_pipeline(request.pipeline)
             Hop.of(entry)
             path = request.decoded_path("surrogateescape")
-            url = compose_etl_direct_put_url(
-                entry, self._settings.target, path, request.etl_args)
+            url = compose_etl_direct_put_url(entry, self._settings.target, path, request.etl_args)
             headers = {HEADER_NODE_URL: rest} if rest else {}
             return Destination(url, Hop.of(url), is_final(entry), headers)
         except ValueError as error:  # also InvalidPipelineError, this file's and the SDK's
@@ -3608,26 +3607,24 @@ class Deliveries:
 
         Raises HopLost if the answer does not come whole, and BadGateway if no attempt can succeed.
         """
-        if isinstance(output, bytes):
-            size: Callable[[], int] = functools.partial(len, output)
-        else:
-            counted = CountingIterator(output)
-            output, size = iter(counted), lambda: counted.bytes_sent
+        whole = output if isinstance(output, bytes) else None
+        counted = CountingIterator(cast(Any, output))
+        body = iter(counted) if whole is None else whole
         try:
             if self._by_class:
-                answer = self._server.client_put(to.url, cast(Any, output), dict(to.headers))
+                answer = self._server.client_put(to.url, cast(Any, body), dict(to.headers))
             else:
                 request = NodeRequest(
-                    "PUT", to.hop, path_of(to.url), to.headers, output, connect_seconds)
+                    "PUT", to.hop, path_of(to.url), to.headers, body, connect_seconds)
                 answer = self._read_answer(to, self._pool.open(request))
                 if isinstance(answer, Answer):
                     return answer
             if to.is_final and answer.status_code < 300 and getattr(answer, "is_early", False):
                 raise BadGateway("the target answered before it had the object")
+            size = counted.bytes_sent if whole is None else len(whole)
             if not self._judges:
-                return self._judge(to, answer, size())
-            data = output if isinstance(output, bytes) else b""
-            return self._judge_by_class(answer, data, size())
+                return self._judge(to, answer, size)
+            return self._judge_by_class(answer, whole or b"", size)
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
             kind = BadGateway if is_hopeless(error) else HopLost
             raise kind(f"the next hop was lost: {describe(error)}") from None
