@@ -3781,17 +3781,18 @@ class Service:
                              request.name, answer.origin, answer.status, text)
             return answer
         fields = (("Content-Type", self._transforms.mime_type),)
-        if not self.is_streaming or request.is_message:  # a message must be whole
-            return Answer(HTTPStatus.OK, self._output(request, body), fields)
-        pieces = guarded(self._pieces(request, body))
+        output = self._output(request, body)
+        if isinstance(output, bytes):
+            return Answer(HTTPStatus.OK, output, fields)
         # before the first piece is sent, a failure can still be told by a status
-        first = next(pieces, b"")
-        return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
+        first = next(output, b"")
+        return Answer(HTTPStatus.OK, chain_first(first, output), fields)
 
-    def _output(self, request: ETLRequest, body: RequestBody) -> bytes:
-        """Read and transform a whole object."""
+    def _output(self, request: ETLRequest, body: RequestBody) -> Union[bytes, Iterator[bytes]]:
+        """Read and transform an object: in pieces if the class streams, but a message whole."""
         if self.is_streaming:
-            return b"".join(self._pieces(request, body))
+            pieces = self._pieces(request, body)
+            return b"".join(pieces) if request.is_message else guarded(pieces)
         source = self._sources.open(request, body)
         with source.stream:
             return self._transforms.run(request, source)
@@ -3810,15 +3811,14 @@ class Service:
         since AIStore waits for the answer.
         """
         destination = self._deliveries.destination(request)
-        is_whole = not self.is_streaming or request.is_message
-        output = self._output(request, body) if is_whole else None
+        output = self._output(request, body)
+        is_whole = isinstance(output, bytes)
         # a file or another node has the object; otherwise it came in the body
         can_repeat = is_whole or bool(request.fqn) or request.method != "PUT"
         connect_seconds, delays, deadline = CONNECT_SECONDS, self._delays, 0.0
         while True:
             try:
-                pieces = guarded(self._pieces(request, body)) if output is None else output
-                return self._deliveries.deliver(destination, pieces, connect_seconds)
+                return self._deliveries.deliver(destination, output, connect_seconds)
             except HopLost as error:
                 if not can_repeat:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
@@ -3833,6 +3833,7 @@ class Service:
                 logger.warning("%s: %s; trying again in %.0f s", request.name, error, delay)
                 time.sleep(delay)
                 connect_seconds = 1.0 / len(self._delays)
+                output = output if is_whole else self._output(request, body)
 
     def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
         """Map a failure to the client's answer, and log it for the operator."""
