@@ -2116,8 +2116,8 @@ class HTTPMultiThreadedServer(ListeningServer):
     `path` is the path of the request as it came, not decoded.
     """
 
-    class RequestHandler(http.server.BaseHTTPRequestHandler):
-        """The SDK's name, for payloads that refer to it; overriding it is refused."""
+    # the SDK's name, for payloads that refer to it; overriding it is refused
+    RequestHandler = http.server.BaseHTTPRequestHandler
 
 
 class LateApp:
@@ -2213,10 +2213,6 @@ class CountingIterator:
         for piece in self._inner:
             self.bytes_sent += len(piece)
             yield piece
-
-
-class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """The SDK's server, for payloads that refer to it; this runtime does not use it."""
 
 
 # == 8. Loading the class ==
@@ -2357,7 +2353,7 @@ SDK_MODULES: Dict[str, Dict[str, Any]] = {
         "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)},
     WEBSERVER + ".http_multi_threaded_server": {
         "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
-        "ThreadedHTTPServer": ThreadedHTTPServer},
+        "ThreadedHTTPServer": http.server.ThreadingHTTPServer},
     WEBSERVER + ".fastapi_server": {"FastAPIServer": FastAPIServer},
     WEBSERVER + ".flask_server": {"FlaskServer": FlaskServer},
     WEBSERVER + ".utils": {
