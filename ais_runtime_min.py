@@ -2215,6 +2215,10 @@ class CountingIterator:
             yield piece
 
 
+class ThreadedHTTPServer(http.server.ThreadingHTTPServer):
+    """The SDK's server, for payloads that refer to it; this runtime does not use it."""
+
+
 # == 8. Loading the class ==
 # Turns the payload's text into a class that can be served. A pickle refers to modules of the SDK,
 # which the image does not have; an import finder makes these modules from the names of this file.
@@ -2353,7 +2357,7 @@ SDK_MODULES: Dict[str, Dict[str, Any]] = {
         "SYNC_DIRECT_PUT_TRANSIENT_ERRORS": (ConnectionError, http.client.HTTPException)},
     WEBSERVER + ".http_multi_threaded_server": {
         "HTTPMultiThreadedServer": HTTPMultiThreadedServer,
-        "ThreadedHTTPServer": http.server.ThreadingHTTPServer},
+        "ThreadedHTTPServer": ThreadedHTTPServer},
     WEBSERVER + ".fastapi_server": {"FastAPIServer": FastAPIServer},
     WEBSERVER + ".flask_server": {"FlaskServer": FlaskServer},
     WEBSERVER + ".utils": {
