@@ -3544,18 +3544,14 @@ def relay(body: NodeBody) -> Iterator[bytes]:
         yield from iter(lambda: body.read(READ_BYTES) or b"", b"")
 
 
-def is_hopeless(error: Optional[BaseException]) -> bool:
-    """Tell whether every attempt will fail: nobody listens, or a certificate is wrong.
+def is_refusal(error: Optional[BaseException]) -> bool:
+    """Tell whether an error means that nobody listens.
 
     A class's `client_put` may use `requests`, which raises errors of its own from such an error.
     """
-    while error is not None:
-        # without _ssl no certificate can have failed; `ssl` may be a stand-in, which stays unloaded
-        if isinstance(error, ConnectionRefusedError) or (
-                "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError)):
-            return True
+    while error is not None and not isinstance(error, ConnectionRefusedError):
         error = error.__context__
-    return False
+    return error is not None
 
 
 class Destination(NamedTuple):
@@ -3605,7 +3601,7 @@ class Deliveries:
                 connect_seconds: float) -> Answer:
         """Put an output to the next hop.
 
-        Raises HopLost if the answer does not come whole, and BadGateway if no attempt can succeed.
+        Raises HopLost if the answer does not come whole, and BadGateway if nobody listens.
         """
         whole = output if isinstance(output, bytes) else None
         counted = CountingIterator(cast(Any, output))
@@ -3626,7 +3622,7 @@ class Deliveries:
                 return self._judge(to, answer, size)
             return self._judge_by_class(answer, whole or b"", size)
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
-            kind = BadGateway if is_hopeless(error) else HopLost
+            kind = BadGateway if is_refusal(error) else HopLost
             raise kind(f"the next hop was lost: {describe(error)}") from None
 
     def _read_answer(self, to: Destination, body: NodeBody) -> Union[Answer, NodeAnswer]:
