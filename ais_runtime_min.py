@@ -275,10 +275,7 @@ class BadGateway(RequestError):
 
 
 class HopLost(BadGateway):
-    """The next hop was lost before its answer was whole, or wants the object again.
-
-    The delivery may be tried again.
-    """
+    """The next hop was lost before its answer was whole, or wants the object again: try again."""
 
 
 class NodeBodyLost(BadGateway):
@@ -301,7 +298,7 @@ def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
 
     Users' code is called this way, and a SystemExit that it raises must not end a thread. Only
     `Terminated` passes: a signal to stop that comes while users' code is being loaded is meant for
-    the runtime. The caller decides what an error means; if it ignores errors, it says so.
+    the runtime.
     """
     try:
         return Outcome(function(*args))
