@@ -56,8 +56,7 @@ import threading
 import types
 
 if __name__ == "__main__":
-    # A class that imports this file by its name must get this module, with the same ETLServer, and
-    # not a second copy.
+    # a class that imports this file by its name must get this module, with the same ETLServer
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
     # Imported modules stay: a search for garbage among them would take a sixth of the start-up
     # time. `freeze_heap` enables the collector again.
@@ -66,9 +65,8 @@ if __name__ == "__main__":
     class LateModule(types.ModuleType):
         """A stand-in for a module that is loaded when an attribute is first read or set.
 
-        Modules that have imported the stand-in keep it, and it forwards every attribute. The user's
-        class imports the module itself, since `leave_late_modules` has removed the stand-ins by
-        then.
+        Modules that have imported the stand-in keep it. The user's class imports the module itself,
+        since `leave_late_modules` has removed the stand-ins by then.
         """
 
         _lock = threading.Lock()
@@ -154,8 +152,6 @@ QPARAM_ARGS = "etl_args"  # the user's argument for the transform
 QPARAM_LATEST = "latest-ver"  # whether to ask the target for the object, and not read its file
 QPARAM_ORIGINAL_URL = "original_url"  # of /download: the URL to fetch
 QPARAM_OBJECT_TO = "object_to"  # of /download: the object's path
-# for /download: some servers refuse requests without a User-Agent
-AGENT = {"User-Agent": f"ais-runtime-min/{__version__}"}
 DEFAULT_MIME_TYPE = "application/octet-stream"
 FRESH_START = "AIS_RUNTIME_FRESH_START"  # the state that `Start.over` leaves to the next program
 
@@ -164,16 +160,11 @@ HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
 READ_BYTES = 64 << 10  # of one receive: a small object usually comes together with its head
 WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
 DRAIN_LIMIT_BYTES = 1 << 20  # of a body, read on after an error; beyond this, closing is cheaper
-LINGER_LIMIT_BYTES = 64 << 20  # read before closing, so that a client still sending gets the answer
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # of a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore cuts far earlier
-# a smaller answer of the next stage is read to its end before our answer begins: if that fails, a
-# status can still tell it
-SMALL_ANSWER_BYTES = 64 << 10
 WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
 UNMASK_BYTES = 16 << 10  # longest WebSocket message that the leader reads, unmasked as one integer
-AHEAD_LIMIT_MESSAGES = 64  # of a WebSocket connection, read but unanswered; 16 transforms run
-AHEAD_LIMIT_BYTES = 16 << 20  # of these objects and their results; one object is always read
+AHEAD_LIMIT_BYTES = 16 << 20  # of objects of a WebSocket connection that are read ahead
 BATCH_LIMIT_PARTS = 512  # buffers of one sendmsg(), which takes at most 1024
 
 HEAD_TIMEOUT_SECONDS = 30.0  # for a request's head, from its first byte
@@ -187,25 +178,16 @@ CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
 RETRY_DELAY_LIMIT_SECONDS = 30.0  # between two attempts at a delivery: 1, 2, 4 … up to this
-# to connect, in all retries of a delivery together. The default, three retries, then ends within
-# 8 s of the first failure (1 + 2 + 4 + 1); AIStore's own limit for an object may be 10 s.
-RETRY_CONNECT_SECONDS = 1.0
 FORSAKEN_SECONDS = 10.0  # until the pod ends after failures have closed all WebSocket connections
 WEBSOCKET_DRAIN_SECONDS = 15.0  # for WebSocket clients that go on sending while the pod stops
 GRACE_SECONDS = 25.0  # from SIGTERM to the pod's end: a node drain leaves 30 s
 WORKER_GRACE_SECONDS = 23.0  # of these, for the requests of a worker; its exit hooks have the rest
 LEAVE_SECONDS = 2.0  # for a process without requests to end
-REPEAT_SECONDS = 0.3  # stop signals this close are one, sent to the process and to its group
 CHILDREN_SECONDS = 0.3  # for a class's child processes to end on SIGTERM, when its worker ends
-THREADS_SECONDS = 0.2  # for a class's threads to end with its worker; those of executors have more
 TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once if forking is safe
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, not half an hour
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines which say that an installer still runs
-TOOL_QUERY_SECONDS = 60.0  # for the query whether a package is installed, which only reads a file
-TOOL_LINES_LIMIT = 40  # last lines of an installer's output that are kept: errors are among them
-TOOL_OUTPUT_BYTES = 128 << 10  # of the end of an installer's output, which has these lines
-TOOL_LINE_LIMIT_BYTES = 2000  # of one of these lines
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
@@ -213,17 +195,11 @@ WEBSOCKET_LIMIT = 512  # WebSocket connections of a worker: half of the threads 
 QUICK_SECONDS = 0.0005  # the leader itself calls a class that is faster: a handover costs more
 TURN_SECONDS = 0.05  # in which the leader calls the class for one connection, while others wait
 LEAD_SECONDS = 0.01  # until a leader that is held up loses the lead to its deputy
-YIELD_SECONDS = 0.001  # for another worker with fewer connections to accept the next one
 CROWD_LIMIT = 64  # connections accepted in a row, or idle ones closed to make room
-EXCESS_LIMIT = 8  # connections that a busy worker may have beyond another, which may be as busy
-DEFAULT_WORKERS = 4  # as AIStore documents for NUM_WORKERS
-DEFAULT_THREADS = 16  # transforms at once in a worker: they share the GIL, but may wait for I/O
 RESPAWN_DELAY_LIMIT_SECONDS = 5.0  # before a dead worker is replaced; the delay doubles up to this
 DEATHS_LIMIT = 10  # workers that die in a row, none having answered a request; then the pod ends
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # shortages that pass
-DOWNLOAD_REDIRECTS_LIMIT = 5  # more are probably a loop
 TERMINATION_LOG = "/dev/termination-log"
-TERMINATION_LOG_LIMIT_BYTES = 2048  # the kubelet keeps no more
 
 # outside the root logger's tree: neither the class's setup nor logging.disable() can silence it
 logger = logging.Manager(cast(Any, logging.root)).getLogger("ais_runtime_min")
@@ -299,14 +275,7 @@ class BadGateway(RequestError):
 
 
 class HopLost(BadGateway):
-    """The next hop was lost before its answer was whole, or wants the object again.
-
-    The delivery may be tried again, unless `hopeless` says that no attempt can succeed.
-    """
-
-    def __init__(self, detail: str, hopeless: bool = False) -> None:
-        super().__init__(detail)
-        self.hopeless = hopeless
+    """The next hop was lost before its answer was whole, or wants the object again: try again."""
 
 
 class NodeBodyLost(BadGateway):
@@ -329,7 +298,7 @@ def attempt(function: Callable[..., Any], *args: Any) -> Outcome:
 
     Users' code is called this way, and a SystemExit that it raises must not end a thread. Only
     `Terminated` passes: a signal to stop that comes while users' code is being loaded is meant for
-    the runtime. The caller decides what an error means; if it ignores errors, it says so.
+    the runtime.
     """
     try:
         return Outcome(function(*args))
@@ -406,12 +375,16 @@ class UsageError(StartupError):
 class InvalidPipelineError(ValueError):
     """The SDK's error for a malformed pipeline, answered 400; classes may raise it."""
 
+    __module__ = "aistore.sdk.errors"  # `user_status` knows the exception by this name
+
 
 class ETLDirectPutTransientError(Exception):
     """The SDK's error for a direct put that may succeed later; classes may raise it.
 
     The answer is 502, or 503 with `Ais-Etl-Retry-Reason` if `bail_without_local_retry` is true.
     """
+
+    __module__ = "aistore.sdk.errors"
 
     def __init__(self, url: str, cause: Exception, bail_without_local_retry: bool = False) -> None:
         self.url = url
@@ -429,27 +402,19 @@ def parse_bool(text: Optional[str]) -> bool:
     return str(text or "").strip().lower() in ("1", "t", "true", "y", "yes", "on")
 
 
-def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `lowest` to `highest`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or not lowest <= int(text) <= highest:
-            raise ValueError(f"a whole number from {lowest} to {highest}")
-        return int(text)
-
-    return parse
+def whole_number(lowest: int, highest: int, text: str) -> int:
+    """Parse a whole number from `lowest` to `highest`."""
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or not lowest <= int(text) <= highest:
+        raise ValueError(f"a whole number from {lowest} to {highest}")
+    return int(text)
 
 
-def word_of(*words: str) -> Callable[[str], str]:
-    """Return a parser of one of `words`, in upper or lower case."""
-
-    def parse(text: str) -> str:
-        for word in words:
-            if word.lower() == text.strip().lower():
-                return word
-        raise ValueError("one of " + ", ".join(words))
-
-    return parse
+def word_of(words: Sequence[str], text: str) -> str:
+    """Parse one of some words, in upper or lower case."""
+    for word in words:
+        if word.lower() == text.strip().lower():
+            return word
+    raise ValueError("one of " + ", ".join(words))
 
 
 def existing_file(text: str) -> str:
@@ -503,23 +468,25 @@ VARIABLES = (
     Variable("ETL_CLASS_PAYLOAD_FILE", "payload_file", existing_file),
     Variable("PACKAGES", "packages", str),
     Variable("OS_PACKAGES", "os_packages", str),
-    Variable("NUM_WORKERS", "workers", whole_number(1, 256)),
-    Variable("NUM_THREADS", "threads", whole_number(1, 1024)),
+    Variable("NUM_WORKERS", "workers", functools.partial(whole_number, 1, 256)),
+    Variable("NUM_THREADS", "threads", functools.partial(whole_number, 1, 1024)),
     Variable("AIS_TARGET_URL", "target", target_url, secret=True),
     Variable("direct_put", "direct_put", parse_bool),
     Variable("DIRECT_PUT", "direct_put", parse_bool),
     Variable("ETL_DIRECT_FQN", "direct_fqn", parse_bool),
-    Variable("AIS_DIRECT_PUT_RETRIES", "direct_put_retries", whole_number(0, 100)),
+    Variable("AIS_DIRECT_PUT_RETRIES", "direct_put_retries",
+             functools.partial(whole_number, 0, 100)),
     Variable("AIS_SKIP_VERIFY", "skip_verify", parse_bool),
     Variable("AIS_SKIP_VERIFY_CRT", "skip_verify", parse_bool),
     Variable("AIS_CLIENT_CA", "client_ca", existing_file),
     Variable("AIS_CRT", "client_cert", existing_file),
     Variable("AIS_CRT_KEY", "client_key", existing_file),
     Variable("AIS_AUTHN_TOKEN", "token", str, secret=True),
-    Variable("PORT", "port", whole_number(0, 65535)),
-    Variable("LOG_LEVEL", "log_level", word_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
+    Variable("PORT", "port", functools.partial(whole_number, 0, 65535)),
+    Variable("LOG_LEVEL", "log_level", functools.partial(
+        word_of, ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))),
     Variable("ETL_FQN_ROOTS", "fqn_roots", folders),
-    Variable("ETL_WS_FAILURE", "ws_failure", word_of("break", "empty")),
+    Variable("ETL_WS_FAILURE", "ws_failure", functools.partial(word_of, ("break", "empty"))),
 )
 
 
@@ -528,17 +495,15 @@ def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str
 
     A large payload comes in pieces, since Linux takes at most 128 KiB in one variable.
     """
-    further = {name for name, text in environ.items()
-               if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name)}
+    further = sorted(name for name, text in environ.items()
+                     if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name))
     names = [f"ETL_CLASS_PAYLOAD_{number}" for number in range(2, 2 + len(further))]
-    missing, surplus = sorted({*names} - further), sorted(further - {*names})
-    complaints = [f"{one} is not set, but {other} is" for one, other in zip(missing, surplus)]
-    if further and not values.get("payload"):
-        complaints.append("ETL_CLASS_PAYLOAD is not set, but a further piece of it is")
-    if values.get("payload") and values.get("payload_file"):
-        complaints.append("ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set")
-    values["payload"] = values.get("payload", "") + "".join(environ.get(name, "") for name in names)
-    return complaints
+    names.insert(0, "ETL_CLASS_PAYLOAD")
+    values["payload"] = "".join(environ.get(name, "") for name in names)
+    if values["payload"] and values.get("payload_file"):
+        return ["ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set"]
+    return [f"{name} is not set, but there are further pieces of the payload, {', '.join(further)}"
+            for name in names if further and not environ.get(name)]
 
 
 class Settings(NamedTuple):
@@ -548,7 +513,7 @@ class Settings(NamedTuple):
     payload_file: str = ""
     packages: str = ""
     os_packages: str = ""
-    workers: int = DEFAULT_WORKERS
+    workers: int = 4  # as AIStore documents for NUM_WORKERS
     threads: Optional[int] = None  # None: the environment does not say
     target: str = ""
     direct_put: bool = False
@@ -740,14 +705,14 @@ def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 def last_lines(output: int) -> List[str]:
     """Return the last lines of an installer's output file, without credentials."""
-    start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
-    found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
+    start = max(0, os.fstat(output).st_size - (128 << 10))
+    found = re.split(b"[\r\n]+", os.pread(output, 128 << 10, start))
     if start:
         del found[0]  # the beginning of this line was not read
     lines = []
-    for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
-        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
-        if len(line) > TOOL_LINE_LIMIT_BYTES:
+    for line in [line for line in found if line.strip()][-40:]:  # the error is among them
+        text = line[:2000].decode("utf-8", "replace").rstrip()
+        if len(line) > 2000:
             # the last word may be half of a URL, in which no password can be recognized
             text = text.rpartition(" ")[0] + " …"
         lines.append(hide_credentials(text))
@@ -821,7 +786,7 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
     try:
         said = subprocess.check_output(
             command, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            errors="replace", timeout=TOOL_QUERY_SECONDS)
+            errors="replace", timeout=60)  # it only reads a file
     except (OSError, subprocess.SubprocessError):
         return False
     return bool(re.search(wanted, said))
@@ -1884,32 +1849,25 @@ REPORT_STORY = b"S"  # text: a line of the traceback for the REPORT_FAILED that 
 REPORT_FAILED = b"F"  # the start has failed; text: an exit code, a space, and the reason
 
 
-class Framework(NamedTuple):
-    """A framework that a class may need."""
-
-    server: str  # the package that serves its applications; "" if this runtime serves them
-    # requirements by module: a class imports the first module, the others serve its application
-    modules: Mapping[str, str]
-
-    def wanted(self, serves: bool) -> List[Tuple[str, str]]:
-        """Return modules and requirements: the class's, and if it `serves`, the others too."""
-        return list(self.modules.items())[:None if serves else 1]
-
-
-FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.cfg's extras
-    "fastapi": Framework("uvicorn", {
-        "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
-        "websockets": "uvicorn[standard]>=0.29"}),
-    "flask": Framework("", {"flask": "flask>=3.0"}),
+# The frameworks that a class may need, their modules, and the requirements for these, which are
+# those of setup.cfg's extras. A class imports the first module; the others serve its application.
+FRAMEWORKS: Mapping[str, Mapping[str, str]] = {
+    "fastapi": {"fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
+                "websockets": "uvicorn[standard]>=0.29"},
+    "flask": {"flask": "flask>=3.0"},
 }
+
+
+def modules_of(framework: str, serves: bool) -> List[Tuple[str, str]]:
+    """Return modules and requirements: the class's, and if the framework `serves`, the others."""
+    return list(FRAMEWORKS[framework].items())[:None if serves else 1]
 
 
 class Share:
     """One worker's number of connections, in memory that all workers of a pod share.
 
-    The kernel wakes all workers for a new connection, and the quickest accepts it: usually the one
-    that is already running. A worker with more connections than another therefore leaves a new
-    connection to the others for a moment. An absent worker counts as having more than all others.
+    The kernel wakes all workers for a new connection, and the one that is already running is the
+    quickest to accept it. So a worker with more connections than another waits for a moment.
     """
 
     def __init__(self, counts: memoryview, slot: int) -> None:
@@ -1928,7 +1886,7 @@ class Share:
         self._counts[self._slot] = connections
 
     def leave(self) -> None:
-        """Tell the other workers that this one is absent."""
+        """Tell the other workers that this one is absent: it has more connections than any."""
         self.publish(0xFFFFFFFF)
 
     @property
@@ -1977,8 +1935,8 @@ def framework_of(cls: type) -> str:
     return "flask" if issubclass(cls, FlaskServer) else ""
 
 
-# The runtime keeps two things in the `vars` of an instance, under names that cannot be attributes
-# of the class: the framework's application, and the function that answers requests for objects.
+# Keys in the `vars` of an instance, which cannot be attributes of the class: the framework's
+# application, and the function that answers requests for objects.
 APP, ANSWER = "ais_runtime_min.app", "ais_runtime_min.answer"
 
 
@@ -2036,10 +1994,7 @@ class ETLServer(ABC):
         return self._build_session()
 
     def _build_session(self) -> Any:
-        """Make the session, with the certificates and the token of the settings.
-
-        Raise ImportError if the package `requests` is missing.
-        """
+        """Make the session, with the certificates and the token of the settings."""
         settings = Current.settings or Settings()
         try:
             import requests
@@ -2055,10 +2010,7 @@ class ETLServer(ABC):
         return session
 
     def transform(self, data: Union[bytes, str], path: str, etl_args: str) -> bytes:
-        """Return the transformed object.
-
-        `data` is the object's bytes, or its local path if `ETL_DIRECT_FQN` is on.
-        """
+        """Return the transformed object; `data` is its bytes, or its path by `ETL_DIRECT_FQN`."""
         raise NotImplementedError("override transform() or transform_stream()")
 
     def transform_stream(self, reader: BinaryIO, path: str, etl_args: str) -> Iterator[bytes]:
@@ -2077,9 +2029,9 @@ class ETLServer(ABC):
                    timeout: Optional[float] = None) -> Any:
         """Put bytes to another node, and return its whole answer.
 
-        `data` is bytes, or an iterator of bytes where a class streams. `timeout` is in seconds: for
-        connecting, and for each silence of the node. Raise OSError if the node is lost. If a class
-        overrides this method, all its outputs are delivered by the override.
+        `data` is an iterator of bytes where a class streams. `timeout` is in seconds: for
+        connecting, and for each silence of the node. Raises OSError if the node is lost. If a class
+        overrides this method, the override delivers all its outputs.
         """
         if Current.pool is None:
             Current.pool = ConnectionPool(Current.settings or Settings())
@@ -2144,11 +2096,14 @@ class ListeningServer(ETLServer):
 
     def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
         super().__init__()
+        settings = Current.settings or Settings()
         self.host = host
-        self.port = (Current.settings or Settings()).port if port == 8000 else port
+        self.port = settings.port if port == 8000 else port
+        if settings.server and settings.server == framework_of(type(self)):
+            app_of(self)
 
     def start(self) -> None:
-        """Serve until SIGTERM, in a worker on the shared socket, elsewhere on a new one."""
+        """Serve until SIGTERM."""
         serve_instance(self)
 
 
@@ -2158,29 +2113,22 @@ class HTTPMultiThreadedServer(ListeningServer):
     `path` is the path of the request as it came, not decoded.
     """
 
-    class RequestHandler(http.server.BaseHTTPRequestHandler):
-        """The SDK's name, for payloads that refer to it; overriding it is refused."""
+    # the SDK's name, for payloads that refer to it; overriding it is refused
+    RequestHandler = http.server.BaseHTTPRequestHandler
 
 
 class LateApp:
-    """A stand-in for an instance's application, which is made when it is used.
+    """A stand-in for an instance's application, which is made when an attribute is read.
 
-    Files that were written for the SDK end with `server = Mine()` and `app = server.app`, for
-    uvicorn or gunicorn. The command `serve` imports such a file, serves an instance of its own, and
-    so needs no framework for these lines.
+    Files that were written for the SDK end with `server = Mine()` and `app = server.app`. The
+    command `serve` serves an instance of its own, and so needs no framework for these lines.
     """
 
     def __init__(self, server: Any) -> None:
-        vars(self)["_app"] = functools.partial(app_of, server)  # not by our own __setattr__
+        self._server = server
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._app(), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._app(), name, value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._app()(*args, **kwargs)
+        return getattr(app_of(self._server), name)
 
 
 class FrameworkServer(ListeningServer):
@@ -2188,14 +2136,8 @@ class FrameworkServer(ListeningServer):
 
     Transforms run one at a time, on the main thread, unless `NUM_THREADS` is more than 1. The
     framework serves a class that overrides a hook, or that uses `self.app` in its constructor. This
-    use raises FrameworkNeeded; the pod then starts again with the framework, and the constructor
-    below makes the application.
+    use raises FrameworkNeeded; the pod then starts again with the framework.
     """
-
-    def __init__(self, host: str = "0.0.0.0", port: int = 8000) -> None:
-        super().__init__(host, port)
-        if Current.settings and Current.settings.server == framework_of(type(self)):
-            app_of(self)
 
     @property
     def app(self) -> Any:
@@ -2270,13 +2212,8 @@ class CountingIterator:
             yield piece
 
 
-class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
+class ThreadedHTTPServer(http.server.ThreadingHTTPServer):
     """The SDK's server, for payloads that refer to it; this runtime does not use it."""
-
-    def __init__(self, server_address: Tuple[str, int], handler_class: Any,
-                 etl_server: ETLServer) -> None:
-        super().__init__(server_address, handler_class)
-        self.etl_server = etl_server
 
 
 # == 8. Loading the class ==
@@ -2794,20 +2731,6 @@ def decode_escapes(text: str, errors: str = "replace") -> str:
     return unquote_to_bytes(text.encode("latin-1")).decode("utf-8", errors)
 
 
-FOLDER_LIMIT = 1024  # characters; longer folders are not cached
-# cached, since the objects of a bucket lie in few folders
-decode_folder = functools.lru_cache(maxsize=256)(decode_escapes)
-
-
-def decode_query(text: str) -> str:
-    """Decode a name or a value of a query; bytes that are not UTF-8 are replaced."""
-    text = text.replace("+", " ")
-    folder, slash, name = text.rpartition("%2F")
-    if slash and len(folder) < FOLDER_LIMIT:
-        return decode_folder(folder) + "/" + decode_escapes(name)
-    return decode_escapes(text)
-
-
 def split_query(query: str) -> Tuple[Dict[str, str], str]:
     """Return a query's parameters, decoded, and the raw rest that is sent to the target.
 
@@ -2816,9 +2739,9 @@ def split_query(query: str) -> Tuple[Dict[str, str], str]:
     parameters: Dict[str, str] = {}
     rest = []
     for item in query.split("&") if query else ():
-        name, _, value = item.partition("=")
-        name = decode_query(name)
-        parameters.setdefault(name, decode_query(value))
+        name, _, value = item.replace("+", " ").partition("=")
+        name = decode_escapes(name)
+        parameters.setdefault(name, decode_escapes(value))
         if name not in (QPARAM_FQN, QPARAM_ARGS):
             rest.append(item)
     return parameters, "&".join(rest)
@@ -2852,14 +2775,14 @@ class ETLRequest(NamedTuple):
         fqn = parameters.get(QPARAM_FQN, "").strip()
         etl_args = parameters.get(QPARAM_ARGS, "").strip()
         latest = QPARAM_LATEST in parameters and parse_bool(parameters[QPARAM_LATEST])
+        request = cls(method, raw_path, rest, fqn, etl_args, latest, pipeline.strip())
         if raw_path != "/download":
-            return cls(method, raw_path, rest, fqn, etl_args, latest, pipeline.strip())
+            return request
         original_url, object_to = map(parameters.get, (QPARAM_ORIGINAL_URL, QPARAM_OBJECT_TO))
         if not original_url or not object_to:
             raise BadRequest(
                 f"/download needs the parameters {QPARAM_ORIGINAL_URL} and {QPARAM_OBJECT_TO}")
-        return cls(method, raw_path, rest, "", etl_args, latest, pipeline.strip(),
-                   original_url, object_to)
+        return request._replace(fqn="", original_url=original_url, object_to=object_to)
 
     @classmethod
     def from_message(cls, message: Any) -> ETLRequest:
@@ -2881,29 +2804,16 @@ class ETLRequest(NamedTuple):
         """Whether the object came over WebSocket; its output is sent back whole."""
         return self.raw_path == "/ws"
 
-    @property
-    def path(self) -> str:
-        """The decoded path without its first slash; bytes that are not UTF-8 are replaced."""
+    def decoded_path(self, errors: str = "replace") -> str:
+        """Return the decoded path without its first slash; `errors` is as in `bytes.decode`."""
         if self.object_to or self.is_message:
             return self.object_to
-        return decode_escapes(self.raw_path)[1:]
-
-    @property
-    def decoded_path(self) -> str:
-        """The decoded path with its first slash; bytes that are not UTF-8 become surrogates."""
-        if self.object_to or self.is_message:
-            return "/" + self.object_to.lstrip("/")
-        return decode_escapes(self.raw_path, "surrogateescape")
+        return decode_escapes(self.raw_path, errors)[1:]
 
     @property
     def name(self) -> str:
         """The object's name in log lines."""
         return self.object_to or self.raw_path
-
-    @property
-    def is_replayable(self) -> bool:
-        """Whether the object can be read a second time: it is a file, or another node has it."""
-        return bool(self.fqn) or self.method != "PUT"
 
 
 # == 10. Stage 2, reading ==
@@ -3251,10 +3161,11 @@ class Sources:
         # character per byte, and `path_of` escapes it as such.
         url = re.sub("[^!-~]", lambda match: quote(match[0]), url)
         location = ""
-        for _ in range(DOWNLOAD_REDIRECTS_LIMIT + 1):
+        agent = {"User-Agent": f"ais-runtime-min/{__version__}"}  # some servers want one
+        for _ in range(6):  # more than five redirects are probably a loop
             try:
                 url = urljoin(url, location)
-                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url), AGENT))
+                stream = self._outside.open(NodeRequest("GET", Hop.of(url), path_of(url), agent))
             except (OSError, ValueError) as error:
                 raise BadGateway(f"the download failed: {describe(error)}") from None
             if stream.status == HTTPStatus.OK:
@@ -3293,10 +3204,9 @@ class ThreadSlots:
 
 
 class MainThread:
-    """Make calls on the main thread, one by one, in the order in which they are asked for.
+    """Make calls on the main thread, the one that made this object, one by one, in their order.
 
-    The main thread is the thread that made this object. Other threads append their calls to `calls`
-    and wake the main thread by `wake`; its loop makes the calls by `make_call`.
+    Other threads append to `calls` and wake the main thread by `wake`; its loop makes the calls.
     """
 
     def __init__(self) -> None:
@@ -3310,7 +3220,11 @@ class MainThread:
         if threading.get_ident() == self._ident:
             return function(*args)
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self.put(lambda: outcomes.put(attempt(function, *args)))
+        with self._lock:  # or two threads could both see two calls, and neither would wake
+            self.calls.append(lambda: outcomes.put(attempt(function, *args)))
+            is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
+        if is_first:
+            self.wake()
         value, error = outcomes.get()
         try:
             if error is not None:
@@ -3320,14 +3234,6 @@ class MainThread:
             # The error's traceback refers to this frame, and the frame to the error. This cycle
             # would keep the user's object in memory.
             del error
-
-    def put(self, call: Callable[[], None]) -> None:
-        """Append a call, which must not raise; return at once."""
-        with self._lock:  # or two threads could both see two calls, and neither would wake
-            self.calls.append(call)
-            is_first = len(self.calls) == 1  # otherwise the thread is awake or about to wake
-        if is_first:
-            self.wake()
 
     def make_call(self) -> None:
         """Make the oldest call; for the main thread only."""
@@ -3340,11 +3246,10 @@ Slots = Union[ThreadSlots, MainThread]
 class Pace:
     """Predict from the last calls of the class whether the next call is quick.
 
-    The leader is the thread that watches all connections (section 16). Handing a call to another
-    thread costs as much as a quick call takes, so the leader makes quick calls itself. It hands
-    calls over after a call that took more than a hundred times `QUICK_SECONDS`, or when more than
-    three in four of about the last sixteen calls were slow. It goes on handing over for a hundred
-    times as long as the last call took. Times are those of time.monotonic().
+    Handing a call to another thread costs as much as a quick call takes, so the leader (section 16)
+    makes quick calls itself. It hands calls over after a call that took more than a hundred times
+    `QUICK_SECONDS`, or when more than three in four of about the last sixteen calls were slow, for
+    a hundred times as long as the last call took. Times are those of time.monotonic().
     """
 
     def __init__(self) -> None:
@@ -3397,8 +3302,8 @@ class Room:
     def check(self, size: int) -> None:
         """Raise ObjectTooLarge if the container's memory cannot hold so many bytes."""
         if size > self._memory:
-            raise ObjectTooLarge(f"the object has {size} bytes, more than the {self._memory} of "
-                                 f"the container's memory")
+            raise ObjectTooLarge(
+                f"the object has more bytes than the container's memory, {self._memory}")
 
     def take(self, body: object, count: int) -> None:
         """Wait until there is room for `count` more bytes of a body, then take the room.
@@ -3408,20 +3313,11 @@ class Room:
         with self._change:
             taken = self._taken.setdefault(body, 0)
             # a body is read in steps, and the last step may reach beyond the body's end
-            if taken + count > self._memory + WRITE_BYTES:
-                raise ObjectTooLarge(
-                    f"the object has more bytes than the container's memory, {self._memory}")
+            self.check(taken + count - WRITE_BYTES)
             self._change.wait_for(lambda: self._total + count <= WAITING_LIMIT_BYTES
                                   or body is next(iter(self._taken)))
             self._total += count
             self._taken[body] += count
-
-    def give_back(self, body: object, count: int) -> None:
-        """Give back some of the room that a body has taken."""
-        with self._change:
-            self._total -= count
-            self._taken[body] -= count
-            self._change.notify_all()
 
     def leave(self, body: object) -> None:
         """Give back all the room of a body; may be called more than once."""
@@ -3434,8 +3330,7 @@ class WaitingBody(io.RawIOBase):
     """Read a body into memory, in steps that wait for room; the stream stays open.
 
     A client may announce a large body and send little of it. So each step takes room for as many
-    bytes as have come so far, but at least for `READ_BYTES` and at most for `WRITE_BYTES`. The
-    bytes of a file are all there, so a file takes its room at once.
+    bytes as have come so far, but at least for `READ_BYTES` and at most for `WRITE_BYTES`.
     """
 
     def __init__(self, room: Room, stream: ObjectStream) -> None:
@@ -3443,13 +3338,24 @@ class WaitingBody(io.RawIOBase):
         self._room = room
         self._stream = stream
         self._count = 0
+        self._spare = 0  # bytes for which room was taken, and which have not come yet
 
     def load(self) -> ReceivedObject:
         """Read to the end; the object keeps its room until its transform begins or it is closed."""
+        stream, release = self._stream, functools.partial(self._room.leave, self)
         with contextlib.ExitStack() as on_failure:
-            release = functools.partial(self._room.leave, self)
             on_failure.callback(release)
-            received = ReceivedObject(self.readall(), release)
+            if isinstance(stream, ObjectFile):
+                self._room.take(self, stream.size)  # at once, since its bytes are all there
+                read: Callable[[int], bytes] = functools.partial(read_to_end, stream)
+                if stream.size <= WRITE_BYTES:  # one call, since each may let another thread run
+                    read = stream.read
+                data = read_whole(read, stream.size)
+            else:
+                if isinstance(stream, BoundedReader):
+                    stream.receive_flags = socket.MSG_WAITALL
+                data = read_to_end(self, stream.size)
+            received = ReceivedObject(data, release)
             on_failure.pop_all()
         return received
 
@@ -3459,28 +3365,14 @@ class WaitingBody(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read some bytes into a buffer, 0 at the end."""
-        step = len(buffer)
-        if not isinstance(self._stream, ObjectFile):
-            step = min(step, max(READ_BYTES, min(self._count, WRITE_BYTES)))
-        self._room.take(self, step)
+        step = min(len(buffer), max(READ_BYTES, min(self._count, WRITE_BYTES)))
+        if step > self._spare:
+            self._room.take(self, step - self._spare)
+            self._spare = step
         count = self._stream.readinto(memoryview(buffer)[:step]) or 0
-        if count < step:
-            self._room.give_back(self, step - count)
         self._count += count
+        self._spare -= count
         return count
-
-    def readall(self) -> bytes:
-        """Read to the end."""
-        stream = self._stream
-        if isinstance(stream, ObjectFile):
-            read: Callable[[int], bytes] = functools.partial(read_to_end, self)
-            if stream.size <= WRITE_BYTES:  # in one call, since each may let another thread run
-                self._room.take(self, stream.size)
-                read = stream.read
-            return read_whole(read, stream.size)
-        if isinstance(stream, BoundedReader):
-            stream.receive_flags = socket.MSG_WAITALL
-        return read_to_end(self, stream.size)
 
 
 def as_bytes(output: Any, what: str) -> bytes:
@@ -3492,18 +3384,13 @@ def as_bytes(output: Any, what: str) -> bytes:
     try:
         return bytes(memoryview(output))
     except TypeError:
-        hint = ": it must not be async" if hasattr(output, "__await__") else ""
-        # a coroutine that is not closed makes Python warn that it was never awaited
-        attempt(getattr(output, "close", lambda: None))
-        raise TypeError(f"{what} {type(output).__name__!r}, not bytes{hint}") from None
+        raise TypeError(f"{what} {type(output).__name__!r}, not bytes") from None
 
 
 class Transforms:
     """Call the class with the arguments that it expects, and convert its output to bytes.
 
-    Arguments are passed by position, since users name their parameters freely. The form of `path`
-    depends on the base class (SDK 2.0, http_multi_threaded_server.py and fastapi_server.py), and
-    classes rely on this form.
+    Arguments are passed by position, since users name their parameters freely.
     """
 
     def __init__(self, server: ETLServer, slots: Slots) -> None:
@@ -3511,8 +3398,6 @@ class Transforms:
         self._slots = slots
         self._gets_decoded_path = isinstance(server, FrameworkServer)
         self._room = Room()
-        # messages have a Room of their own: a message may wait for an object that is being read
-        self.message_room = Room()
 
     @property
     def mime_type(self) -> str:
@@ -3523,10 +3408,7 @@ class Transforms:
         return str.__str__(value)  # a plain str, whatever a subclass overrides
 
     def run(self, request: ETLRequest, source: Source) -> bytes:
-        """Read the whole object, wait for a slot, and transform it.
-
-        Raises ObjectTooLarge if the object cannot be held in memory.
-        """
+        """Read the whole object, wait for a slot, and transform it."""
         stream, transform = source.stream, self._server.transform
         args = (self._path(request), request.etl_args)
         if source.path or (stream.size is not None and stream.size <= READ_BYTES):
@@ -3556,9 +3438,9 @@ class Transforms:
             self._server.close_reader(output)
 
     def _path(self, request: ETLRequest) -> str:
-        """Return the object's path in the form that the base class of the SDK gives."""
+        """Return the object's path in the form that the SDK's base class gives (SDK 2.0)."""
         if self._gets_decoded_path or request.raw_path in ("/ws", "/download"):
-            return request.path
+            return request.decoded_path()
         return request.raw_path
 
 
@@ -3595,15 +3477,11 @@ class Answer(NamedTuple):
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
-        """Return the header field that frames the body, if any.
-
-        There is none if the answer has no content, or if the connection's end ends the body.
-        """
+        """Return the header field that frames the body, if the connection's end does not."""
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
-        size = self.size
-        if size is None and isinstance(self.body, bytes):
-            size = len(self.body)
+        is_measured = self.size is None and isinstance(self.body, bytes)
+        size = len(cast(bytes, self.body)) if is_measured else self.size
         return [] if size is None or self.status in BODILESS else [("Content-Length", str(size))]
 
     def __enter__(self) -> Answer:
@@ -3629,7 +3507,6 @@ class OutputFailed(Exception):
     """The class's stream failed while its pieces were being sent; `error` is its exception."""
 
     def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
         self.error = error
 
 
@@ -3664,32 +3541,14 @@ def relay(body: NodeBody) -> Iterator[bytes]:
         yield from iter(lambda: body.read(READ_BYTES) or b"", b"")
 
 
-def as_body(output: Union[bytes, CountingIterator]) -> Union[bytes, Iterator[bytes]]:
-    """Return the body to deliver: bytes, or an iterator that can be closed."""
-    return output if isinstance(output, bytes) else iter(output)
+def is_refusal(error: Optional[BaseException]) -> bool:
+    """Tell whether an error means that nobody listens.
 
-
-def size_of(output: Union[bytes, CountingIterator]) -> int:
-    """Return how many bytes of an output were sent."""
-    return len(output) if isinstance(output, bytes) else output.bytes_sent
-
-
-def is_hopeless(error: Optional[BaseException]) -> bool:
-    """Tell whether every attempt will fail: nobody listens, or a certificate is wrong.
-
-    `requests` wraps such an error several times, so its causes are looked through.
+    A class's `client_put` may use `requests`, which raises errors of its own from such an error.
     """
-    while error is not None:
-        if isinstance(error, ConnectionRefusedError):
-            return True
-        # without _ssl no certificate can have failed; `ssl` may be a stand-in, which stays unloaded
-        if "_ssl" in sys.modules and isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        inner = error.args[0] if error.args else None
-        causes = (getattr(error, "reason", None), getattr(inner, "reason", None), inner,
-                  error.__cause__)
-        error = next((cause for cause in causes if isinstance(cause, BaseException)), None)
-    return False
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__context__
+    return error is not None
 
 
 class Destination(NamedTuple):
@@ -3706,39 +3565,30 @@ def content_type(headers: Mapping[str, str]) -> Tuple[Tuple[str, str], ...]:
     return (("Content-Type", headers.get("Content-Type") or DEFAULT_MIME_TYPE),)
 
 
-def is_overridden(server: ETLServer, name: str) -> bool:
-    """Tell whether a class overrides a method of ETLServer."""
-    return getattr(type(server), name) is not getattr(ETLServer, name)
-
-
-def check_early(to: Destination, status: int, is_early: bool) -> None:
-    """Raise BadGateway if a target claims success before it has got the whole object."""
-    if is_early and status < 300 and to.is_final:
-        raise BadGateway("the target answered before it had the object")
-
-
 class Deliveries:
     """Put outputs to the next hop, and turn its answers into ours.
 
-    Shared by all threads of a worker. AIStore acts on our status alone: 200 means content, 204 a
-    delivery, and 404 that the source does not exist, which AIStore skips in silence. So a hop's
-    status is not passed on if it would mean something else as ours.
+    AIStore acts on our status alone: 200 means content, 204 a delivery, and 404 that the source
+    does not exist, which AIStore skips in silence. So a hop's status is not passed on if it would
+    mean something else as ours.
     """
 
     def __init__(self, settings: Settings, server: ETLServer, pool: ConnectionPool) -> None:
         self._settings = settings
         self._server = server
         self._pool = pool
-        self._judges = is_overridden(server, "handle_direct_put_response")
-        self._by_class = self._judges or is_overridden(server, "client_put")
+        # whether the class overrides how an answer is judged, and how an output is put
+        self._judges = (type(server).handle_direct_put_response
+                        is not ETLServer.handle_direct_put_response)
+        self._by_class = self._judges or type(server).client_put is not ETLServer.client_put
 
     def destination(self, request: ETLRequest) -> Destination:
         """Return the next hop of the pipeline; raise BadRequest if there can be none."""
         try:
             entry, rest = parse_etl_pipeline(request.pipeline)
             Hop.of(entry)
-            url = compose_etl_direct_put_url(
-                entry, self._settings.target, request.decoded_path, request.etl_args)
+            path = request.decoded_path("surrogateescape")
+            url = compose_etl_direct_put_url(entry, self._settings.target, path, request.etl_args)
             headers = {HEADER_NODE_URL: rest} if rest else {}
             return Destination(url, Hop.of(url), is_final(entry), headers)
         except ValueError as error:  # also InvalidPipelineError, this file's and the SDK's
@@ -3746,53 +3596,45 @@ class Deliveries:
 
     def deliver(self, to: Destination, output: Union[bytes, Iterator[bytes]],
                 connect_seconds: float) -> Answer:
-        """Put an output to the next hop; raise HopLost if the answer does not come whole."""
-        counted = output if isinstance(output, bytes) else CountingIterator(output)
+        """Put an output to the next hop.
+
+        Raises HopLost if the answer does not come whole, and BadGateway if nobody listens.
+        """
+        whole = output if isinstance(output, bytes) else None
+        counted = CountingIterator(cast(Any, output))
+        body = iter(counted) if whole is None else whole
         try:
             if self._by_class:
-                return self._deliver_by_class(to, counted)
-            request = NodeRequest(
-                "PUT", to.hop, path_of(to.url), to.headers, as_body(counted), connect_seconds)
-            return self._read_answer(to, self._pool.open(request), counted)
+                answer = self._server.client_put(to.url, cast(Any, body), dict(to.headers))
+            else:
+                request = NodeRequest(
+                    "PUT", to.hop, path_of(to.url), to.headers, body, connect_seconds)
+                answer = self._read_answer(to, self._pool.open(request))
+                if isinstance(answer, Answer):
+                    return answer
+            if to.is_final and answer.status_code < 300 and getattr(answer, "is_early", False):
+                raise BadGateway("the target answered before it had the object")
+            size = counted.bytes_sent if whole is None else len(whole)
+            if not self._judges:
+                return self._judge(to, answer, size)
+            return self._judge_by_class(answer, whole or b"", size)
         except (OSError, http.client.HTTPException, NodeBodyLost) as error:
-            text = f"the next hop was lost: {describe(error)}"
-            raise HopLost(text, is_hopeless(error)) from None
+            kind = BadGateway if is_refusal(error) else HopLost
+            raise kind(f"the next hop was lost: {describe(error)}") from None
 
-    def _deliver_by_class(self, to: Destination, output: Union[bytes, CountingIterator]) -> Answer:
-        """Put the output by `client_put`; judge the answer by the class's method if it has one."""
-        response = self._server.client_put(to.url, cast(Any, as_body(output)), dict(to.headers))
-        check_early(to, response.status_code, getattr(response, "is_early", False))
-        if not self._judges:
-            answer = NodeAnswer(
-                response.status_code, response.headers, response.content, to.url)
-            return self._judge(to, answer, size_of(output))
-        data = output if isinstance(output, bytes) else b""
-        status, content, length = self._server.handle_direct_put_response(
-            response, data, size_of(output))
-        status = int(status)
-        content = as_bytes(content or b"", "the answer is")
-        if status >= 400:
-            content = self._settings.redact(content.decode("utf-8", "replace")).encode()
-        if status == HTTPStatus.NOT_FOUND:
-            status = HTTPStatus.BAD_GATEWAY
-        headers = self._server.make_direct_put_headers(length)
-        return Answer(status, content, tuple(headers.items()))
-
-    def _read_answer(self, to: Destination, body: NodeBody,
-                     output: Union[bytes, CountingIterator]) -> Answer:
-        """Turn the hop's answer into ours; pass on a stage's large content as it comes."""
+    def _read_answer(self, to: Destination, body: NodeBody) -> Union[Answer, NodeAnswer]:
+        """Read the hop's answer; return ours if it is a stage's large content, to be passed on."""
         is_content = body.status == HTTPStatus.OK and not to.is_final
-        if is_content and (body.size is None or body.size > SMALL_ANSWER_BYTES):
+        # a small answer is read to its end before ours begins: a status can tell if that fails
+        if is_content and (body.size is None or body.size > 64 << 10):
             pieces = relay(body)
             first = next(pieces, b"")
             return Answer(HTTPStatus.OK, chain_first(first, pieces), content_type(body.headers))
         with body:
-            check_early(to, body.status, body.is_early)
             content = body.readall() if is_content else body.read_text()
-            answer = NodeAnswer(body.status, body.headers, content, to.url)
-            return self._judge(to, answer, size_of(output))
+        return NodeAnswer(body.status, body.headers, content, to.url, body.is_early)
 
-    def _judge(self, to: Destination, answer: NodeAnswer, size: int) -> Answer:
+    def _judge(self, to: Destination, answer: Any, size: int) -> Answer:
         """Decide what a whole answer means: a delivery, content (also empty), or a refusal."""
         status, headers = answer.status_code, answer.headers
         if to.is_final and status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) and not answer.content:
@@ -3809,8 +3651,20 @@ class Deliveries:
         # from us, a 404 would mean that the source is not there, and a 3xx or 2xx that all is well
         if status < 400 or status == HTTPStatus.NOT_FOUND:
             raise BadGateway(f"the next hop answered {status}: {text}".rstrip(": "))
-        origin = urlsplit(answer.url).netloc
+        origin = urlsplit(to.url).netloc
         return Answer(status, text.encode(), content_type(headers), origin=origin)
+
+    def _judge_by_class(self, answer: Any, data: bytes, size: int) -> Answer:
+        """Have the class decide what an answer means; hide secrets, and a 404 as `_judge` does."""
+        status, content, length = self._server.handle_direct_put_response(answer, data, size)
+        status = int(status)
+        content = as_bytes(content or b"", "the answer is")
+        if status >= 400:
+            content = self._settings.redact(content.decode("utf-8", "replace")).encode()
+        if status == HTTPStatus.NOT_FOUND:
+            status = HTTPStatus.BAD_GATEWAY
+        headers = self._server.make_direct_put_headers(length)
+        return Answer(status, content, tuple(headers.items()))
 
 
 # == 13. One request ==
@@ -3823,18 +3677,16 @@ STATUS_OF_USER_ERROR: Mapping[str, Callable[[Any], int]] = {
     "starlette.exceptions.HTTPException": lambda error: int(error.status_code),
     "werkzeug.exceptions.HTTPException": lambda error: int(
         error.code or getattr(error.response, "status_code", 500)),
-    "InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
-    "ETLDirectPutTransientError": lambda error: 503 if error.bail_without_local_retry else 502,
+    "aistore.sdk.errors.InvalidPipelineError": lambda error: HTTPStatus.BAD_REQUEST,
+    "aistore.sdk.errors.ETLDirectPutTransientError": lambda error: (
+        503 if error.bail_without_local_retry else 502),
 }
 
 
 def user_status(error: BaseException) -> int:
     """Return the status that a user's exception stands for: 500 for all but a few known kinds."""
     for base in type(error).__mro__:
-        name = base.__qualname__
-        is_ours = base in (InvalidPipelineError, ETLDirectPutTransientError)
-        if not is_ours and base.__module__ != "aistore.sdk.errors":
-            name = f"{base.__module__}.{name}"
+        name = f"{base.__module__}.{base.__qualname__}"
         if name in STATUS_OF_USER_ERROR:
             status = STATUS_OF_USER_ERROR[name](error)
             return status if 400 <= status <= 599 else HTTPStatus.INTERNAL_SERVER_ERROR
@@ -3842,11 +3694,7 @@ def user_status(error: BaseException) -> int:
 
 
 def forget_traceback(error: BaseException) -> None:
-    """Drop the frames that an error came through.
-
-    The frames hold whole objects, which would stay in memory until the next full garbage
-    collection.
-    """
+    """Drop the frames that an error came through, which would keep whole objects in memory."""
     for each in (error, getattr(error, "error", None), error.__context__, error.__cause__):
         if isinstance(each, BaseException):
             each.__traceback__ = None
@@ -3865,10 +3713,10 @@ class Service:
         self._sources = Sources(settings, pool, server.sanitize_fqn)
         self.close_idle = self._sources.close_idle  # connections to other nodes
         self._transforms = Transforms(server, slots)
-        self.message_room = self._transforms.message_room
+        # messages have a Room of their own: a message may wait for an object that is being read
+        self.message_room = Room()
         self._deliveries = Deliveries(settings, server, pool)
         self.is_streaming = server.use_streaming  # whether objects are transformed in pieces
-        # before each retry of a delivery
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS)
                         for retry in range(server.direct_put_retries)]
         self._has_begun = self._has_answered = False
@@ -3876,8 +3724,7 @@ class Service:
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
         """Read an object by its path; return request and object as if it had come in the body.
 
-        Returns None if `Sources.load` does, or if the object cannot be read: `answer` then reads
-        the object, or tells why that is impossible.
+        Returns None if `Sources.load` does, or if the object cannot be read: `answer` tells why.
         """
         data = attempt(self._sources.load, request).value
         if data is None:
@@ -3927,17 +3774,18 @@ class Service:
                              request.name, answer.origin, answer.status, text)
             return answer
         fields = (("Content-Type", self._transforms.mime_type),)
-        if not self.is_streaming or request.is_message:  # a message must be whole
-            return Answer(HTTPStatus.OK, self._output(request, body), fields)
-        pieces = guarded(self._pieces(request, body))
+        output = self._output(request, body)
+        if isinstance(output, bytes):
+            return Answer(HTTPStatus.OK, output, fields)
         # before the first piece is sent, a failure can still be told by a status
-        first = next(pieces, b"")
-        return Answer(HTTPStatus.OK, chain_first(first, pieces), fields)
+        first = next(output, b"")
+        return Answer(HTTPStatus.OK, chain_first(first, output), fields)
 
-    def _output(self, request: ETLRequest, body: RequestBody) -> bytes:
-        """Read and transform a whole object."""
+    def _output(self, request: ETLRequest, body: RequestBody) -> Union[bytes, Iterator[bytes]]:
+        """Read and transform an object: in pieces if the class streams, but a message whole."""
         if self.is_streaming:
-            return b"".join(self._pieces(request, body))
+            pieces = self._pieces(request, body)
+            return b"".join(pieces) if request.is_message else guarded(pieces)
         source = self._sources.open(request, body)
         with source.stream:
             return self._transforms.run(request, source)
@@ -3956,28 +3804,29 @@ class Service:
         since AIStore waits for the answer.
         """
         destination = self._deliveries.destination(request)
-        is_whole = not self.is_streaming or request.is_message
-        output = self._output(request, body) if is_whole else None
-        can_repeat = is_whole or request.is_replayable
+        output = self._output(request, body)
+        is_whole = isinstance(output, bytes)
+        # a file or another node has the object; otherwise it came in the body
+        can_repeat = is_whole or bool(request.fqn) or request.method != "PUT"
         connect_seconds, delays, deadline = CONNECT_SECONDS, self._delays, 0.0
         while True:
             try:
-                pieces = guarded(self._pieces(request, body)) if output is None else output
-                return self._deliveries.deliver(destination, pieces, connect_seconds)
+                return self._deliveries.deliver(destination, output, connect_seconds)
             except HopLost as error:
-                if error.hopeless:
-                    raise
                 if not can_repeat:
                     raise RequestError(str(error), HTTPStatus.SERVICE_UNAVAILABLE,
                                        {HEADER_RETRY_REASON: RETRY_REASON_TRANSIENT}) from None
                 now = time.monotonic()
-                deadline = deadline or now + sum(delays) + RETRY_CONNECT_SECONDS
+                # All retries have 1 s together for connecting. The default, three retries, then
+                # ends within 8 s (1 + 2 + 4 + 1); AIStore's limit for an object may be 10 s.
+                deadline = deadline or now + sum(delays) + 1.0
                 if not delays or now + delays[0] > deadline:
                     raise
                 delay, *delays = delays
                 logger.warning("%s: %s; trying again in %.0f s", request.name, error, delay)
                 time.sleep(delay)
-                connect_seconds = RETRY_CONNECT_SECONDS / len(self._delays)
+                connect_seconds = 1.0 / len(self._delays)
+                output = output if is_whole else self._output(request, body)
 
     def answer_for(self, request: ETLRequest, error: BaseException) -> Answer:
         """Map a failure to the client's answer, and log it for the operator."""
@@ -4240,13 +4089,13 @@ class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
     To close it at once would reset it, and the client might lose the answer. So the connection
-    reads and discards what comes, for `DRAIN_SECONDS` and up to `LINGER_LIMIT_BYTES`.
+    reads and discards what comes, for `DRAIN_SECONDS` and up to 64 MiB.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
         source.take(source.ahead)
-        self._bytes_left = LINGER_LIMIT_BYTES
+        self._bytes_left = 64 << 20
         self._deadline = self.since + DRAIN_SECONDS
         with contextlib.suppress(OSError):  # `attend` finds out that the client is gone
             connection.shutdown(socket.SHUT_WR)
@@ -4804,7 +4653,7 @@ class ObjectExchange:
         with self._lock:
             sizes = [len(each.reply.data) if each.reply else each.body.size
                      for each in self.pending]
-        return len(sizes) >= AHEAD_LIMIT_MESSAGES or sum(sizes) >= AHEAD_LIMIT_BYTES
+        return len(sizes) >= 64 or sum(sizes) >= AHEAD_LIMIT_BYTES
 
     @property
     def next_name(self) -> str:
@@ -5588,7 +5437,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if self.is_draining and not self._drain_began:
             self._begin_drain(term)
         elif self._listener in ready:
-            self._accept_some(EXCESS_LIMIT if len(events) > CROWD_LIMIT // 2 else 0, term)
+            # another worker may be as busy as this one
+            self._accept_some(8 if len(events) > CROWD_LIMIT // 2 else 0, term)
         now = time.monotonic()
         if now >= self._next_sweep:
             self._next_sweep = now + self._patience
@@ -5620,7 +5470,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         another worker, or after `CROWD_LIMIT`.
         """
         if self._share.excess > excess:
-            time.sleep(YIELD_SECONDS)  # another worker may be faster then
+            time.sleep(0.001)  # another worker may be faster then
         for _ in range(CROWD_LIMIT):
             if not self._accept(term) or self._share.excess > excess:
                 return
@@ -5762,7 +5612,7 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     With `serves`, this includes the modules that serve its applications. Runs before workers are
     forked, so that they share the memory of these modules. Raises PackageError.
     """
-    wanted = FRAMEWORKS[name].wanted(serves)
+    wanted = modules_of(name, serves)
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
     if missing and not may_install:
         raise PackageError(f"the class needs {name}: {pip_command(missing)}")
@@ -6632,11 +6482,11 @@ def end_children() -> None:
 
 
 def finish_threads() -> None:
-    """Have executors finish their tasks; wait up to `THREADS_SECONDS` for other threads."""
+    """Have executors finish their tasks; wait up to 0.2 s for other threads."""
     # concurrent.futures registers its functions here, and not with atexit
     for hook in reversed(getattr(threading, "_threading_atexits", ())):
         attempt(hook)
-    deadline = time.monotonic() + THREADS_SECONDS
+    deadline = time.monotonic() + 0.2
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -6752,7 +6602,7 @@ def make_front(listener: socket.socket, server: ETLServer,
     is_one = isinstance(server, FrameworkServer) and settings.threads in (None, 1)
     main_thread = MainThread() if is_one or by_uvicorn else None
     slots = (main_thread if main_thread and is_one
-             else ThreadSlots(settings.threads or DEFAULT_THREADS))
+             else ThreadSlots(settings.threads or 16))  # they share the GIL, but may wait for I/O
     service = make_service(server, settings, slots)
     if main_thread and by_uvicorn:
         return UvicornServer(listener, cast(FastAPIServer, server), service, main_thread)
@@ -7092,7 +6942,7 @@ class Supervisor:
         """Have signals wake the selector; the handlers only count."""
         def count() -> None:
             now = time.monotonic()
-            if now - self._last_stop > REPEAT_SECONDS:  # else the same signal came twice
+            if now - self._last_stop > 0.3:  # else the signal came to the process and its group
                 self._stops += 1
                 self._last_stop = now
 
@@ -7436,7 +7286,7 @@ class Job(NamedTuple):
         server, by = self.settings.server or served.server, ""
         if server in FRAMEWORKS:
             prepare_framework(server, serves=True, may_install=self.may_install)
-            by = FRAMEWORKS[server].server
+            by = "uvicorn" if server == "fastapi" else ""
         if is_loaded_here and not may_be_forked():
             start.over(served)
         freeze_heap()
@@ -7564,7 +7414,7 @@ def give_up(error: StartupError) -> int:
     if os.path.exists(TERMINATION_LOG):
         try:
             with open(TERMINATION_LOG, "wb") as file:
-                file.write(reason.encode("utf-8", "replace")[:TERMINATION_LOG_LIMIT_BYTES])
+                file.write(reason.encode("utf-8", "replace")[:2048])  # the kubelet keeps no more
         except OSError as problem:
             logger.debug("%s cannot be written: %s", TERMINATION_LOG, problem)
     return error.exit
@@ -7805,7 +7655,7 @@ def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, 
 def requirements_for(need: str) -> List[str]:
     """Return the requirements of a framework: "fastapi", or "fastapi serves" if it serves."""
     name, _, serves = need.partition(" ")
-    return [requirement for _, requirement in FRAMEWORKS[name].wanted(bool(serves))]
+    return [requirement for _, requirement in modules_of(name, bool(serves))]
 
 
 def try_payload(payload: str, packing: Packing, needs: Sequence[str],

@@ -251,9 +251,9 @@ def test_without_an_index_the_packages_are_named_and_how_to_bake_them_in(
 def test_the_packages_that_are_installed_are_the_extras_of_the_project() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    for name, framework in FRAMEWORKS.items():
+    for name, modules in FRAMEWORKS.items():
         extras = config["options.extras_require"][name].split()
-        assert sorted(set(framework.modules.values())) == sorted(extras)
+        assert sorted(set(modules.values())) == sorted(extras)
 
 
 def test_sigterm_ends_an_installation_that_was_found_necessary_late() -> None:

@@ -185,9 +185,7 @@ def plain(method):
 def test_a_coroutine_that_only_a_call_shows_is_told(start_runtime: StartRuntime) -> None:
     more = "    async def later(self):\n        pass\n"
     runtime = start_runtime(simple("return self.later()", more), expect_traceback=True)
-    assert told(runtime) == (
-        "Processing error: transform() returned 'coroutine', not bytes: it must not be async")
-    assert "never awaited" not in runtime.log()
+    assert told(runtime) == "Processing error: transform() returned 'coroutine', not bytes"
 
 
 # == The log ==

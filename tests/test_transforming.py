@@ -213,7 +213,7 @@ def test_an_object_that_the_memory_cannot_hold_is_413(tiny: Runtime) -> None:
         answer = tiny.raw([head, body], quiet=0.3)
         assert answer.startswith(b"HTTP/1.1 413 ") and answer.count(b"HTTP/1.1 ") == 1, answer
         detail = json.loads(answer.partition(b"\r\n\r\n")[2])["detail"]
-        assert re.search(r"\b%d\b.*\b%d\b.*memory" % (size, MACHINE_BYTES), detail)
+        assert detail.endswith("more bytes than the container's memory, %d" % MACHINE_BYTES)
 
 
 def test_a_file_that_the_memory_cannot_hold_is_413(tiny: Runtime, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_file_that_the_memory_cannot_hold_is_413(tiny: Runtime, tmp_path: Path
         with open(path, "wb") as sparse:
             sparse.truncate(size)
         response = tiny.request("PUT", "/bck/obj?etl_fqn=%s" % path)
-        assert response.status == status and b"%d" % size in response.body
+        assert response.status == status and b"%d" % MACHINE_BYTES in response.body
     assert_room_is_free(tiny)
 
 
