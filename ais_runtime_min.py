@@ -1211,9 +1211,10 @@ OF_NODE: BodyKind = ("another node's answer", NodeBodyLost)
 def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
     """Read a raw file to its end, without a second copy in memory; do not close it.
 
-    The file has `size` bytes, or an unknown number if `size` is None.
+    The file has `size` bytes, or an unknown number if `size` is None. At least one read is made,
+    since the first read of an empty body may raise an error.
     """
-    if size is None:
+    if not size:
         data, block = io.BytesIO(), memoryview(bytearray(READ_BYTES))
         for count in iter(lambda: raw.readinto(block), 0):
             data.write(block[:count])
@@ -1239,10 +1240,6 @@ class BodyStream(io.RawIOBase):
         """Read some bytes, 0 at the end; raise a RequestError if the body is cut short."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Raise a RequestError if the body is not whole, even if users' code caught it."""
-        self.raise_failure()
-
     def raise_failure(self) -> None:
         """Raise the error of an earlier read, if there is one.
 
@@ -1250,6 +1247,8 @@ class BodyStream(io.RawIOBase):
         """
         if self.failure is not None:
             raise self.failure
+
+    finish = raise_failure  # called after the transform
 
     def readable(self) -> bool:
         """Return True."""
@@ -1284,9 +1283,8 @@ class MessageBody(BodyStream):
 
     def finish(self) -> None:
         """Read to the end, to notice a lost client even if the class has read less."""
-        while self.failure is None and self.read(READ_BYTES):
+        while self.read(READ_BYTES):
             pass
-        super().finish()
 
     def drain(self, limit: int, deadline: float) -> None:
         """Read the rest and drop it, up to `limit` bytes or a time of time.monotonic()."""
@@ -1348,7 +1346,6 @@ class ChunkedReader(MessageBody):
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__(source, kind)
         self._left = 0  # bytes of the current chunk that are still to be read
-        self._is_first = True
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes of a chunk."""
@@ -1363,27 +1360,18 @@ class ChunkedReader(MessageBody):
         return count
 
     def _begin_chunk(self) -> None:
-        """Read a chunk's end and the next chunk's size; after the last, the trailers."""
-        if not self._is_first and self._readline() != b"\r\n":
+        """Read a chunk's end and the next chunk's size; after the last, skip the trailers."""
+        if self.count and self._readline() != b"\r\n":
             raise self._cut("is malformed: a chunk is longer than it said")
-        self._is_first = False
         match = self.SIZE_LINE.fullmatch(self._readline())
         if match is None:
             raise self._cut("is malformed: the size of a chunk")
         self._left = int(match[1], 16)
         if not self._left:
-            self._skip_trailers()
+            for number, line in enumerate(iter(self._readline, b"\r\n")):
+                if number >= HEAD_LIMIT_FIELDS or not FIELD_LINE.fullmatch(line):
+                    raise self._cut("is malformed: its trailer fields")
             self.is_at_end = True
-
-    def _skip_trailers(self) -> None:
-        """Read and ignore the trailer fields, up to the empty line."""
-        for _ in range(HEAD_LIMIT_FIELDS):
-            line = self._readline()
-            if line == b"\r\n":
-                return
-            if not FIELD_LINE.fullmatch(line):
-                raise self._cut("is malformed: a trailer field")
-        raise self._cut("is malformed: it has too many trailer fields")
 
     def _readline(self) -> bytes:
         while True:
@@ -1417,15 +1405,13 @@ def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
 
     Both are "" if there is no pipeline. Raise InvalidPipelineError if an entry is empty.
     """
-    if not pipeline_header or not pipeline_header.strip():
-        return "", ""
-    if not all(map(str.strip, pipeline_header.split(","))):
+    first, comma, rest = map(str.strip, pipeline_header.partition(","))
+    if comma and not all(map(str.strip, pipeline_header.split(","))):
         # a class that uses the installed SDK catches the SDK's own error
         module = sys.modules.get("aistore.sdk.errors")
         error = getattr(module, "InvalidPipelineError", InvalidPipelineError)
         raise error("the pipeline has an empty entry")
-    first, _, rest = pipeline_header.partition(",")
-    return first.strip(), rest.strip()
+    return first, rest
 
 
 def is_final(url: str) -> bool:
@@ -1502,7 +1488,7 @@ class NodeRequest(NamedTuple):
         """Whether the body can be sent a second time."""
         return self.body is None or isinstance(self.body, bytes)
 
-    def encode(self, token: str) -> Iterator[bytes]:
+    def encode(self, token: str) -> Iterator[Union[bytes, memoryview]]:
         """Yield the bytes to send; a small body comes with the head, for one packet."""
         host = f"[{self.hop.host}]" if ":" in self.hop.host else self.hop.host
         fields = {"Host": f"{host}:{self.hop.port}", "Accept-Encoding": "identity", **self.headers}
@@ -1515,19 +1501,16 @@ class NodeRequest(NamedTuple):
         lines = [f"{name}: {value}" for name, value in fields.items()]
         lines = [f"{self.method} {self.path} HTTP/1.1", *lines, "", ""]
         head = "\r\n".join(lines).encode("latin-1")
-        if self.body is None:
-            yield head
-        elif not isinstance(self.body, bytes):
+        if self.is_repeatable:
+            body = cast(bytes, self.body or b"")
+            yield head + body[:READ_BYTES]
+            yield memoryview(body)[READ_BYTES:]
+        else:
             with contextlib.closing(cast(Any, self.body)) as pieces:
                 yield head
                 for piece in filter(None, pieces):  # an empty chunk would end the body
                     yield b"%x\r\n%b\r\n" % (len(piece), piece)
                 yield b"0\r\n\r\n"
-        elif len(self.body) <= READ_BYTES:
-            yield head + self.body
-        else:
-            yield head
-            yield self.body
 
 
 class NodeAnswer(NamedTuple):
@@ -1558,40 +1541,35 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
     return context
 
 
-class AnswerHead(NamedTuple):
-    """The head of another node's answer."""
+def parse_answer(data: bytes) -> Tuple[int, Fields]:
+    """Return the status and the fields of a node's answer.
 
-    status: int
-    fields: Fields
-    keeps_alive: bool
+    `data` is the head, whose lines end in CRLF. Raise ConnectionError if it is malformed.
+    """
+    line, _, rest = data.partition(b"\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    try:
+        fields = Fields(parse_fields(rest.decode("latin-1")))
+    except UnframedRequest as error:
+        raise ConnectionError(f"its answer is malformed: {error}") from None
+    is_framed = (fields.get("Transfer-Encoding", "chunked").lower() == "chunked"
+                 and re.fullmatch("[0-9]{1,18}", fields.get("Content-Length", "0")))
+    if match is None or not is_framed:
+        raise ConnectionError("its answer is malformed")
+    if match[1] == b"0":  # RFC 9112, 9.3: connections of HTTP/1.0 end by default
+        fields.setdefault("connection", "close")
+    return int(match[2]), fields
 
-    @classmethod
-    def parse(cls, data: bytes) -> AnswerHead:
-        """Parse a head whose lines end in CRLF; raise ConnectionError if it is malformed."""
-        line, _, rest = data.partition(b"\r\n")
-        match = STATUS_LINE.fullmatch(line)
-        try:
-            fields = Fields(parse_fields(rest.decode("latin-1")))
-        except UnframedRequest as error:
-            raise ConnectionError(f"its answer is malformed: {error}") from None
-        if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
-            raise ConnectionError("its answer is malformed")
-        # RFC 9112, 9.3: connections of HTTP/1.0 end by default
-        connection = fields.get("Connection", "keep-alive" if match[1] == b"1" else "close").lower()
-        return cls(int(match[2]), fields, "close" not in connection)
 
-    def body(self, source: ConnectionInput) -> MessageBody:
-        """Return the reader of the answer's body (RFC 9112, 6.3)."""
-        if self.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
-            return BoundedReader(source, 0, OF_NODE)
-        if "Transfer-Encoding" in self.fields:
-            return ChunkedReader(source, OF_NODE)
-        length = self.fields.get("Content-Length")
-        if length is None:
-            return ClosingReader(source, OF_NODE)
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise ConnectionError("its answer has a malformed Content-Length")
-        return BoundedReader(source, int(length), OF_NODE)
+def body_of_answer(status: int, fields: Fields, source: ConnectionInput) -> MessageBody:
+    """Return the reader of an answer's body (RFC 9112, 6.3)."""
+    if status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+        return BoundedReader(source, 0, OF_NODE)
+    if "Transfer-Encoding" in fields:
+        return ChunkedReader(source, OF_NODE)
+    if "Content-Length" in fields:
+        return BoundedReader(source, int(fields["Content-Length"]), OF_NODE)
+    return ClosingReader(source, OF_NODE)
 
 
 def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.0) -> bool:
@@ -1619,17 +1597,15 @@ class NodeConnection(ConnectionInput):
         hop = self.hop = request.hop
         connection: socket.socket = socket.create_connection(
             (hop.host, hop.port), request.connect_seconds)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         # the errors of a socket that may not wait, but would have to
         self._not_ready: Tuple[Type[OSError], ...] = (BlockingIOError,)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(connection.close)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            if tls is not None:
-                # an end without TLS's closing alert is an error: the connection may have been cut
-                connection = tls.wrap_socket(
-                    connection, server_hostname=hop.host, suppress_ragged_eofs=False)
-                self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-            on_failure.pop_all()
+        if tls is not None:
+            # If the handshake fails, this closes the socket. An end without TLS's closing alert is
+            # an error: the connection may have been cut.
+            connection = tls.wrap_socket(
+                connection, server_hostname=hop.host, suppress_ragged_eofs=False)
+            self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         super().__init__(connection)
         self.idle_since = 0.0
         self._silence_seconds = 0.0
@@ -1659,16 +1635,15 @@ class NodeConnection(ConnectionInput):
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more, and send until something comes; return False at the end."""
-        if not self._is_sending:
-            return super().fill(flags)
-        self._connection.settimeout(0)
-        try:
-            while self._is_sending:
-                with contextlib.suppress(*self._not_ready):
-                    return super().fill()
-                self._send_some()
-        finally:
-            self._connection.settimeout(self._silence_seconds)
+        if self._is_sending:
+            self._connection.settimeout(0)
+            try:
+                while self._is_sending:
+                    with contextlib.suppress(*self._not_ready):
+                        return super().fill()
+                    self._send_some()
+            finally:
+                self._connection.settimeout(self._silence_seconds)
         return super().fill(flags)
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
@@ -1691,14 +1666,14 @@ class NodeConnection(ConnectionInput):
             self._rest = self._rest[sent:] or memoryview(next(self._pieces, b""))
             self._is_sending = not self.is_sent
 
-    def read_head(self) -> AnswerHead:
-        """Read the answer's head; raise ConnectionError if it is cut short or malformed."""
+    def read_head(self) -> Tuple[int, Fields]:
+        """Return the answer's status and fields; raise ConnectionError if they do not come whole."""
         while True:
             end = self.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
-                head = AnswerHead.parse(self.take(end + 4)[:-2])
-                if head.status >= 200:  # a 1xx, as "100 Continue", comes before the answer
-                    return head
+                status, fields = parse_answer(self.take(end + 4)[:-2])
+                if status >= 200:  # a 1xx, as "100 Continue", comes before the answer
+                    return status, fields
             elif self.ahead >= HEAD_LIMIT_BYTES:
                 raise ConnectionError("the head of its answer is too long")
             elif not self.fill():
@@ -1730,17 +1705,17 @@ class NodeBody(BodyStream):
     `release` gets the connection; otherwise the connection is closed.
     """
 
-    def __init__(self, connection: NodeConnection, head: AnswerHead, body: MessageBody,
+    def __init__(self, connection: NodeConnection, status: int, headers: Fields,
                  release: Callable[[NodeConnection], None]) -> None:
         super().__init__()
-        self.status = head.status
-        self.headers = head.fields
+        self.status = status
+        self.headers = headers
         self.is_early = not connection.is_sent  # whether it came before the request was sent whole
         self._connection = connection
-        self._body = body
+        self._body = body_of_answer(status, headers, connection)
         self._release = release
-        self.size = body.size
-        self.can_be_checked = not isinstance(body, ClosingReader)  # whether a cut is noticed
+        self.size = self._body.size
+        self.can_be_checked = not isinstance(self._body, ClosingReader)  # whether a cut is noticed
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes; raise NodeBodyLost if the answer is cut short.
@@ -1748,28 +1723,16 @@ class NodeBody(BodyStream):
         At the end of the answer, the rest of the request's body is taken without being sent. If
         that fails, so does the exchange, even if the node wanted no more of the body.
         """
-        count = self._body.receive(buffer)
-        if not count:
+        count = self._body.readinto(buffer)
+        if self._body.is_at_end:
             self._connection.run_out()
         return count
-
-    def readall(self) -> bytes:
-        """Read to the end, and take the rest of the request's body, as `receive` does.
-
-        A body of known size is not read beyond its last byte, so `receive` never sees the end.
-        """
-        data = super().readall()
-        self._connection.run_out()
-        return data
 
     def read_text(self) -> bytes:
         """Read a text, up to a limit; if it is the text of an error, it may be cut short."""
         text = b""
         try:
-            while len(text) < ERROR_TEXT_LIMIT_BYTES:
-                piece = self.read(ERROR_TEXT_LIMIT_BYTES - len(text))
-                if not piece:
-                    break
+            while piece := self.read(ERROR_TEXT_LIMIT_BYTES - len(text)):
                 text += piece
         except NodeBodyLost:
             if self.status < 400:
@@ -1801,7 +1764,7 @@ class ConnectionPool:
         # made when first needed: loading the certificate authorities takes a while
         self._tls: Optional[ssl.SSLContext] = None
         self._lock = threading.Lock()
-        self._idle: Dict[Hop, List[NodeConnection]] = {}
+        self._idle: Dict[Hop, List[NodeConnection]] = collections.defaultdict(list)
 
     def open(self, request: NodeRequest) -> NodeBody:
         """Send a request; return the answer with its body unread. The caller closes it.
@@ -1818,7 +1781,6 @@ class ConnectionPool:
             except ConnectionError:
                 if idle.has_answered:
                     raise
-                logger.debug("%s has closed an idle connection; connecting again", request.hop.host)
         is_tls = request.hop.scheme == "https"
         if is_tls and self._tls is None:
             self._tls = tls_context(self._settings)
@@ -1841,30 +1803,27 @@ class ConnectionPool:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
             connection.begin(request, self._settings.token)
-            head = connection.read_head()
-            body = head.body(connection)
-            if head.status >= 300:  # the node does not want the rest of the request
+            status, fields = connection.read_head()
+            if status >= 300:  # the node does not want the rest of the request
                 connection.stop()
             on_failure.pop_all()
         # a request that cannot be repeated opens a new connection: kept ones would pile up
-        can_stay = head.keeps_alive and request.is_repeatable
-        return NodeBody(connection, head, body, self._keep if can_stay else NodeConnection.close)
+        can_stay = request.is_repeatable and "close" not in fields.get("Connection", "").lower()
+        return NodeBody(connection, status, fields, self._keep if can_stay else NodeConnection.close)
 
     def _keep(self, connection: NodeConnection) -> None:
         with self._lock:
-            self._idle.setdefault(connection.hop, []).append(connection)
+            self._idle[connection.hop].append(connection)
 
     def close_idle(self) -> None:
         """Close the connections that have been idle for too long, or that the node has ended."""
         with self._lock:  # or a request would open a connection while one is looked at here
-            connections = list(itertools.chain(*self._idle.values()))
-            self._idle = {}
-            ended = [each for each in connections if not each.is_usable()]
-            for connection in connections:
-                if connection not in ended:
-                    self._idle.setdefault(connection.hop, []).append(connection)
-        for connection in ended:
-            connection.close()
+            idle, self._idle = self._idle, collections.defaultdict(list)
+            for connection in itertools.chain(*idle.values()):
+                if connection.is_usable():
+                    self._idle[connection.hop].append(connection)
+                else:
+                    connection.close()
 
 
 # == 7. The ETL class contract ==
