@@ -2892,36 +2892,7 @@ class ObjectFile(io.FileIO):
             raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
 
 
-class SpoolFile(ObjectFile):
-    """A temporary file whose path a class gets; `close` removes the file."""
-
-    def __init__(self) -> None:
-        import tempfile
-
-        descriptor, self.path = tempfile.mkstemp(prefix="etl-")
-        super().__init__(descriptor, 0)  # of size 0, so that it never counts as cut
-
-    def close(self) -> None:
-        """Close and remove the file."""
-        if not self.closed:
-            super().close()
-            with contextlib.suppress(FileNotFoundError):  # the class may have moved it away
-                os.unlink(self.path)
-
-
-class LoadedObject(io.BytesIO):
-    """An object in memory, such as a small file, which is read as soon as it is opened."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.size = len(data)
-
-    def readall(self) -> bytes:
-        """Return the whole object, without a copy."""
-        return self.getvalue()
-
-
-class ReceivedObject(LoadedObject):
+class ReceivedObject(io.BytesIO):
     """An object that was read into memory, and that waits for its transform.
 
     Until the transform begins, the object may take memory in a Room. `release` gives this
@@ -2930,7 +2901,12 @@ class ReceivedObject(LoadedObject):
 
     def __init__(self, data: bytes = b"", release: Optional[Callable[[], object]] = None) -> None:
         super().__init__(data)
+        self.size = len(data)
         self._release = release  # None if the object is too small to be counted
+
+    def readall(self) -> bytes:
+        """Return the whole object, without a copy."""
+        return self.getvalue()
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that gives the memory back, then calls `function`."""
@@ -2949,7 +2925,7 @@ class ReceivedObject(LoadedObject):
 
 
 RequestBody = Union[MessageBody, ReceivedObject]
-ObjectStream = Union[BodyStream, ObjectFile, LoadedObject]
+ObjectStream = Union[BodyStream, ObjectFile, ReceivedObject]
 
 
 class Source(NamedTuple):
@@ -2982,14 +2958,6 @@ def require_object_path(path: str, roots: Roots) -> None:
     """Raise Forbidden unless a resolved path may be read."""
     if not is_object_path(path, roots):
         raise Forbidden("the path is not one of an object")
-
-
-def resolved_path(descriptor: int, path: str) -> str:
-    """Return the path of an open file, with symlinks resolved."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:  # no /proc: macOS
-        return os.path.realpath(path)
 
 
 def open_object_path(path: str, roots: Roots) -> int:
@@ -3050,7 +3018,7 @@ def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
     return data
 
 
-def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject, None]:
+def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, ReceivedObject, None]:
     """Open an object by its path; return None if the file is only the object's first chunk.
 
     A small object is read into memory, and its file closed.
@@ -3058,14 +3026,18 @@ def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject,
     descriptor = open_object_path(path, roots)
     is_kept = False
     try:
-        require_object_path(resolved_path(descriptor, path), roots)
+        try:
+            resolved_path = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:  # no /proc: macOS
+            resolved_path = os.path.realpath(path)
+        require_object_path(resolved_path, roots)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Forbidden("the path is not one of a regular file")
         if not is_whole(descriptor, status.st_size):
             return None
         if status.st_size <= READ_BYTES:
-            return LoadedObject(read_whole(functools.partial(os.read, descriptor), status.st_size))
+            return ReceivedObject(read_whole(functools.partial(os.read, descriptor), status.st_size))
         is_kept = True
         return ObjectFile(descriptor, status.st_size)
     finally:
@@ -3084,15 +3056,6 @@ def uname_of(path: str) -> bytes:
     return os.fsencode(f"{provider}/{namespace}/{bucket}/{name}")
 
 
-def folder_path(folder: str, raw_path: str) -> str:
-    """Return the file, in the folder of `--target`, that a request's path names.
-
-    The path is /bucket/object or the object's unique name.
-    """
-    name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
-    return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
-
-
 def require_identity(body: NodeBody, what: str) -> NodeBody:
     """Return another node's answer; raise BadGateway if it has an encoding: none was asked for."""
     coding = body.headers.get("Content-Encoding", "identity")
@@ -3103,17 +3066,21 @@ def require_identity(body: NodeBody, what: str) -> NodeBody:
 
 
 def spool(stream: ObjectStream) -> Source:
-    """Copy an object to a temporary file, for a class that wants a path; close the object."""
+    """Copy an object to a temporary file, for a class that wants a path; close the object.
+
+    The file is removed when it is closed.
+    """
     import shutil
+    import tempfile
 
     with stream, contextlib.ExitStack() as on_failure:
-        file = on_failure.enter_context(SpoolFile())
+        file = on_failure.enter_context(tempfile.NamedTemporaryFile(prefix="etl-", buffering=0))
         # a buffered file, since a raw one may write less than it is given
         with open(file.fileno(), "wb", closefd=False) as output:
             shutil.copyfileobj(stream, output, WRITE_BYTES)
         file.seek(0)
         on_failure.pop_all()
-    return Source(file, file.path)
+    return Source(cast(Any, file), file.name)
 
 
 class Sources:
@@ -3180,7 +3147,10 @@ class Sources:
                 "there is no target to read objects from: serve with --target, or PUT the object")
         url = urlsplit(target)
         if url.scheme == "file":
-            path = folder_path(unquote(url.path), raw_path)
+            # the path names /bucket/object, or is the object's unique name
+            name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
+            name = re.sub("^[a-z0-9]+/@[^/]*#[^/]*/", "", name)
+            path = os.path.join(unquote(url.path), name)
             file = open_object_file(path, self._settings.fqn_roots)
             if file is None:
                 raise RequestError("the object is stored in chunks, which only a target can join")
