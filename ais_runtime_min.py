@@ -1533,8 +1533,8 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
         if settings.client_cert:
             context.load_cert_chain(settings.client_cert, settings.client_key or None)
     except (ssl.SSLError, OSError) as error:
-        text = f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}"
-        raise ConfigError(text) from None
+        raise ConfigError(
+            f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}") from None
     if settings.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -1612,12 +1612,8 @@ class NodeConnection(ConnectionInput):
         self._pieces: Any = (b"" for _ in ())  # of the request, those that are still to be taken
         self._rest = memoryview(b"")  # the rest of the piece that is being sent
         self._is_sending = False  # whether something is left to send, and the node takes it
+        self.is_sent = False  # whether the whole request has been sent
         self.has_answered = False  # whether the first byte of an answer has come
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether the whole request has been sent."""
-        return not self._rest
 
     def is_usable(self) -> bool:
         """Return whether an idle connection can serve a request: not old, not ended."""
@@ -1630,7 +1626,7 @@ class NodeConnection(ConnectionInput):
         self._connection.settimeout(self._silence_seconds)
         self._pieces = request.encode(token)
         self._rest = memoryview(next(self._pieces))
-        self.has_answered = False
+        self.is_sent = self.has_answered = False
         self._send_some()
 
     def fill(self, flags: int = 0) -> bool:
@@ -1664,6 +1660,7 @@ class NodeConnection(ConnectionInput):
             self._is_sending = False
         else:
             self._rest = self._rest[sent:] or memoryview(next(self._pieces, b""))
+            self.is_sent = not self._rest
             self._is_sending = not self.is_sent
 
     def read_head(self) -> Tuple[int, Fields]:
@@ -1791,10 +1788,8 @@ class ConnectionPool:
         while True:
             with self._lock:
                 idle = self._idle.get(hop)
-                if not idle:
-                    return None
-                connection = idle.pop()
-            if connection.is_usable():
+                connection = idle.pop() if idle else None
+            if connection is None or connection.is_usable():
                 return connection
             connection.close()
 
