@@ -1314,7 +1314,7 @@ class BoundedReader(MessageBody):
     def __init__(self, source: ConnectionInput, size: int, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__(source, kind)
         self.size = size
-        self._left = size
+        self._left = size  # bytes of the body, or of the current chunk, that are still to be read
         self.is_at_end = not size
 
     def receive(self, buffer: Any) -> int:
@@ -1326,7 +1326,7 @@ class BoundedReader(MessageBody):
         if not count:
             raise self._cut(f"ended {self._left} bytes early")
         self._left -= count
-        self.is_at_end = not self._left
+        self.is_at_end = self._left == 0 and self.size is not None
         return count
 
     def readall(self) -> bytes:
@@ -1338,26 +1338,20 @@ class BoundedReader(MessageBody):
         return data
 
 
-class ChunkedReader(MessageBody):
-    """A body in chunks (RFC 9112, 7.1); only the last chunk makes it whole."""
+class ChunkedReader(BoundedReader):
+    """A body in chunks of known size (RFC 9112, 7.1); only the last chunk makes it whole."""
 
     SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n\0]*)?\r\n")
 
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
-        super().__init__(source, kind)
-        self._left = 0  # bytes of the current chunk that are still to be read
+        super().__init__(source, 0, kind)
+        self.size, self.is_at_end = None, False
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes of a chunk."""
         if not self._left and not self.is_at_end:
             self._begin_chunk()
-        if self.is_at_end:
-            return 0
-        count: int = self._call(self._source.readinto, memoryview(buffer)[:self._left])
-        if not count:
-            raise self._cut("ended early")
-        self._left -= count
-        return count
+        return super().receive(buffer)
 
     def _begin_chunk(self) -> None:
         """Read a chunk's end and the next chunk's size; after the last, skip the trailers."""
