@@ -1605,7 +1605,8 @@ class NodeConnection(ConnectionInput):
         self._silence_seconds = 0.0
         self._pieces: Any = (b"" for _ in ())  # of the request, those that are still to be taken
         self._rest = memoryview(b"")  # the rest of the piece that is being sent
-        self._is_sending = False  # whether something is left to send, and the node takes it
+        # whether something is left to send, and the node takes it; then the socket does not wait
+        self._is_sending = False
         self.is_sent = False  # whether the whole request has been sent
         self.has_answered = False  # whether the first byte of an answer has come
 
@@ -1617,23 +1618,22 @@ class NodeConnection(ConnectionInput):
     def begin(self, request: NodeRequest, token: str) -> None:
         """Send a request's head, with a small body; take over the rest of the body."""
         self._silence_seconds = request.silence_seconds
-        self._connection.settimeout(self._silence_seconds)
         self._pieces = request.encode(token)
         self._rest = memoryview(next(self._pieces))
         self.is_sent = self.has_answered = False
+        self._set_sending(True)
         self._send_some()
+
+    def _set_sending(self, is_sending: bool) -> None:
+        self._is_sending = is_sending
+        self._connection.settimeout(0 if is_sending else self._silence_seconds)
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more, and send until something comes; return False at the end."""
-        if self._is_sending:
-            self._connection.settimeout(0)
-            try:
-                while self._is_sending:
-                    with contextlib.suppress(*self._not_ready):
-                        return super().fill()
-                    self._send_some()
-            finally:
-                self._connection.settimeout(self._silence_seconds)
+        while self._is_sending:
+            with contextlib.suppress(*self._not_ready):
+                return super().fill()
+            self._send_some()
         return super().fill(flags)
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
@@ -1651,11 +1651,12 @@ class NodeConnection(ConnectionInput):
             if not is_ready(self._connection, events, self._silence_seconds):
                 raise TimeoutError(f"took nothing for {self._silence_seconds:.0f} s") from None
         except ConnectionError:  # the node has hung up, but it may have answered before
-            self._is_sending = False
+            self._set_sending(False)
         else:
             self._rest = self._rest[sent:] or memoryview(next(self._pieces, b""))
             self.is_sent = not self._rest
-            self._is_sending = not self.is_sent
+            if self.is_sent:
+                self._set_sending(False)
 
     def read_head(self) -> Tuple[int, Fields]:
         """Return the answer's status and fields; raise ConnectionError if they do not come whole."""
@@ -1673,12 +1674,12 @@ class NodeConnection(ConnectionInput):
 
     def run_out(self) -> None:
         """Take the rest of the body without sending it, so that its failure is raised."""
-        self._is_sending = False
+        self._set_sending(False)
         collections.deque(self._pieces, 0)
 
     def stop(self) -> None:
         """Send no more of the request's body, and close the body."""
-        self._is_sending = False
+        self._set_sending(False)
         self._pieces.close()
 
     def close(self) -> None:
@@ -2882,7 +2883,7 @@ class ObjectFile(io.FileIO):
 
 
 class ReceivedObject(io.BytesIO):
-    """An object that was read into memory, and that waits for its transform.
+    """An object in memory: a small file, or a body that was read and waits for its transform.
 
     Until the transform begins, the object may take memory in a Room. `release` gives this
     memory back; it may be called twice.
@@ -3055,10 +3056,7 @@ def require_identity(body: NodeBody, what: str) -> NodeBody:
 
 
 def spool(stream: ObjectStream) -> Source:
-    """Copy an object to a temporary file, for a class that wants a path; close the object.
-
-    The file is removed when it is closed.
-    """
+    """Copy an object to a temporary file, for a class that wants a path; close the object."""
     import shutil
     import tempfile
 
