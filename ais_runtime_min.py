@@ -1176,9 +1176,10 @@ OF_NODE: BodyKind = ("another node's answer", NodeBodyLost)
 def read_to_end(raw: io.RawIOBase, size: Optional[int]) -> bytes:
     """Read a raw file to its end, without a second copy in memory; do not close it.
 
-    The file has `size` bytes, or an unknown number if `size` is None.
+    The file has `size` bytes, or an unknown number if `size` is None. At least one read is made,
+    since the first read of an empty body may raise an error.
     """
-    if size is None:
+    if not size:
         data, block = io.BytesIO(), memoryview(bytearray(READ_BYTES))
         for count in iter(lambda: raw.readinto(block), 0):
             data.write(block[:count])
@@ -1204,10 +1205,6 @@ class BodyStream(io.RawIOBase):
         """Read some bytes, 0 at the end; raise a RequestError if the body is cut short."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Raise a RequestError if the body is not whole, even if users' code caught it."""
-        self.raise_failure()
-
     def raise_failure(self) -> None:
         """Raise the error of an earlier read, if there is one.
 
@@ -1215,6 +1212,8 @@ class BodyStream(io.RawIOBase):
         """
         if self.failure is not None:
             raise self.failure
+
+    finish = raise_failure  # called after the transform
 
     def readable(self) -> bool:
         """Return True."""
@@ -1249,9 +1248,8 @@ class MessageBody(BodyStream):
 
     def finish(self) -> None:
         """Read to the end, to notice a lost client even if the class has read less."""
-        while self.failure is None and self.read(READ_BYTES):
+        while self.read(READ_BYTES):
             pass
-        super().finish()
 
     def drain(self, limit: int, deadline: float) -> None:
         """Read the rest and drop it, up to `limit` bytes or a time of time.monotonic()."""
@@ -1281,7 +1279,7 @@ class BoundedReader(MessageBody):
     def __init__(self, source: ConnectionInput, size: int, kind: BodyKind = OF_REQUEST) -> None:
         super().__init__(source, kind)
         self.size = size
-        self._left = size
+        self._left = size  # bytes of the body, or of the current chunk, that are still to be read
         self.is_at_end = not size
 
     def receive(self, buffer: Any) -> int:
@@ -1293,7 +1291,7 @@ class BoundedReader(MessageBody):
         if not count:
             raise self._cut(f"ended {self._left} bytes early")
         self._left -= count
-        self.is_at_end = not self._left
+        self.is_at_end = self._left == 0 and self.size is not None
         return count
 
     def readall(self) -> bytes:
@@ -1305,50 +1303,34 @@ class BoundedReader(MessageBody):
         return data
 
 
-class ChunkedReader(MessageBody):
-    """A body in chunks (RFC 9112, 7.1); only the last chunk makes it whole."""
+class ChunkedReader(BoundedReader):
+    """A body in chunks of known size (RFC 9112, 7.1); only the last chunk makes it whole."""
 
     SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n\0]*)?\r\n")
 
     def __init__(self, source: ConnectionInput, kind: BodyKind = OF_REQUEST) -> None:
-        super().__init__(source, kind)
-        self._left = 0  # bytes of the current chunk that are still to be read
-        self._is_first = True
+        super().__init__(source, 0, kind)
+        self.size, self.is_at_end = None, False
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes of a chunk."""
         if not self._left and not self.is_at_end:
             self._begin_chunk()
-        if self.is_at_end:
-            return 0
-        count: int = self._call(self._source.readinto, memoryview(buffer)[:self._left])
-        if not count:
-            raise self._cut("ended early")
-        self._left -= count
-        return count
+        return super().receive(buffer)
 
     def _begin_chunk(self) -> None:
-        """Read a chunk's end and the next chunk's size; after the last, the trailers."""
-        if not self._is_first and self._readline() != b"\r\n":
+        """Read a chunk's end and the next chunk's size; after the last, skip the trailers."""
+        if self.count and self._readline() != b"\r\n":
             raise self._cut("is malformed: a chunk is longer than it said")
-        self._is_first = False
         match = self.SIZE_LINE.fullmatch(self._readline())
         if match is None:
             raise self._cut("is malformed: the size of a chunk")
         self._left = int(match[1], 16)
         if not self._left:
-            self._skip_trailers()
+            for number, line in enumerate(iter(self._readline, b"\r\n")):
+                if number >= HEAD_LIMIT_FIELDS or not FIELD_LINE.fullmatch(line):
+                    raise self._cut("is malformed: its trailer fields")
             self.is_at_end = True
-
-    def _skip_trailers(self) -> None:
-        """Read and ignore the trailer fields, up to the empty line."""
-        for _ in range(HEAD_LIMIT_FIELDS):
-            line = self._readline()
-            if line == b"\r\n":
-                return
-            if not FIELD_LINE.fullmatch(line):
-                raise self._cut("is malformed: a trailer field")
-        raise self._cut("is malformed: it has too many trailer fields")
 
     def _readline(self) -> bytes:
         while True:
@@ -1382,15 +1364,13 @@ def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
 
     Both are "" if there is no pipeline. Raise InvalidPipelineError if an entry is empty.
     """
-    if not pipeline_header or not pipeline_header.strip():
-        return "", ""
-    if not all(map(str.strip, pipeline_header.split(","))):
+    first, comma, rest = map(str.strip, pipeline_header.partition(","))
+    if comma and not all(map(str.strip, pipeline_header.split(","))):
         # a class that uses the installed SDK catches the SDK's own error
         module = sys.modules.get("aistore.sdk.errors")
         error = getattr(module, "InvalidPipelineError", InvalidPipelineError)
         raise error("the pipeline has an empty entry")
-    first, _, rest = pipeline_header.partition(",")
-    return first.strip(), rest.strip()
+    return first, rest
 
 
 def is_final(url: str) -> bool:
@@ -1467,7 +1447,7 @@ class NodeRequest(NamedTuple):
         """Whether the body can be sent a second time."""
         return self.body is None or isinstance(self.body, bytes)
 
-    def encode(self, token: str) -> Iterator[bytes]:
+    def encode(self, token: str) -> Iterator[Union[bytes, memoryview]]:
         """Yield the bytes to send; a small body comes with the head, for one packet."""
         host = f"[{self.hop.host}]" if ":" in self.hop.host else self.hop.host
         fields = {"Host": f"{host}:{self.hop.port}", "Accept-Encoding": "identity", **self.headers}
@@ -1480,19 +1460,16 @@ class NodeRequest(NamedTuple):
         lines = [f"{name}: {value}" for name, value in fields.items()]
         lines = [f"{self.method} {self.path} HTTP/1.1", *lines, "", ""]
         head = "\r\n".join(lines).encode("latin-1")
-        if self.body is None:
-            yield head
-        elif not isinstance(self.body, bytes):
+        if self.is_repeatable:
+            body = cast(bytes, self.body or b"")
+            yield head + body[:READ_BYTES]
+            yield memoryview(body)[READ_BYTES:]
+        else:
             with contextlib.closing(cast(Any, self.body)) as pieces:
                 yield head
                 for piece in filter(None, pieces):  # an empty chunk would end the body
                     yield b"%x\r\n%b\r\n" % (len(piece), piece)
                 yield b"0\r\n\r\n"
-        elif len(self.body) <= READ_BYTES:
-            yield head + self.body
-        else:
-            yield head
-            yield self.body
 
 
 class NodeAnswer(NamedTuple):
@@ -1515,48 +1492,43 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
         if settings.client_cert:
             context.load_cert_chain(settings.client_cert, settings.client_key or None)
     except (ssl.SSLError, OSError) as error:
-        text = f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}"
-        raise ConfigError(text) from None
+        raise ConfigError(
+            f"AIS_CLIENT_CA, AIS_CRT or AIS_CRT_KEY cannot be used: {error}") from None
     if settings.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
 
 
-class AnswerHead(NamedTuple):
-    """The head of another node's answer."""
+def parse_answer(data: bytes) -> Tuple[int, Fields]:
+    """Return the status and the fields of a node's answer.
 
-    status: int
-    fields: Fields
-    keeps_alive: bool
+    `data` is the head, whose lines end in CRLF. Raise ConnectionError if it is malformed.
+    """
+    line, _, rest = data.partition(b"\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    try:
+        fields = Fields(parse_fields(rest.decode("latin-1")))
+    except UnframedRequest as error:
+        raise ConnectionError(f"its answer is malformed: {error}") from None
+    is_framed = (fields.get("Transfer-Encoding", "chunked").lower() == "chunked"
+                 and re.fullmatch("[0-9]{1,18}", fields.get("Content-Length", "0")))
+    if match is None or not is_framed:
+        raise ConnectionError("its answer is malformed")
+    if match[1] == b"0":  # RFC 9112, 9.3: connections of HTTP/1.0 end by default
+        fields.setdefault("connection", "close")
+    return int(match[2]), fields
 
-    @classmethod
-    def parse(cls, data: bytes) -> AnswerHead:
-        """Parse a head whose lines end in CRLF; raise ConnectionError if it is malformed."""
-        line, _, rest = data.partition(b"\r\n")
-        match = STATUS_LINE.fullmatch(line)
-        try:
-            fields = Fields(parse_fields(rest.decode("latin-1")))
-        except UnframedRequest as error:
-            raise ConnectionError(f"its answer is malformed: {error}") from None
-        if match is None or fields.get("Transfer-Encoding", "chunked").lower() != "chunked":
-            raise ConnectionError("its answer is malformed")
-        # RFC 9112, 9.3: connections of HTTP/1.0 end by default
-        connection = fields.get("Connection", "keep-alive" if match[1] == b"1" else "close").lower()
-        return cls(int(match[2]), fields, "close" not in connection)
 
-    def body(self, source: ConnectionInput) -> MessageBody:
-        """Return the reader of the answer's body (RFC 9112, 6.3)."""
-        if self.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
-            return BoundedReader(source, 0, OF_NODE)
-        if "Transfer-Encoding" in self.fields:
-            return ChunkedReader(source, OF_NODE)
-        length = self.fields.get("Content-Length")
-        if length is None:
-            return ClosingReader(source, OF_NODE)
-        if not re.fullmatch("[0-9]{1,18}", length):
-            raise ConnectionError("its answer has a malformed Content-Length")
-        return BoundedReader(source, int(length), OF_NODE)
+def body_of_answer(status: int, fields: Fields, source: ConnectionInput) -> MessageBody:
+    """Return the reader of an answer's body (RFC 9112, 6.3)."""
+    if status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+        return BoundedReader(source, 0, OF_NODE)
+    if "Transfer-Encoding" in fields:
+        return ChunkedReader(source, OF_NODE)
+    if "Content-Length" in fields:
+        return BoundedReader(source, int(fields["Content-Length"]), OF_NODE)
+    return ClosingReader(source, OF_NODE)
 
 
 def is_ready(connection: socket.socket, events: int, timeout_seconds: float = 0.0) -> bool:
@@ -1584,29 +1556,24 @@ class NodeConnection(ConnectionInput):
         hop = self.hop = request.hop
         connection: socket.socket = socket.create_connection(
             (hop.host, hop.port), request.connect_seconds)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         # the errors of a socket that may not wait, but would have to
         self._not_ready: Tuple[Type[OSError], ...] = (BlockingIOError,)
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(connection.close)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            if tls is not None:
-                # an end without TLS's closing alert is an error: the connection may have been cut
-                connection = tls.wrap_socket(
-                    connection, server_hostname=hop.host, suppress_ragged_eofs=False)
-                self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-            on_failure.pop_all()
+        if tls is not None:
+            # If the handshake fails, this closes the socket. An end without TLS's closing alert is
+            # an error: the connection may have been cut.
+            connection = tls.wrap_socket(
+                connection, server_hostname=hop.host, suppress_ragged_eofs=False)
+            self._not_ready += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         super().__init__(connection)
         self.idle_since = 0.0
         self._silence_seconds = 0.0
         self._pieces: Any = (b"" for _ in ())  # of the request, those that are still to be taken
         self._rest = memoryview(b"")  # the rest of the piece that is being sent
-        self._is_sending = False  # whether something is left to send, and the node takes it
+        # whether something is left to send, and the node takes it; then the socket does not wait
+        self._is_sending = False
+        self.is_sent = False  # whether the whole request has been sent
         self.has_answered = False  # whether the first byte of an answer has come
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether the whole request has been sent."""
-        return not self._rest
 
     def is_usable(self) -> bool:
         """Return whether an idle connection can serve a request: not old, not ended."""
@@ -1616,24 +1583,22 @@ class NodeConnection(ConnectionInput):
     def begin(self, request: NodeRequest, token: str) -> None:
         """Send a request's head, with a small body; take over the rest of the body."""
         self._silence_seconds = request.silence_seconds
-        self._connection.settimeout(self._silence_seconds)
         self._pieces = request.encode(token)
         self._rest = memoryview(next(self._pieces))
-        self.has_answered = False
+        self.is_sent = self.has_answered = False
+        self._set_sending(True)
         self._send_some()
+
+    def _set_sending(self, is_sending: bool) -> None:
+        self._is_sending = is_sending
+        self._connection.settimeout(0 if is_sending else self._silence_seconds)
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more, and send until something comes; return False at the end."""
-        if not self._is_sending:
-            return super().fill(flags)
-        self._connection.settimeout(0)
-        try:
-            while self._is_sending:
-                with contextlib.suppress(*self._not_ready):
-                    return super().fill()
-                self._send_some()
-        finally:
-            self._connection.settimeout(self._silence_seconds)
+        while self._is_sending:
+            with contextlib.suppress(*self._not_ready):
+                return super().fill()
+            self._send_some()
         return super().fill(flags)
 
     def readinto(self, buffer: Any, flags: int = 0) -> int:
@@ -1651,19 +1616,21 @@ class NodeConnection(ConnectionInput):
             if not is_ready(self._connection, events, self._silence_seconds):
                 raise TimeoutError(f"took nothing for {self._silence_seconds:.0f} s") from None
         except ConnectionError:  # the node has hung up, but it may have answered before
-            self._is_sending = False
+            self._set_sending(False)
         else:
             self._rest = self._rest[sent:] or memoryview(next(self._pieces, b""))
-            self._is_sending = not self.is_sent
+            self.is_sent = not self._rest
+            if self.is_sent:
+                self._set_sending(False)
 
-    def read_head(self) -> AnswerHead:
-        """Read the answer's head; raise ConnectionError if it is cut short or malformed."""
+    def read_head(self) -> Tuple[int, Fields]:
+        """Return the answer's status and fields; raise ConnectionError if they do not come whole."""
         while True:
             end = self.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
-                head = AnswerHead.parse(self.take(end + 4)[:-2])
-                if head.status >= 200:  # a 1xx, as "100 Continue", comes before the answer
-                    return head
+                status, fields = parse_answer(self.take(end + 4)[:-2])
+                if status >= 200:  # a 1xx, as "100 Continue", comes before the answer
+                    return status, fields
             elif self.ahead >= HEAD_LIMIT_BYTES:
                 raise ConnectionError("the head of its answer is too long")
             elif not self.fill():
@@ -1672,12 +1639,12 @@ class NodeConnection(ConnectionInput):
 
     def run_out(self) -> None:
         """Take the rest of the body without sending it, so that its failure is raised."""
-        self._is_sending = False
+        self._set_sending(False)
         collections.deque(self._pieces, 0)
 
     def stop(self) -> None:
         """Send no more of the request's body, and close the body."""
-        self._is_sending = False
+        self._set_sending(False)
         self._pieces.close()
 
     def close(self) -> None:
@@ -1695,17 +1662,17 @@ class NodeBody(BodyStream):
     `release` gets the connection; otherwise the connection is closed.
     """
 
-    def __init__(self, connection: NodeConnection, head: AnswerHead, body: MessageBody,
+    def __init__(self, connection: NodeConnection, status: int, headers: Fields,
                  release: Callable[[NodeConnection], None]) -> None:
         super().__init__()
-        self.status = head.status
-        self.headers = head.fields
+        self.status = status
+        self.headers = headers
         self.is_early = not connection.is_sent  # whether it came before the request was sent whole
         self._connection = connection
-        self._body = body
+        self._body = body_of_answer(status, headers, connection)
         self._release = release
-        self.size = body.size
-        self.can_be_checked = not isinstance(body, ClosingReader)  # whether a cut is noticed
+        self.size = self._body.size
+        self.can_be_checked = not isinstance(self._body, ClosingReader)  # whether a cut is noticed
 
     def receive(self, buffer: Any) -> int:
         """Read some bytes; raise NodeBodyLost if the answer is cut short.
@@ -1713,28 +1680,16 @@ class NodeBody(BodyStream):
         At the end of the answer, the rest of the request's body is taken without being sent. If
         that fails, so does the exchange, even if the node wanted no more of the body.
         """
-        count = self._body.receive(buffer)
-        if not count:
+        count = self._body.readinto(buffer)
+        if self._body.is_at_end:
             self._connection.run_out()
         return count
-
-    def readall(self) -> bytes:
-        """Read to the end, and take the rest of the request's body, as `receive` does.
-
-        A body of known size is not read beyond its last byte, so `receive` never sees the end.
-        """
-        data = super().readall()
-        self._connection.run_out()
-        return data
 
     def read_text(self) -> bytes:
         """Read a text, up to a limit; if it is the text of an error, it may be cut short."""
         text = b""
         try:
-            while len(text) < ERROR_TEXT_LIMIT_BYTES:
-                piece = self.read(ERROR_TEXT_LIMIT_BYTES - len(text))
-                if not piece:
-                    break
+            while piece := self.read(ERROR_TEXT_LIMIT_BYTES - len(text)):
                 text += piece
         except NodeBodyLost:
             if self.status < 400:
@@ -1766,7 +1721,7 @@ class ConnectionPool:
         # made when first needed: loading the certificate authorities takes a while
         self._tls: Optional[ssl.SSLContext] = None
         self._lock = threading.Lock()
-        self._idle: Dict[Hop, List[NodeConnection]] = {}
+        self._idle: Dict[Hop, List[NodeConnection]] = collections.defaultdict(list)
 
     def open(self, request: NodeRequest) -> NodeBody:
         """Send a request; return the answer with its body unread. The caller closes it.
@@ -1783,7 +1738,6 @@ class ConnectionPool:
             except ConnectionError:
                 if idle.has_answered:
                     raise
-                logger.debug("%s has closed an idle connection; connecting again", request.hop.host)
         is_tls = request.hop.scheme == "https"
         if is_tls and self._tls is None:
             self._tls = tls_context(self._settings)
@@ -1794,10 +1748,8 @@ class ConnectionPool:
         while True:
             with self._lock:
                 idle = self._idle.get(hop)
-                if not idle:
-                    return None
-                connection = idle.pop()
-            if connection.is_usable():
+                connection = idle.pop() if idle else None
+            if connection is None or connection.is_usable():
                 return connection
             connection.close()
 
@@ -1806,30 +1758,27 @@ class ConnectionPool:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
             connection.begin(request, self._settings.token)
-            head = connection.read_head()
-            body = head.body(connection)
-            if head.status >= 300:  # the node does not want the rest of the request
+            status, fields = connection.read_head()
+            if status >= 300:  # the node does not want the rest of the request
                 connection.stop()
             on_failure.pop_all()
         # a request that cannot be repeated opens a new connection: kept ones would pile up
-        can_stay = head.keeps_alive and request.is_repeatable
-        return NodeBody(connection, head, body, self._keep if can_stay else NodeConnection.close)
+        can_stay = request.is_repeatable and "close" not in fields.get("Connection", "").lower()
+        return NodeBody(connection, status, fields, self._keep if can_stay else NodeConnection.close)
 
     def _keep(self, connection: NodeConnection) -> None:
         with self._lock:
-            self._idle.setdefault(connection.hop, []).append(connection)
+            self._idle[connection.hop].append(connection)
 
     def close_idle(self) -> None:
         """Close the connections that have been idle for too long, or that the node has ended."""
         with self._lock:  # or a request would open a connection while one is looked at here
-            connections = list(itertools.chain(*self._idle.values()))
-            self._idle = {}
-            ended = [each for each in connections if not each.is_usable()]
-            for connection in connections:
-                if connection not in ended:
-                    self._idle.setdefault(connection.hop, []).append(connection)
-        for connection in ended:
-            connection.close()
+            idle, self._idle = self._idle, collections.defaultdict(list)
+            for connection in itertools.chain(*idle.values()):
+                if connection.is_usable():
+                    self._idle[connection.hop].append(connection)
+                else:
+                    connection.close()
 
 
 # == 7. The ETL class contract ==
@@ -2843,37 +2792,8 @@ class ObjectFile(io.FileIO):
             raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
 
 
-class SpoolFile(ObjectFile):
-    """A temporary file whose path a class gets; `close` removes the file."""
-
-    def __init__(self) -> None:
-        import tempfile
-
-        descriptor, self.path = tempfile.mkstemp(prefix="etl-")
-        super().__init__(descriptor, 0)  # of size 0, so that it never counts as cut
-
-    def close(self) -> None:
-        """Close and remove the file."""
-        if not self.closed:
-            super().close()
-            with contextlib.suppress(FileNotFoundError):  # the class may have moved it away
-                os.unlink(self.path)
-
-
-class LoadedObject(io.BytesIO):
-    """An object in memory, such as a small file, which is read as soon as it is opened."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.size = len(data)
-
-    def readall(self) -> bytes:
-        """Return the whole object, without a copy."""
-        return self.getvalue()
-
-
-class ReceivedObject(LoadedObject):
-    """An object that was read into memory, and that waits for its transform.
+class ReceivedObject(io.BytesIO):
+    """An object in memory: a small file, or a body that was read and waits for its transform.
 
     Until the transform begins, the object may take memory in a Room. `release` gives this
     memory back; it may be called twice.
@@ -2881,7 +2801,12 @@ class ReceivedObject(LoadedObject):
 
     def __init__(self, data: bytes = b"", release: Optional[Callable[[], object]] = None) -> None:
         super().__init__(data)
+        self.size = len(data)
         self._release = release  # None if the object is too small to be counted
+
+    def readall(self) -> bytes:
+        """Return the whole object, without a copy."""
+        return self.getvalue()
 
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that gives the memory back, then calls `function`."""
@@ -2900,7 +2825,7 @@ class ReceivedObject(LoadedObject):
 
 
 RequestBody = Union[MessageBody, ReceivedObject]
-ObjectStream = Union[BodyStream, ObjectFile, LoadedObject]
+ObjectStream = Union[BodyStream, ObjectFile, ReceivedObject]
 
 
 class Source(NamedTuple):
@@ -2933,14 +2858,6 @@ def require_object_path(path: str, roots: Roots) -> None:
     """Raise Forbidden unless a resolved path may be read."""
     if not is_object_path(path, roots):
         raise Forbidden("the path is not one of an object")
-
-
-def resolved_path(descriptor: int, path: str) -> str:
-    """Return the path of an open file, with symlinks resolved."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:  # no /proc: macOS
-        return os.path.realpath(path)
 
 
 def open_object_path(path: str, roots: Roots) -> int:
@@ -3001,7 +2918,7 @@ def read_whole(read: Callable[[int], bytes], size: int) -> bytes:
     return data
 
 
-def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject, None]:
+def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, ReceivedObject, None]:
     """Open an object by its path; return None if the file is only the object's first chunk.
 
     A small object is read into memory, and its file closed.
@@ -3009,14 +2926,18 @@ def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, LoadedObject,
     descriptor = open_object_path(path, roots)
     is_kept = False
     try:
-        require_object_path(resolved_path(descriptor, path), roots)
+        try:
+            resolved_path = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:  # no /proc: macOS
+            resolved_path = os.path.realpath(path)
+        require_object_path(resolved_path, roots)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Forbidden("the path is not one of a regular file")
         if not is_whole(descriptor, status.st_size):
             return None
         if status.st_size <= READ_BYTES:
-            return LoadedObject(read_whole(functools.partial(os.read, descriptor), status.st_size))
+            return ReceivedObject(read_whole(functools.partial(os.read, descriptor), status.st_size))
         is_kept = True
         return ObjectFile(descriptor, status.st_size)
     finally:
@@ -3035,15 +2956,6 @@ def uname_of(path: str) -> bytes:
     return os.fsencode(f"{provider}/{namespace}/{bucket}/{name}")
 
 
-def folder_path(folder: str, raw_path: str) -> str:
-    """Return the file, in the folder of `--target`, that a request's path names.
-
-    The path is /bucket/object or the object's unique name.
-    """
-    name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
-    return os.path.join(folder, re.sub(r"^[a-z0-9]+/@[^/]*#[^/]*/", "", name))
-
-
 def require_identity(body: NodeBody, what: str) -> NodeBody:
     """Return another node's answer; raise BadGateway if it has an encoding: none was asked for."""
     coding = body.headers.get("Content-Encoding", "identity")
@@ -3056,15 +2968,16 @@ def require_identity(body: NodeBody, what: str) -> NodeBody:
 def spool(stream: ObjectStream) -> Source:
     """Copy an object to a temporary file, for a class that wants a path; close the object."""
     import shutil
+    import tempfile
 
     with stream, contextlib.ExitStack() as on_failure:
-        file = on_failure.enter_context(SpoolFile())
+        file = on_failure.enter_context(tempfile.NamedTemporaryFile(prefix="etl-", buffering=0))
         # a buffered file, since a raw one may write less than it is given
         with open(file.fileno(), "wb", closefd=False) as output:
             shutil.copyfileobj(stream, output, WRITE_BYTES)
         file.seek(0)
         on_failure.pop_all()
-    return Source(file, file.path)
+    return Source(cast(Any, file), file.name)
 
 
 class Sources:
@@ -3131,7 +3044,10 @@ class Sources:
                 "there is no target to read objects from: serve with --target, or PUT the object")
         url = urlsplit(target)
         if url.scheme == "file":
-            path = folder_path(unquote(url.path), raw_path)
+            # the path names /bucket/object, or is the object's unique name
+            name = os.fsdecode(unquote_to_bytes(raw_path.encode("latin-1"))).lstrip("/")
+            name = re.sub("^[a-z0-9]+/@[^/]*#[^/]*/", "", name)
+            path = os.path.join(unquote(url.path), name)
             file = open_object_file(path, self._settings.fqn_roots)
             if file is None:
                 raise RequestError("the object is stored in chunks, which only a target can join")
