@@ -7655,7 +7655,7 @@ def lend_packages(requirements: Iterable[str], folder: str) -> None:
     """Link the installed packages of requirements, and of their dependencies, into a folder."""
     import importlib.metadata
 
-    waiting, done = [(text, "") for text in requirements], set()
+    waiting, done = [*itertools.product(requirements, [""])], set()
     while waiting:
         text, extra = waiting.pop()
         # without pip, only the name is read: markers and extras count as absent
@@ -7666,12 +7666,11 @@ def lend_packages(requirements: Iterable[str], folder: str) -> None:
         if found is None or not is_for_us or (text, extra) in done:
             continue
         done.add((text, extra))
-        waiting += [(each, extra) for each in found.requires or ()
-                    for extra in ("", *wanted.extras)]
-        tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
+        waiting += itertools.product(found.requires or (), ("", *wanted.extras))
         # a distribution without a RECORD lists no files
-        tops = tops or {*(found.read_text("top_level.txt") or found.metadata["Name"]).split()}
-        for top in tops:
+        names = found.read_text("top_level.txt") or found.metadata["Name"]
+        tops = {str(path).partition("/")[0] for path in found.files or names.split()}
+        for top in tops - {"..", "__pycache__"}:
             with contextlib.suppress(FileExistsError):
                 os.symlink(os.path.abspath(found.locate_file(top)), os.path.join(folder, top))
 
@@ -7765,7 +7764,7 @@ def prove_payload(payload: str, etl_class: Type[ETLServer], environ: Mapping[str
     hooks, needs = overridden(etl_class, HOOKS), set()
     packages = requirements_of(environ.get("PACKAGES", ""), "PACKAGES")
     requirements, server = ["cloudpickle", *packages], ""
-    failure = (FrameworkNeeded(framework_of(etl_class), serves=True) if hooks
+    failure = (FrameworkNeeded(server_for(etl_class), serves=True) if hooks
                else try_payload(payload, requirements, server, environ))
     while isinstance(failure, FrameworkNeeded) and str(failure) not in needs:
         needs.add(str(failure))
@@ -7903,7 +7902,7 @@ def add_pack(commands: Any) -> None:
         spec.add_argument(f"--{option}", default=default,
                           help=f"{what} (default: {default or 'made of the name of the class'})")
     spec.add_argument("--direct-put", action=argparse.BooleanOptionalAction, default=True,
-                      help="deliver results straight to their nodes (default)")
+                      help="deliver results straight to their nodes")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
