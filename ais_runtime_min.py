@@ -7579,6 +7579,9 @@ def install(environ: Mapping[str, str]) -> int:
 
 
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
+# `pack` imports the file and pickles the class. Before it prints anything, a new process, which runs
+# `prove`, loads and constructs the class. That process is to `pack` what a worker is to the
+# supervisor: it reports a failure, or the framework that it needs.
 
 VARIABLE_LIMIT_BYTES = 128 << 10  # of "NAME=text" and a zero byte: Linux, MAX_ARG_STRLEN
 ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line: docker reads no longer lines
@@ -7698,7 +7701,7 @@ def prove(site: str, reports: int, server: str, environ: Mapping[str, str]) -> i
     import importlib.util
 
     Current.reports = reports
-    sys.path[0] = site
+    sys.path[0] = site  # and not the folder of this file, where the class's may lie
     try:
         settings = Settings.from_env(environ)._replace(server=server)
         prepare(settings, may_install=False)
@@ -7746,7 +7749,7 @@ def try_payload(payload: str, requirements: Sequence[str], server: str,
         process = start_in_group(stack, CHILDREN_SECONDS, command, cwd=empty, env=env, stdout=2,
                                  pass_fds=[reports])
         process.wait()
-        os.lseek(reports, 0, os.SEEK_SET)
+        os.lseek(reports, 0, os.SEEK_SET)  # a file, since nobody reads while the trial writes
         worker = Worker(process.pid, reports, 0)
         while worker.read_reports():
             pass
