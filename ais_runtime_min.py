@@ -7345,6 +7345,9 @@ def install(environ: Mapping[str, str]) -> int:
 
 
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
+# `pack` imports the file and pickles the class. Before it prints anything, a new process, which runs
+# `prove`, loads and constructs the class. That process is to `pack` what a worker is to the
+# supervisor: it reports a failure, or the framework that it needs.
 
 VARIABLE_LIMIT_BYTES = 128 << 10  # of "NAME=text" and a zero byte: Linux, MAX_ARG_STRLEN
 ENV_FILE_LIMIT_BYTES = 64 << 10  # of a line: docker reads no longer lines
@@ -7355,25 +7358,11 @@ SPEC_RULES = {  # option: its default, what AIStore and Kubernetes accept, and t
              "6 to 32 of a-z, 0-9 and -, from a letter to a letter or digit"),
     "image": ("ais-runtime-min:{}.{}".format(*sys.version_info), r"[\w./:@-]+", "an image's name"),
     "comm": ("hpush", "hpush|hpull|ws", "hpush, hpull or ws"),
-    "init_timeout": ("5m", TIME, "a time like 45s, 5m or 1h30m"),
-    "obj_timeout": ("45s", TIME, "a time like 45s, 5m or 1h30m"),
+    "init-timeout": ("5m", TIME, "a time like 45s, 5m or 1h30m"),
+    "obj-timeout": ("45s", TIME, "a time like 45s, 5m or 1h30m"),
 }
-# What a container has in its environment besides the pod's variables. The trial of a payload gets
-# these variables of the user's, and no others.
-CONTAINER_VARIABLES = (
-    "(?i)PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy")
-
-# variables that name a file of the image, which need not be here
-FILES_OF_IMAGE = {each.name for each in VARIABLES if each.parse is existing_file}
-
-
-class Packing(NamedTuple):
-    """A class to pack, and the variables of its pod, apart from the payload."""
-
-    file: str  # FILE[:CLASS]
-    folder: str  # of the file; symlinks are resolved
-    variables: Mapping[str, str]
-    requirements: List[str]
+# what the environment of a container has besides the pod's variables
+CONTAINER_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
 
 
 def use_names_of_pods() -> None:
@@ -7390,84 +7379,52 @@ def use_names_of_pods() -> None:
             value.__module__ = homes.get(value, "ais_runtime_min")
 
 
-def pickle_more(by_value: Set[str]) -> None:
-    """Teach pickle to handle functions with a cache (`functools.lru_cache`), and locks.
-
-    If the function's module is one of `by_value`, the function gets an empty cache; otherwise it is
-    pickled by its name. A lock that is held becomes a free one.
-    """
-    import copyreg
-
-    def cache(wrapper: Any) -> Any:
-        if wrapper.__module__ not in by_value:
-            return wrapper.__qualname__
-        return functools.lru_cache(**wrapper.cache_parameters()), (wrapper.__wrapped__,)
-
-    copyreg.pickle(type(functools.lru_cache(len)), cache)
-    copyreg.pickle(cast(Any, type(threading.Lock())), lambda _: (threading.Lock, ()))
-    copyreg.pickle(cast(Any, type(threading.RLock())), lambda _: (threading.RLock, ()))
-
-
-def is_own(path: str, folder: str) -> bool:
-    """Return whether a file is below a folder and the user's own.
-
-    Files of the standard library and of installed packages are not the user's.
-    """
-    if not path.startswith(os.path.join(folder, "")):
-        return False
-    library = os.path.dirname(os.path.realpath(os.__file__))
-    is_of_library = path.startswith(os.path.join(library, ""))
-    return not is_of_library and not re.search(r"/(site|dist)-packages/", path[len(folder):])
-
-
-def own_path(module: str, folder: str) -> str:
-    """Return the path of an imported module if it is the user's own and below a folder, or ""."""
-    found = sys.modules.get(module)
-    places = [getattr(found, "__file__", None), *getattr(found, "__path__", ())]
-    place = next(filter(None, places), "")
-    path = os.path.realpath(place) if place else ""
-    return path if is_own(path, folder) else ""
-
-
-def pickle_from_file(packing: Packing) -> Tuple[str, str]:
-    """Return the payload and the name of the class; raise StartupError if there is none.
+def pickle_from_file(text: str) -> Tuple[Type[ETLServer], str]:
+    """Return the class of FILE[:CLASS] and its payload; raise StartupError if there is none.
 
     A pod does not have the modules that lie beside the file, so these are pickled with the class,
-    by value.
+    by value. So are their functions with a cache (`functools.lru_cache`); the cache becomes empty.
     """
-    try:
-        import cloudpickle
-    except ImportError:
-        command = pip_command(["cloudpickle>=3,<4"])
-        raise PackageError(f"pack needs cloudpickle: {command}") from None
+    if not is_here("cloudpickle"):
+        raise PackageError(f"pack needs cloudpickle: {pip_command(['cloudpickle>=3,<4'])}")
+    import copyreg
+
+    import cloudpickle
+
+    def reduce_cache(cache: Any) -> Any:
+        if cache.__module__ not in cloudpickle.list_registry_pickle_by_value():
+            return cache.__qualname__
+        return functools.lru_cache(**cache.cache_parameters()), (cache.__wrapped__,)
+
     before, path = set(sys.modules), list(sys.path)
     try:
-        etl_class = class_from_file(packing.file)
-    except FrameworkNeeded as need:
-        # raises the error with the command that installs the framework
+        etl_class = class_from_file(text)
+    except FrameworkNeeded as need:  # raise the error with the command that installs the framework
         prepare_framework(need.framework, serves=False, may_install=False)
         raise
     sys.path[:] = path  # a module beside the file may be named as one of the standard library
     use_names_of_pods()
-    by_value = {module for module in set(sys.modules) - before if own_path(module, packing.folder)}
-    pickle_more(by_value)
-    for module in by_value:
-        cloudpickle.register_pickle_by_value(sys.modules[module])
+    folder = os.path.join(os.path.dirname(os.path.realpath(split_file(text)[0])), "")
+    for module in [sys.modules[name] for name in set(sys.modules) - before]:
+        places = [getattr(module, "__file__", None), *getattr(module, "__path__", ()), "/"]
+        place = os.path.realpath(next(filter(None, places)))
+        # an environment with Python and its packages may lie there, too
+        if place.startswith(folder) and not re.search(
+                r"/(python3\.\d+t?|site-packages|dist-packages)/", place[len(folder) - 1:]):
+            cloudpickle.register_pickle_by_value(module)
+    copyreg.pickle(type(functools.lru_cache(len)), reduce_cache)
     payload, error = attempt(serialize_class, etl_class)
     if error is not None:
         raise ClassError(f"{etl_class.__name__} cannot be pickled: {describe(error)}; what cannot "
                          f"be pickled must be made in __init__, not at the top of a file")
-    return payload, etl_class.__name__
+    return etl_class, payload
 
 
-def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
-    """Yield the installed distributions of requirements and of their dependencies.
-
-    A distribution may come several times. What is not installed is left out.
-    """
+def lend_packages(requirements: Iterable[str], folder: str) -> None:
+    """Link the installed packages of requirements, and of their dependencies, into a folder."""
     import importlib.metadata
 
-    waiting, done = [(text, "") for text in requirements], set()
+    waiting, done = [*itertools.product(requirements, [""])], set()
     while waiting:
         text, extra = waiting.pop()
         # without pip, only the name is read: markers and extras count as absent
@@ -7475,299 +7432,184 @@ def distributions_of(requirements: Iterable[str]) -> Iterator[Any]:
             name=re.split(r"[^\w.-]", text)[0], marker=None, extras=())
         found = attempt(importlib.metadata.distribution, wanted.name).value
         is_for_us = not wanted.marker or wanted.marker.evaluate({"extra": extra})
-        if found is not None and is_for_us and (text, extra) not in done:
-            done.add((text, extra))
-            yield found
-            waiting += [(each, extra) for each in found.requires or ()
-                        for extra in ("", *wanted.extras)]
-
-
-def lend_packages(requirements: Iterable[str], folder: str) -> None:
-    """Link the installed packages of requirements, and of their dependencies, into a folder."""
-    for found in distributions_of(requirements):
-        tops = {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}
+        if found is None or not is_for_us or (text, extra) in done:
+            continue
+        done.add((text, extra))
+        waiting += itertools.product(found.requires or (), ("", *wanted.extras))
         # a distribution without a RECORD lists no files
-        tops = tops or {*(found.read_text("top_level.txt") or found.metadata["Name"]).split()}
-        for top in tops:
+        names = found.read_text("top_level.txt") or found.metadata["Name"]
+        tops = {str(path).partition("/")[0] for path in found.files or names.split()}
+        for top in tops - {"..", "__pycache__"}:
             with contextlib.suppress(FileExistsError):
                 os.symlink(os.path.abspath(found.locate_file(top)), os.path.join(folder, top))
 
 
 class ImportNotes(PayloadUnpickler):
-    """Unpickle a class, and note which modules its functions import when they run."""
+    """Unpickle a class, and note what its functions import when they run."""
 
-    imports: Set[str] = set()
+    notes: Set[Tuple[str, str]] = set()  # names of functions and of modules
 
     def _make_code(self, *args: Any) -> types.CodeType:
         import dis
 
         code = super()._make_code(*args)
-        # an import loads its level (the number of leading dots), its names, and then the module
-        instructions = [each for each in dis.get_instructions(code)
-                        if each.opname not in ("EXTENDED_ARG", "CACHE")]
-        for level, instruction in zip(instructions, instructions[2:]):
-            if instruction.opname == "IMPORT_NAME":
-                dots = "." * level.argval if isinstance(level.argval, int) else ""
-                self.imports.add(f"{dots}{instruction.argval}")
+        self.notes.update((code.co_name, str(each.argval)) for each in dis.get_instructions(code)
+                          if each.opname == "IMPORT_NAME")
         return code
 
-    @classmethod
-    def lacking(cls) -> List[str]:
-        """Return the noted imports that fail here, without frameworks: a pod installs those."""
-        import importlib.util
 
-        sdk = {} if is_here("aistore") else SDK_MODULES
-        return sorted(
-            name for name in cls.imports - {__name__}
-            if DEFAULT_IMAGE.get(name.partition(".")[0]) not in FRAMEWORKS
-            and not (sdk[name] if name in sdk else attempt(importlib.util.find_spec, name).value))
+def prove(site: str, reports: int, server: str, environ: Mapping[str, str]) -> int:
+    """Load and construct the class of a payload as a pod does; return the exit code.
 
-
-def prove(answer: str, folder: str, needs: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Load and construct the class of a payload as a pod does; write the findings to a file.
-
-    `try_payload` runs this in a process of its own. `needs` are the frameworks that are known to be
-    needed: "fastapi" or, if the framework must serve the class, "fastapi serves". The file `answer`
-    gets a JSON object. Its "reads" are the user's files below `folder`, where the class's file
-    lies, that were opened: a pod does not have them. If the class was constructed, "lacks" are the
-    imports of its functions that would fail. Otherwise there is either a further framework in
-    "needs", with the reason in "why"; or the failure, in "reason", "exit" and "story".
+    `try_payload` runs this in a process of its own, which reports like a worker. `site` is the
+    folder with the pod's packages, `server` the framework that serves the class, or "".
     """
-    told: Dict[str, Any] = {"reads": []}
+    import importlib.util
 
-    def note(event: str, args: Tuple[Any, ...]) -> None:
-        path = str(args[0]) if event == "open" else ""
-        is_source = path.endswith(".py")  # which a traceback shows
-        if is_own(path, folder) and not is_source and not path.startswith(os.path.dirname(answer)):
-            told["reads"] = sorted({path, *told["reads"]})
-
-    sys.addaudithook(note)
-    settings = Settings.from_env(environ, ("AIS_TARGET_URL",))
-    Current.reports = os.open(os.devnull, os.O_WRONLY)  # as in a worker: see `require_framework`
+    Current.reports = reports
+    sys.path[0] = site  # and not the folder of this file, where the class's may lie
     try:
+        settings = Settings.from_env(environ)._replace(server=server)
         prepare(settings, may_install=False)
-        for need in needs:
-            framework, _, serves = need.partition(" ")
-            prepare_framework(framework, bool(serves), may_install=False)
-            settings = settings._replace(server=framework if serves else settings.server)
+        if server:
+            prepare_framework(server, serves=True, may_install=False)
         Current.settings = settings
-        etl_class = load_etl_class(settings, ImportNotes)
-        # a supervisor imports this framework before it forks; here it has to be lent first
-        if server_for(etl_class) and not settings.server:
-            told["why"] = f"overrides {', '.join(overridden(etl_class, HOOKS))}"
-            raise FrameworkNeeded(server_for(etl_class), serves=True)
-        construct(etl_class)
-        told["lacks"] = ImportNotes.lacking()
-    except FrameworkNeeded as need:
-        told["needs"] = f"{need.framework} serves" if need.serves else need.framework
-        told.setdefault("why", "uses self.app" if need.serves else f"imports {need.framework}")
+        construct(load_etl_class(settings, ImportNotes))
     except StartupError as error:
-        told.update(exit=error.exit, reason=str(error), story=error.story)
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(told, file)
+        return report_failure(error)
+    for function, name in sorted(ImportNotes.notes):
+        is_found = name == __name__ or attempt(importlib.util.find_spec, name).value
+        if not is_found or (SDK_MODULES.get(name) == {} and not is_here("aistore")):
+            top = name.partition(".")[0]
+            logger.warning("%s() imports %s, which a pod does not have: pass --packages %s, or "
+                           "import a module of your own at the top of the file, to have it pickled",
+                           function, name or ".", PYPI_NAMES.get(top, top))
+    report(REPORT_READY)
     return Exit.OK
 
 
-def requirements_for(need: str) -> List[str]:
-    """Return the requirements of a framework: "fastapi", or "fastapi serves" if it serves."""
-    name, _, serves = need.partition(" ")
-    return [requirement for _, requirement in modules_of(name, bool(serves))]
+def try_payload(payload: str, requirements: Sequence[str], server: str,
+                environ: Mapping[str, str]) -> Optional[StartupError]:
+    """Run `prove` in a new process that can import no more than a pod can; return its failure.
 
-
-def try_payload(payload: str, packing: Packing, needs: Sequence[str],
-                environ: Mapping[str, str]) -> Dict[str, Any]:
-    """Run `prove` in a new process that can import no more than a pod can; return its findings.
-
-    It imports the standard library, this file, cloudpickle, and what `PACKAGES` and the frameworks
-    of `needs` bring. Its current folder is empty. The processes that the class has started end with
-    it. Raise ClassError if it leaves no findings.
+    It imports the standard library, this file, and what `requirements` bring, which must be
+    installed here. Its folder is empty. The processes that the class has started end with it.
     """
-    import shutil
     import tempfile
 
-    requirements = ["cloudpickle", *packing.requirements]
-    for need in needs:
-        requirements += requirements_for(need)
-    env = {name: text for name, text in environ.items()
-           if re.fullmatch(CONTAINER_VARIABLES, name)}
+    missing = lacking(dict.fromkeys(requirements))
+    if missing:
+        raise PackageError(f"to try the class, pack needs here what a pod installs: "
+                           f"{pip_command(missing)}")
     with contextlib.ExitStack() as stack:
         site, empty = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
+        reports = stack.enter_context(tempfile.TemporaryFile()).fileno()
         lend_packages(requirements, site)
-        script, text, answer = (os.path.join(site, name)
-                                for name in ("ais_runtime_min.py", "payload", "answer"))
-        shutil.copyfile(__file__, script)
-        with open(text, "w", encoding="ascii") as file:
+        path = os.path.join(site, "payload")
+        with open(path, "w", encoding="ascii") as file:
             file.write(payload)
-        # a pod always has AIS_TARGET_URL; nothing answers at this one
-        env.update({name: given for name, given in packing.variables.items()
-                    if name not in FILES_OF_IMAGE})
-        env.update(ETL_CLASS_PAYLOAD_FILE=text, PYTHONUNBUFFERED="1",
-                   AIS_TARGET_URL="http://127.0.0.1:9/v1/etl/_object/pack/proof")
         # -S leaves out the packages that are installed here
-        command = [sys.executable, "-S", script, "prove", answer, packing.folder, *needs]
-        process = start_in_group(stack, CHILDREN_SECONDS, command, cwd=empty, env=env, stdout=2)
-        while not has_ended(process, TOOL_PROGRESS_SECONDS):
-            logger.info("the class is still being constructed")
-        try:
-            with open(answer, encoding="utf-8") as file:
-                return cast(Dict[str, Any], json.load(file))
-        except (OSError, ValueError):
-            raise ClassError(f"the process that loads and constructs the class "
-                             f"{how_it_ended(process.returncode)}") from None
+        command = [sys.executable, "-S", __file__, "prove", site, str(reports), server]
+        # a pod always has AIS_TARGET_URL; nothing answers at this one
+        env = {**environ, "ETL_CLASS_PAYLOAD_FILE": path, "AIS_TARGET_URL": "http://127.0.0.1:9"}
+        process = start_in_group(stack, CHILDREN_SECONDS, command, cwd=empty, env=env, stdout=2,
+                                 pass_fds=[reports])
+        process.wait()
+        os.lseek(reports, 0, os.SEEK_SET)  # a file, since nobody reads while the trial writes
+        worker = Worker(process.pid, reports, 0)
+        while worker.read_reports():
+            pass
+    if REPORT_READY in worker.told:
+        return None
+    return worker.failure or ClassError(f"the process that loads and constructs the class "
+                                        f"{how_it_ended(process.returncode)}")
 
 
-def failure_of(told: Mapping[str, Any], packing: Packing) -> StartupError:
-    """Return the failure with which a pod would end."""
-    # without the advice to have a module pickled by value, as pack does itself
-    reason = told["reason"].partition("; if it is a module of your own")[0]
-    module = re.search(r"the module '([\w.]+)'", reason)
-    elsewhere = own_path(module[1], "/") if module else ""
-    if module and elsewhere:
-        reason = (f"it has no module {module[1]}, which is {elsewhere}: put it beside "
-                  f"{packing.file}, to have it pickled too")
-    failure = StartupError(f"a pod would not start: {reason}")
-    failure.exit, failure.story = told["exit"], told["story"]
-    return failure
+def prove_payload(payload: str, etl_class: Type[ETLServer], environ: Mapping[str, str]) -> None:
+    """Try the payload; raise the StartupError with which a pod would end.
 
-
-def prove_payload(payload: str, packing: Packing, environ: Mapping[str, str]) -> None:
-    """Try the payload: raise the StartupError with which a pod would end, or log what it needs."""
-    missing = lacking(packing.requirements)
-    if missing:
-        raise PackageError(f"--packages names what pack needs here too, to try the class: "
-                           f"{pip_command(missing)}")
-    needs: List[str] = []
-    told = try_payload(payload, packing, needs, environ)
-    while "needs" in told and told["needs"] not in needs:
-        needs.append(told["needs"])
-        name, wanted = needs[-1].partition(" ")[0], requirements_for(needs[-1])
+    As in a pod, the class gets the framework that it turns out to need, and is tried again.
+    """
+    hooks, needs = overridden(etl_class, HOOKS), set()
+    packages = requirements_of(environ.get("PACKAGES", ""), "PACKAGES")
+    requirements, server = ["cloudpickle", *packages], ""
+    failure = (FrameworkNeeded(server_for(etl_class), serves=True) if hooks
+               else try_payload(payload, requirements, server, environ))
+    while isinstance(failure, FrameworkNeeded) and str(failure) not in needs:
+        needs.add(str(failure))
+        name, why = failure.framework, f"imports {failure.framework}"
+        if failure.serves:
+            server, why = name, f"overrides {', '.join(hooks)}" if hooks else "uses self.app"
         logger.info("the class %s: a pod installs %s when it starts, unless the image has it",
-                    told["why"], name)
-        if lacking(wanted):
-            raise PackageError(f"pack needs {name} here, to try the class: {pip_command(wanted)}")
-        told = try_payload(payload, packing, needs, environ)
-    if "needs" in told:
-        raise ClassError(f"the class needs {told['needs']}, although it is there")
-    for path in told["reads"]:
-        logger.warning("the class reads %s, which a pod does not have: put it into the image", path)
-    if "lacks" not in told:
-        raise failure_of(told, packing)
-    for name in told["lacks"]:
-        top = name.partition(".")[0]
-        lies_here = not top or any(os.path.exists(os.path.join(packing.folder, top + end))
-                                   for end in (".py", ""))
-        remedy = ("import it at the top of the file and not in the function, to have it pickled"
-                  if lies_here else f"if it is needed, pass --packages {PYPI_NAMES.get(top, top)}")
-        logger.warning("a function imports %s when it runs, and a pod does not have that: %s",
-                       name, remedy)
+                    why, name)
+        requirements += [text for _, text in modules_of(name, failure.serves)]
+        failure = try_payload(payload, requirements, server, environ)
+    if failure is not None:
+        failure.args = (f"a pod would not start: {failure}",)
+        raise failure
 
 
-def packing_of(arguments: argparse.Namespace) -> Packing:
-    """Return what the options ask to pack; raise a StartupError for variables no pod can use."""
+def variables_of(arguments: argparse.Namespace) -> Dict[str, str]:
+    """Return the variables of the pod, without the payload; raise UsageError for bad ones."""
     options = {"PACKAGES": arguments.packages, "OS_PACKAGES": arguments.os_packages,
                "ETL_DIRECT_FQN": "true" if arguments.arg_type == "fqn" else ""}
     variables = {name: text for name, text in options.items() if text}
-    set_by_others = "ETL_CLASS_PAYLOAD.*|" + "|".join(options)
-    if not arguments.env_file:
-        set_by_others += "|AIS_TARGET_URL|PORT"
+    set_by_others = "|".join([*options, "ETL_CLASS_PAYLOAD.*", "AIS_TARGET_URL", "PORT"])
+    # surrogates stand for bytes of the command line that are not UTF-8
+    refused = "\n\ud800-\udfff" if arguments.env_file else "\ud800-\udfff"
     for text in arguments.env:
         name, _, value = text.partition("=")
-        # surrogates stand for bytes of the command line that are not UTF-8
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=[^\ud800-\udfff]*", text):
-            raise UsageError(f"--env {text!r} must be NAME=VALUE")
+        if not re.fullmatch(f"[A-Za-z_][A-Za-z0-9_]*=[^{refused}]*", text):
+            raise UsageError(f"--env {text!r} must be NAME=VALUE, in an --env-file one line")
         if re.fullmatch(set_by_others, name):
             raise UsageError(f"--env {name}: pack, one of its options, or AIStore sets it")
         variables[name] = value
-    Settings.from_env(
-        {name: text for name, text in variables.items() if name not in FILES_OF_IMAGE})
-    folder = os.path.dirname(os.path.realpath(split_file(arguments.file)[0]))
-    requirements = requirements_of(arguments.packages or "", "PACKAGES")
-    for requirement in requirements:
-        if re.match(r"[./~]|[\w+]+://", requirement):
-            raise UsageError(f"--packages {hide_credentials(requirement)}: pack needs the name of "
-                             f"the package, as in NAME @ URL")
-    return Packing(arguments.file, folder, variables, requirements)
-
-
-def pieces_of(payload: str, limit: int) -> Dict[str, str]:
-    """Return the variables that hold a payload, each shorter than a limit in bytes."""
-    size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # 1 for the end of the line or variable
-    return {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
-            for number, start in enumerate(range(0, len(payload), size), 1)}
-
-
-def quote_yaml(text: str) -> str:
-    """Quote a text for YAML: as in JSON, and with escapes for characters that YAML refuses."""
-    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda found: f"\\u{ord(found[0]):04x}",
-                  json.dumps(text, ensure_ascii=False))
+    return variables
 
 
 def spec_of(arguments: argparse.Namespace, class_name: str, variables: Mapping[str, str]) -> str:
     """Return a spec for `ais etl init -f` (AIStore, ext/etl/api.go)."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "-", class_name).lower().strip("-")
-    spec = {"name": words if len(words) > 5 else f"{words}-etl"}
-    for option, (default, pattern, what) in SPEC_RULES.items():
-        given = getattr(arguments, option)
-        spec[option] = given if given is not None else default or spec["name"]
-        if not re.fullmatch(pattern, spec[option], re.ASCII):
-            raise UsageError(
-                f"--{option.replace('_', '-')} must be {what}, and not {spec[option]!r}")
-    if spec["comm"] == "ws" and arguments.direct_put is False:
+    arguments.name = arguments.name or (words if len(words) > 5 else f"{words}-etl")
+    for option, (_, pattern, what) in SPEC_RULES.items():
+        given = getattr(arguments, option.replace("-", "_"))
+        if not re.fullmatch(pattern, given, re.ASCII):
+            raise UsageError(f"--{option} must be {what}, and not {given!r}")
+    if arguments.comm == "ws" and not arguments.direct_put:
         raise UsageError("--comm ws needs direct put")
-    # Kubernetes replaces "$$" by "$", and "$(NAME)" by the value of a variable
-    env = "".join(f"\n    - name: {quote_yaml(name)}\n      value: "
-                  f"{quote_yaml(text.replace('$', '$$'))}" for name, text in variables.items())
-    return (f"name: {quote_yaml(spec['name'])}\nruntime:\n  image: {quote_yaml(spec['image'])}\n"
-            f"  env:{env}\ncommunication: {spec['comm']}://\n"
-            f"init_timeout: {spec['init_timeout']}\nobj_timeout: {spec['obj_timeout']}\n"
-            f"support_direct_put: {str(arguments.direct_put is not False).lower()}\n")
-
-
-def env_file_of(variables: Mapping[str, str]) -> str:
-    """Return the text of a file for `docker run --env-file`, in which nothing can be quoted."""
+    lines = [f'name: "{arguments.name}"', "runtime:", f'  image: "{arguments.image}"', "  env:"]
     for name, text in variables.items():
-        if "\n" in text or len(f"{name}={text}".encode()) >= ENV_FILE_LIMIT_BYTES:
-            raise UsageError(f"--env {name}: an --env-file takes one line of up to 64 KiB")
-    return "".join(f"{name}={text}\n" for name, text in variables.items())
+        # Kubernetes replaces "$$" by "$", and "$(NAME)" by the value of a variable
+        entry = json.dumps({"name": name, "value": text.replace("$", "$$")}, ensure_ascii=False)
+        lines.append(f"    - {entry}")
+    lines += [f"communication: {arguments.comm}://", f"init_timeout: {arguments.init_timeout}",
+              f"obj_timeout: {arguments.obj_timeout}",
+              f"support_direct_put: {str(arguments.direct_put).lower()}", ""]
+    # JSON is YAML, apart from characters that YAML refuses
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff]", lambda found: f"\\u{ord(found[0]):04x}",
+                  "\n".join(lines))
 
 
-def text_of(arguments: argparse.Namespace, payload: str, name: str, packing: Packing) -> str:
+def text_of(arguments: argparse.Namespace, class_name: str, payload: str,
+            variables: Mapping[str, str]) -> str:
     """Return the text that the options ask for: the payload, a spec or an --env-file."""
-    options = [option for option in (*SPEC_RULES, "direct_put")
-               if getattr(arguments, option) is not None]
-    if options and not arguments.spec:
-        raise UsageError(f"--{options[0].replace('_', '-')} is for --spec only")
-    variables = packing.variables
+    limit = ENV_FILE_LIMIT_BYTES if arguments.env_file else VARIABLE_LIMIT_BYTES
+    size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # 1 for the end of the line or variable
+    pieces = {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
+              for number, start in enumerate(range(0, len(payload), size), 1)}
     if arguments.spec:
-        text = spec_of(
-            arguments, name, {**pieces_of(payload, VARIABLE_LIMIT_BYTES), **variables})
+        text = spec_of(arguments, class_name, {**pieces, **variables})
     elif arguments.env_file:
-        text = env_file_of({**pieces_of(payload, ENV_FILE_LIMIT_BYTES),
-                            "AIS_TARGET_URL": "http://localhost:51080", **variables})
+        variables = {**pieces, "AIS_TARGET_URL": "http://localhost:51080", **variables}
+        text = "".join(f"{name}={value}\n" for name, value in variables.items())
     else:
         if variables:
             logger.info("the pod needs %s besides", ", ".join(variables))
         return f"{payload}\n"
     if len(text.encode()) >= SPEC_LIMIT_BYTES:
-        raise PayloadError(f"{name} is too large for the variables of a pod: put its payload, "
-                           f"which pack prints alone, into the image as ETL_CLASS_PAYLOAD_FILE")
+        raise PayloadError(f"{class_name} is too large for a pod's variables: put its payload, "
+                           f"printed alone, into the image, and set ETL_CLASS_PAYLOAD_FILE")
     return text
-
-
-def write_result(text: str, stdout: int, path: str) -> None:
-    """Write the result to a file, or to the descriptor `stdout` if the path is empty."""
-    try:
-        with open(path or stdout, "w", encoding="utf-8") as file:
-            file.write(text)
-    except (OSError, ValueError) as error:
-        failure = StartupError(f"{path or 'stdout'} cannot be written: {describe(error)}")
-        failure.exit = Exit.OUTPUT
-        raise failure from None
-
-
-def terminate_command(number: int, _: Any) -> NoReturn:
-    """Handle a signal: end the command with the exit code that shells give to the signal."""
-    raise Terminated(128 + number)
 
 
 def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int) -> int:
@@ -7775,27 +7617,33 @@ def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int)
 
     Return the exit code. `stdout` is a copy of descriptor 1, for the result alone.
     """
+    def end(number: int, _: Any) -> NoReturn:
+        raise Terminated(128 + number)  # as shells tell of the signal
+
     os.dup2(2, 1)  # what the class and its packages print must not be in the result
     for number in (*STOP_SIGNALS, signal.SIGHUP):
-        signal.signal(number, terminate_command)
+        signal.signal(number, end)
     Current.settings = Settings()
     configure_logging(Current.settings)
-    late = [*late_modules]
-    leave_late_modules()
-    for module in (*late, "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
-        # before the class: a module beside the file may have one of these names
-        importlib.import_module(module)
-    packing = packing_of(arguments)
-    output = arguments.output or ""
-    if output and os.path.exists(output) and os.path.samefile(
-            output, split_file(arguments.file)[0]):
+    variables, output = variables_of(arguments), arguments.output or stdout
+    if os.path.exists(output) and os.path.samefile(output, split_file(arguments.file)[0]):
         raise UsageError(f"{output} is the class's own file")
-    payload, name = pickle_from_file(packing)
-    text = text_of(arguments, payload, name, packing)
-    prove_payload(payload, packing, environ)
-    write_result(text, stdout, output)
-    logger.info("packed %s for images of Python %d.%d: %d bytes", name, *sys.version_info[:2],
-                len(payload))
+    etl_class, payload = pickle_from_file(arguments.file)
+    text = text_of(arguments, etl_class.__name__, payload, variables)
+    files_of_image = {each.name for each in VARIABLES if each.parse is existing_file}
+    prove_payload(payload, etl_class, {
+        **{name: environ[name] for name in CONTAINER_VARIABLES if name in environ},
+        **{name: value for name, value in variables.items() if name not in files_of_image}})
+    try:
+        with open(output, "w", encoding="utf-8") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        failure = StartupError(
+            f"{arguments.output or 'stdout'} cannot be written: {describe(error)}")
+        failure.exit = Exit.OUTPUT
+        raise failure from None
+    logger.info("packed %s for images of Python %d.%d: %d bytes", etl_class.__name__,
+                *sys.version_info[:2], len(payload))
     return Exit.OK
 
 
@@ -7819,13 +7667,11 @@ def add_pack(commands: Any) -> None:
     pack.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
                       help="a further variable; may be repeated")
     spec = pack.add_argument_group("of the spec")
-    spec.add_argument("--name", help="of the ETL (default: made of the class's)")
-    spec.add_argument("--image", help="default: ais-runtime-min:X.Y, with this Python's version")
-    spec.add_argument("--comm", help="hpush (default), hpull or ws")
-    spec.add_argument("--init-timeout", metavar="TIME", help="default: 5m")
-    spec.add_argument("--obj-timeout", metavar="TIME", help="default: 45s")
-    spec.add_argument("--direct-put", action=argparse.BooleanOptionalAction,
-                      help="deliver results straight to their nodes (default)")
+    for option, (default, _, what) in SPEC_RULES.items():
+        spec.add_argument(f"--{option}", default=default,
+                          help=f"{what} (default: {default or 'made of the name of the class'})")
+    spec.add_argument("--direct-put", action=argparse.BooleanOptionalAction, default=True,
+                      help="deliver results straight to their nodes")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -7907,8 +7753,8 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # the background thread of pyarrow's allocator would not end before a fork
     environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-    if command == "prove" and len(arguments) > 2:  # internal: `try_payload` runs it
-        return prove(arguments[1], arguments[2], arguments[3:], environ)
+    if command == "prove" and len(arguments) == 4:  # internal: `try_payload` runs it
+        return prove(arguments[1], int(arguments[2]), arguments[3], environ)
     if command == "pack":
         stdout, Current.output = Current.output, 2  # the result alone goes to stdout
         return pack(parse_arguments(arguments), environ, stdout)
