@@ -885,25 +885,12 @@ def parse_requirement(text: str) -> Any:
 def requirements_of(text: str, why: str) -> List[str]:
     """Split comma-separated requirements (PEP 508).
 
-    A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
     Raise PackageError, whose text begins with `why`, if a requirement contains an option of pip.
     """
-
-    def is_complete(part: str) -> bool:
-        # an option (refused below), a path, a URL, a bare name, or a requirement that pip can parse
-        part = part.strip()
-        return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
-
-    found: List[str] = []
-    for part in filter(str.strip, text.split(",")):
-        last = found[-1] if found else ""
-        # another version, or the rest of a URL, even if the text before it is whole by itself
-        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_complete(part))
-        if last and (goes_on or not is_complete(last)):
-            found[-1] += "," + part
-        else:
-            found.append(part)
-    requirements = [each.strip() for each in found]
+    # a comma is part of a requirement in brackets, in quotes, and before a further version
+    parts = re.findall(
+        r"""(?:\[[^]]*\]|\([^)]*\)|"[^"]*"|'[^']*'|,\s*[<>=!~]|[^,])+""", text)
+    requirements = [part.strip() for part in parts if part.strip()]
     for requirement in requirements:
         if re.search(r"(^|\s)-", requirement):
             raise PackageError(f"{why} has {hide_credentials(requirement)!r}: "
