@@ -767,8 +767,7 @@ def last_words(lines: Sequence[str]) -> str:
     return words or text.rpartition("\n")[2] or "it printed nothing"
 
 
-def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
-             environ: Mapping[str, str]) -> List[str]:
+def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> List[str]:
     """Run an installer to its end and return its last lines; log that it still runs.
 
     Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
@@ -780,9 +779,6 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     import tempfile
 
     name = "pip" if command[0] == sys.executable else command[0]
-    listed = hide_credentials(" ".join(packages))
-    if len(listed) > 200:
-        listed = listed[:200].rpartition(" ")[0] + " …"
     with contextlib.ExitStack() as stack:
         try:
             output = stack.enter_context(tempfile.TemporaryFile()).fileno()
@@ -805,7 +801,7 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     how = f"did not end within {TOOL_SECONDS:.0f} s"
     if code is not None:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-    raise PackageError(f"{why}: {name} {how} for {listed}: {last_words(lines)}")
+    raise PackageError(f"{why}: {name} {how}: {last_words(lines)}")
 
 
 def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
@@ -864,7 +860,7 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
         environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
         commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
     for command in commands:
-        for line in run_tool("OS_PACKAGES", missing, command, environ):
+        for line in run_tool("OS_PACKAGES", command, environ):
             if re.match("[EW]: ", line):  # apt-get succeeds even if it could not fetch a list
                 logger.warning("%s %s: %s", *command[:2], line)
 
@@ -1023,7 +1019,7 @@ def install_python_packages(text: str, why: str = "PACKAGES",
         variables.pop(name, None)  # a package that is installed elsewhere cannot be imported
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
-    run_tool(why, requirements, command, variables)
+    run_tool(why, command, variables)
     use_packages_of(folder, environ)
     lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
