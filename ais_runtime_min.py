@@ -203,9 +203,7 @@ TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes,
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines which say that an installer still runs
 TOOL_QUERY_SECONDS = 60.0  # for the query whether a package is installed, which only reads a file
-TOOL_LINES_LIMIT = 40  # last lines of an installer's output that are kept: errors are among them
-TOOL_OUTPUT_BYTES = 128 << 10  # of the end of an installer's output, which has these lines
-TOOL_LINE_LIMIT_BYTES = 2000  # of one of these lines
+TOOL_OUTPUT_BYTES = 16 << 10  # of the end of an installer's output: its errors are there
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
@@ -739,32 +737,23 @@ def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def last_lines(output: int) -> List[str]:
-    """Return the last lines of an installer's output file, without credentials."""
+    """Return the last whole lines of an installer's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
-    found = re.split(b"[\r\n]+", os.pread(output, TOOL_OUTPUT_BYTES, start))
+    lines = os.pread(output, TOOL_OUTPUT_BYTES, start).decode("utf-8", "replace").splitlines()
     if start:
-        del found[0]  # the beginning of this line was not read
-    lines = []
-    for line in [line for line in found if line.strip()][-TOOL_LINES_LIMIT:]:
-        text = line[:TOOL_LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip()
-        if len(line) > TOOL_LINE_LIMIT_BYTES:
-            # the last word may be half of a URL, in which no password can be recognized
-            text = text.rpartition(" ")[0] + " …"
-        lines.append(hide_credentials(text))
-    return lines
+        del lines[0]  # it may begin within a URL, where no password can be recognized
+    return [hide_credentials(line.rstrip()) for line in lines if line.strip()]
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Return the errors in an installer's last lines or, without any, the last line."""
+    """Return the last error in an installer's last lines or, without any, the last line."""
     text = "\n".join(map(str.strip, lines))
-    errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
-    if not errors:
-        # the last error of apk or pip; if its line ends in a colon, the next line belongs to it
-        errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
-    words = "; ".join(errors).replace("\n", " ")
+    # of apt-get, apk or pip; if the line ends in a colon, the next line belongs to it
+    errors = re.findall(r"(?im)^(?:E:|error\b(?!.*subprocess-exited)).*(?:(?<=:)\n.*)*", text)
+    words: str = errors[-1].replace("\n", " ") if errors else text.rpartition("\n")[2]
     if "No matching distribution" in words and "connection broken by" in text:
         words += "; the package index cannot be reached"  # pip treats it as an empty index
-    return words or text.rpartition("\n")[2] or "it printed nothing"
+    return words or "it printed no reason"
 
 
 def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> List[str]:
@@ -796,8 +785,7 @@ def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> Li
         code, lines = process.returncode, last_lines(output)
     if code == 0:
         return lines
-    logger.error("%s failed:\n%s", name, "\n".join(lines) or "(it printed nothing)",
-                 extra=WITH_LINES)
+    logger.error("%s failed:\n%s", name, "\n".join(lines), extra=WITH_LINES)
     how = f"did not end within {TOOL_SECONDS:.0f} s"
     if code is not None:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"

@@ -45,7 +45,7 @@ def test_apt_get_installs_a_package_for_real_and_finds_none_of_a_wrong_name(
     if subprocess.run(update, timeout=150).returncode:
         pytest.skip("apt-get reaches no archive")
     for name in ("no-such-package-here", "lib.no.such.package", "lib.sl"):
-        reason = "OS_PACKAGES: apt-get failed with exit code 100: Unable to locate package " + name
+        reason = "OS_PACKAGES: apt-get failed with exit code 100: E: Unable to locate package " + name
         with pytest.raises(PackageError, match=reason):
             install_os_packages(name)
     try:
