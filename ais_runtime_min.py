@@ -811,14 +811,6 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
     return bool(re.search(wanted, said))
 
 
-APT_INSTALL = (
-    "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
-    # else an unknown name with a dot is a regular expression, which may match hundreds of packages
-    "-o", "APT::Cmd::Pattern-Only=true",
-    # keep configuration files that the image has changed, without asking
-    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
-
-
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
     """Install the missing packages of a comma-separated list.
 
@@ -846,7 +838,11 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
     commands = [["apk", "add", "--no-cache", *missing]]
     if tool == "apt-get":
         environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
-        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
+        # without Pattern-Only an unknown name with a dot is a regular expression, which may match
+        # hundreds of packages
+        commands = [["apt-get", "update", "-q"], [
+            "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
+            "-o", "APT::Cmd::Pattern-Only=true", *missing]]
     for command in commands:
         for line in run_tool("OS_PACKAGES", command, environ):
             if re.match("[EW]: ", line):  # apt-get succeeds even if it could not fetch a list
