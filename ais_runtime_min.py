@@ -920,16 +920,15 @@ class TargetFolder:
     needs it. The process that owns the folder removes it when the process ends.
     """
 
-    def __init__(self) -> None:
-        self.path = ""  # "" while there is no folder
-        self.may_be_made = True  # False in the command `install`, since its end removes the folder
-        self.requirements: List[str] = []  # of all runs of pip: each run resolves all of them
+    path = ""  # "" while there is no folder
+    may_be_made = True  # False in the command `install`, since its end removes the folder
+    requirements: Sequence[str] = ()  # of all runs of pip: each run resolves all of them
 
-    def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
+    def take_over(self, path: str, requirements: Sequence[str]) -> None:
         """Own a folder, and remember the requirements that pip has installed there."""
         import shutil
 
-        self.path, self.requirements = path, list(requirements)
+        self.path, self.requirements = path, requirements
         # forked workers drop this finalizer
         weakref.finalize(self, shutil.rmtree, path, True)
 
@@ -957,14 +956,14 @@ def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
             f"as root, in a Python or environment of its own")
     if not target_folder.path:
         try:
-            target_folder.take_over(tempfile.mkdtemp(prefix="ais-packages-"))
+            target_folder.take_over(tempfile.mkdtemp(prefix="ais-packages-"), ())
         except OSError:
             raise PackageError(
                 f"{why}: neither {paths['purelib']} nor any folder for temporary files can be "
                 f"written; install it into the image, or give the pod a writable /tmp") from None
-    known = target_folder.requirements
-    known += [requirement for requirement in requirements if requirement not in known]
-    return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
+    target_folder.requirements = [*target_folder.requirements, *requirements]
+    return target_folder.path, [
+        "--upgrade", "--target", target_folder.path, *target_folder.requirements]
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
@@ -973,9 +972,8 @@ def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
 
     if folder == target_folder.path and folder not in sys.path:
         # searched after the standard library, and before site-packages
-        names = [os.path.basename(path) for path in sys.path]
-        places = [names.index(name) for name in ("site-packages", "dist-packages") if name in names]
-        sys.path.insert(min(places, default=len(names)), folder)
+        sites = [path.endswith(("/site-packages", "/dist-packages")) for path in sys.path]
+        sys.path.insert([*sites, True].index(True), folder)
         modules = environ.get("PYTHONPATH")
         environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
         environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
@@ -996,11 +994,9 @@ def install_python_packages(text: str, why: str = "PACKAGES",
         return
     folder, arguments = pip_target(requirements, why)
     logger.info("installing Python packages: %s", hide_credentials(" ".join(requirements)))
-    # the environment can override the first of these, and not the others
-    variables = {
-        "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
-    for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
-        variables.pop(name, None)  # a package that is installed elsewhere cannot be imported
+    # what is installed elsewhere cannot be imported; pip ignores an empty variable
+    elsewhere = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"), "")
+    variables = {**environ, **elsewhere, "PIP_USER": "0", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
     run_tool(why, command, variables)

@@ -70,7 +70,6 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
     folder.mkdir()
     monkeypatch.setenv("PATH", "%s:/usr/bin:/bin" % folder)
     monkeypatch.delenv("DEBIAN_FRONTEND", raising=False)
-    monkeypatch.delenv("PIP_ROOT_USER_ACTION", raising=False)
     return Tools(folder)
 
 
@@ -171,7 +170,7 @@ def test_requirements_are_split_at_the_commas_between_them(
         if command[options + 1:] != requirements:
             wrong.append((text, command[options + 1:]))
     assert wrong == []
-    tools.assert_surroundings("PIP_ROOT_USER_ACTION=ignore")
+    tools.assert_surroundings("PIP_USER=0")
 
 
 def test_options_among_the_requirements_are_refused() -> None:
