@@ -1003,9 +1003,8 @@ def install_python_packages(text: str, why: str = "PACKAGES",
     use_packages_of(folder, environ)
     lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
-        raise PackageError(
-            f"{why}: pip succeeded, but {lost} cannot be found here: its configuration (pip config "
-            f"list) has it install elsewhere or not at all, by target, prefix, root or dry-run")
+        raise PackageError(f"{why}: pip succeeded, but {lost} cannot be found here: see where its "
+                           f"configuration (pip config list) has it install")
 
 
 def pip_command(requirements: Iterable[str]) -> str:
@@ -2429,10 +2428,6 @@ def leave_late_modules() -> None:
     late_modules.clear()
 
 
-class ForeignBytecode(Exception):
-    """Another minor version of Python compiled the code, which could crash this version."""
-
-
 def is_foreign_wordcode(code: types.CodeType) -> bool:
     """Return whether Python 3.9 compiled code for this 3.10, or the other way round.
 
@@ -2457,43 +2452,44 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 
     # a private table: a list by number up to 3.12, a mapping by name from 3.13 on
     entries: Any = getattr(opcode, "_inline_cache_entries")
-    caches, resumed = 0, False
-    for offset in range(0, len(code_bytes), 2):
+    offset, resumed = 0, False
+    while offset < len(code_bytes):
         number = code_bytes[offset]
         name = opcode.opname[number]
-        if caches:
-            # the compiler leaves these entries empty
-            if number or code_bytes[offset + 1]:
-                return True
-            caches -= 1
-            continue
         # no compiler emits these
         if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
         caches = entries.get(name, 0) if isinstance(entries, Mapping) else entries[number]
-    return not resumed or bool(caches)
+        end = offset + 2 + 2 * caches
+        if code_bytes[offset + 2:end] != bytes(2 * caches):
+            return True
+        offset = end
+    return not resumed
 
 
 def checked_code(*args: Any) -> types.CodeType:
-    """Make a code object; raise ForeignBytecode if another Python compiled it.
+    """Make a code object; raise PayloadError if another Python compiled it.
 
     From 3.11 on the bytes are checked before the code object is made: to make a code object of
     foreign bytes, or to read its bytes back, can crash the interpreter or write beyond their end.
     A later Python may lack the tables that the check uses, or may have changed them, so that even
     the code of this function looks foreign. Then all code passes.
     """
+    is_foreign = False
     if sys.version_info >= (3, 11):
         with contextlib.suppress(AttributeError, LookupError, TypeError):
             own = checked_code.__code__.co_code
-            if is_foreign_adaptive_code(args[6]) and not is_foreign_adaptive_code(own):
-                raise ForeignBytecode
+            is_foreign = is_foreign_adaptive_code(args[6]) and not is_foreign_adaptive_code(own)
     try:
-        code = types.CodeType(*args)
+        code = None if is_foreign else types.CodeType(*args)
     except (TypeError, ValueError):  # code of 3.8 to 3.10 has 16 arguments, of later versions 18
-        raise ForeignBytecode from None
-    if sys.version_info < (3, 11) and is_foreign_wordcode(code):
-        raise ForeignBytecode
+        code = None
+    if code is None or (sys.version_info < (3, 11) and is_foreign_wordcode(code)):
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise PayloadError(
+            f"{FAILED} was pickled by another Python than this {version}, whose bytecode differs: "
+            f"use the image of the Python that pickled it")
     return code
 
 
@@ -2518,7 +2514,7 @@ def other_cloudpickle(name: str) -> PackageError:
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class; raise ForeignBytecode before code of another Python runs.
+    """Unpickle a class; raise PayloadError before code of another Python runs.
 
     A pickle does not tell which Python made it. Code of another minor version may load without an
     error, and then crash the interpreter or compute nonsense. So the unpickler checks each code
@@ -2706,11 +2702,6 @@ def load_etl_class(settings: Settings,
     attempt(importlib.import_module, "cloudpickle")
     leave_late_modules()
     cls, error = attempt(unpickler(io.BytesIO(pickled)).load)
-    if isinstance(error, ForeignBytecode):
-        version = ".".join(map(str, sys.version_info[:2]))
-        raise PayloadError(
-            f"{FAILED} was pickled by another Python than this {version}, whose bytecode differs: "
-            f"use the image of the Python that pickled it")
     if isinstance(error, StartupError):
         raise error
     raise_framework_needed(error)
