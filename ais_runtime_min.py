@@ -2351,16 +2351,9 @@ HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions
 
 
 def is_here(package: str) -> bool:
-    """Return whether a package is installed.
-
-    A folder named `aistore` that has no `__init__.py` does not count.
-    """
+    """Return whether a package is installed; a folder that has no `__init__.py` does not count."""
     spec = importlib.machinery.PathFinder.find_spec(package)
-    return spec is not None and (package != "aistore" or spec.origin is not None)
-
-
-class LacksName(AttributeError):
-    """A module that this file provides in place of the SDK's lacks a name."""
+    return spec is not None and spec.origin is not None
 
 
 WEBSERVER = "aistore.sdk.etl.webserver"
@@ -2406,12 +2399,8 @@ class SDKNames:
         """Return None, so that the import system makes an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with its names; looking up any other name raises LacksName."""
-
-        def missing(name: str) -> NoReturn:
-            raise LacksName(f"{module.__name__}.{name} is not here")
-
-        vars(module).update(SDK_MODULES[module.__name__], __getattr__=missing)
+        """Fill a module with its names."""
+        vars(module).update(SDK_MODULES[module.__name__])
 
 
 def install_sdk_names() -> None:
@@ -2495,22 +2484,9 @@ def checked_code(*args: Any) -> types.CodeType:
 
 def package_of(error: BaseException) -> str:
     """Return the name of the package whose absence made an import fail, or ""."""
-    if isinstance(error, LacksName):
-        return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     of_python = getattr(sys, "stdlib_module_names", sys.builtin_module_names)  # from 3.10 on
     return "" if not name or name in of_python or is_here(name) else name
-
-
-def other_cloudpickle(name: str) -> PackageError:
-    """Return the error for an installed cloudpickle that lacks a name of the payload."""
-    here = installed_version("cloudpickle") or ""
-    maker, remedy = "another cloudpickle", MAKE_ANEW
-    if re.match("[012][.]", here):
-        maker = "cloudpickle 3 or newer"
-        remedy = "add cloudpickle>=3 to PACKAGES, and nothing that wants an older one"
-    return PackageError(f"{FAILED} was made by {maker}, and this image has {here}, which has no "
-                        f"{name}: {remedy}")
 
 
 class PayloadUnpickler(pickle.Unpickler):
@@ -2534,11 +2510,11 @@ class PayloadUnpickler(pickle.Unpickler):
                     f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
                     f"that functools.lru_cache wraps, for one, must be made by the class "
                     f"itself") from None
-            if package == "cloudpickle":
-                raise other_cloudpickle(name) from None
-            # pickle replaces a LacksName by an error of its own: raise the LacksName again
-            getattr(sys.modules[module], name)
-            raise
+            if package not in ("aistore", "cloudpickle"):
+                raise
+            raise PackageError(
+                f"{FAILED} needs {module}.{name}, which this image does not have: add {package} "
+                f"to PACKAGES, in the version that was there when the class was pickled") from None
         # in a pickle, the type of code objects is a call: _builtin_type("CodeType")
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
@@ -2597,8 +2573,6 @@ def missing_module(error: BaseException, pickled: bytes) -> StartupError:
     if package_of(error) == "cloudpickle":
         return PackageError(
             "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
-    if isinstance(error, LacksName):
-        return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
     name = getattr(error, "name", "")
     # the pickle of a class by value calls functions of cloudpickle
     if b"cloudpickle" not in pickled:
@@ -2705,7 +2679,7 @@ def load_etl_class(settings: Settings,
     if isinstance(error, StartupError):
         raise error
     raise_framework_needed(error)
-    if isinstance(error, (ModuleNotFoundError, LacksName)):
+    if isinstance(error, ModuleNotFoundError):
         raise missing_module(error, pickled)
     if error is not None:
         text = describe_of_user(error, has_type=True)

@@ -60,18 +60,13 @@ def old_cloudpickle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(cloudpickle.__file__).parent, folder / "cloudpickle")
     file = folder / "cloudpickle" / "cloudpickle.py"
     file.write_text(file.read_text().replace("_class_setstate", "_set_state_of_class"))
-    info = folder / "cloudpickle-2.2.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cloudpickle\nVersion: 2.2.1\n")
     return folder
 
 
-def test_a_payload_of_a_newer_cloudpickle_names_both_versions_and_the_remedy(
-    old_cloudpickle: Path
-) -> None:
+def test_a_payload_of_a_newer_cloudpickle_is_told_with_the_remedy(old_cloudpickle: Path) -> None:
     env = {"ETL_CLASS_PAYLOAD": simple(), "PYTHONPATH": str(old_cloudpickle)}
-    assert_told(run_to_end(env=env), Exit.UNAVAILABLE, "ETL_CLASS_PAYLOAD", "cloudpickle 3 or newer",
-                "2.2.1", "add cloudpickle>=3 to PACKAGES")
+    assert_told(run_to_end(env=env), Exit.UNAVAILABLE, "ETL_CLASS_PAYLOAD", "_class_setstate",
+                "add cloudpickle to PACKAGES, in the version that")
 
 
 def test_the_least_cloudpickle_that_is_asked_for_is_one_that_works() -> None:
