@@ -2505,11 +2505,6 @@ class PayloadUnpickler(pickle.Unpickler):
         try:
             found = super().find_class(module, name)
         except AttributeError:
-            if module == "__main__":
-                raise PayloadError(
-                    f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
-                    f"that functools.lru_cache wraps, for one, must be made by the class "
-                    f"itself") from None
             if package not in ("aistore", "cloudpickle"):
                 raise
             raise PackageError(
