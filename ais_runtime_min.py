@@ -2269,18 +2269,16 @@ CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
         "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
 }
 
-# Import name: PyPI name, as it goes into PACKAGES. The default image has these packages, since it
-# installs aistore[etl].
-DEFAULT_IMAGE = {
+# Import name: PyPI name, as it goes into PACKAGES, where that is certain; for other names, error
+# texts express doubt. The first ones are in the default image, which installs aistore[etl].
+PYPI_NAMES = {
     "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
     "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
-    "werkzeug": "flask"}
-# All import names whose PyPI name is certain; for others, error texts express doubt.
-PYPI_NAMES = {
-    **DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
+    "werkzeug": "flask", "aistore": "aistore", "cloudpickle": "cloudpickle",
+    "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
-    "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
-    "distutils": "setuptools", "pkg_resources": "setuptools"}
+    "Crypto": "pycryptodome", "google": "protobuf", "distutils": "setuptools",
+    "pkg_resources": "setuptools"}
 
 # Members of the SDK's servers that this runtime does not use: an override would have no effect.
 DELIVERY_INTERNALS = (
@@ -2304,20 +2302,18 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 def decode_payload(settings: Settings) -> bytes:
     """Return the pickle in the payload; raise PayloadError if the payload is not base64."""
-    import binascii
+    import base64
 
     text = settings.payload
     if settings.payload_file:
         with open(settings.payload_file, encoding="utf-8", errors="replace") as file:
             text = file.read()
-    text = re.sub(r"[ \t\r\n]+", "", text)  # editors and YAML add white space
-    problem: object = "other characters"
-    if re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
-        try:
-            return binascii.a2b_base64(text)
-        except binascii.Error as error:
-            problem = error
-    raise PayloadError(f"{FAILED} is not base64, or was cut: {problem}; {MAKE_ANEW}")
+    try:
+        # editors and YAML add white space
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise PayloadError(
+            f"{FAILED} is not base64, or was cut: {error}; {MAKE_ANEW}") from None
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
@@ -2523,7 +2519,7 @@ class PayloadUnpickler(pickle.Unpickler):
         """
         code = checked_code(*args)
         missing = [name for name in code.co_names  # of modules, or of attributes called so
-                   if DEFAULT_IMAGE.get(name.partition(".")[0]) in FRAMEWORKS
+                   if PYPI_NAMES.get(name.partition(".")[0]) in FRAMEWORKS
                    and not is_here(name.partition(".")[0])]
         if missing:
             import dis
@@ -2533,7 +2529,7 @@ class PayloadUnpickler(pickle.Unpickler):
             for module in set(missing).intersection(imported):
                 takes_one = len(imported) == 1 and ("HTTPException",) in code.co_consts
                 if module not in HTTP_EXCEPTION_MODULES or not takes_one:
-                    framework = DEFAULT_IMAGE[module.partition(".")[0]]
+                    framework = PYPI_NAMES[module.partition(".")[0]]
                     raise FrameworkNeeded(framework, serves=False)
                 names = [__name__ if name == module else name for name in code.co_names]
                 code = code.replace(co_names=tuple(names))
@@ -2542,7 +2538,7 @@ class PayloadUnpickler(pickle.Unpickler):
 
 def raise_framework_needed(error: Optional[BaseException]) -> None:
     """Raise FrameworkNeeded if an import failed because a framework is missing."""
-    framework = DEFAULT_IMAGE.get(package_of(error), "") if error is not None else ""
+    framework = PYPI_NAMES.get(package_of(error), "") if error is not None else ""
     if framework in FRAMEWORKS:
         raise FrameworkNeeded(framework, serves=False) from None
 
@@ -2563,20 +2559,18 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
     return f"{text}: {how_to_get(PYPI_NAMES.get(name, name))}{doubt}"
 
 
-def missing_module(error: BaseException, pickled: bytes) -> StartupError:
+def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
     """Return the error for a missing module that a pickle refers to."""
-    if package_of(error) == "cloudpickle":
-        return PackageError(
-            "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
-    name = getattr(error, "name", "")
     # the pickle of a class by value calls functions of cloudpickle
     if b"cloudpickle" not in pickled:
         return PayloadError(
-            f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
-            f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
+            f"{FAILED} was pickled by reference to the module {error.name!r}, which is not here: "
+            f"call cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
+    own = "" if package_of(error) in PYPI_NAMES else (
+        "; if it is a module of your own, call cloudpickle.register_pickle_by_value(module) before "
+        "pickling")
     return PackageError(
-        f"{FAILED} needs the module {name!r}: {describe_of_user(error)}; if it is a module of your "
-        f"own, call cloudpickle.register_pickle_by_value(module) before pickling")
+        f"{FAILED} needs the module {error.name!r}: {describe_of_user(error)}{own}")
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
@@ -2617,12 +2611,12 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
     for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
                  "client_put", "handle_direct_put_response"):
         flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
-        if flags & 0x280:  # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect
-            raise ClassError(
-                f"{cls.__name__} has a {name}() that is async: it must be a plain function")
-        if flags & 0x20 and name != "transform_stream":  # CO_GENERATOR
-            raise ClassError(
-                f"{cls.__name__} has a {name}() that yields, as only transform_stream() may")
+        refused = 0x280  # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect
+        if name != "transform_stream":
+            refused |= 0x20  # CO_GENERATOR
+        if flags & refused:
+            raise ClassError(f"{cls.__name__} has a {name}() that is async, or yields: it must be "
+                             f"a plain function")
     return cls
 
 
@@ -7676,7 +7670,7 @@ class ImportNotes(PayloadUnpickler):
         sdk = {} if is_here("aistore") else SDK_MODULES
         return sorted(
             name for name in cls.imports - {__name__}
-            if DEFAULT_IMAGE.get(name.partition(".")[0]) not in FRAMEWORKS
+            if PYPI_NAMES.get(name.partition(".")[0]) not in FRAMEWORKS
             and not (sdk[name] if name in sdk else attempt(importlib.util.find_spec, name).value))
 
 

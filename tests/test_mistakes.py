@@ -149,7 +149,7 @@ def test_attributes_of_a_class_do_not_meet_the_runtimes(
     ("    async def transform_stream(self, reader, path, etl_args):\n        yield b'x'\n", BASES[1],
      "has a transform_stream() that is async"),
     ("    def transform(self, data, path, etl_args):\n        yield data\n", BASES[2],
-     "has a transform() that yields"),
+     "has a transform() that is async, or yields"),
     ("    async def client_put(self, url, data, headers, timeout=None):\n        pass\n"
      "    def transform(self, data, path, etl_args):\n        return data\n", BASES[0],
      "has a client_put() that is async"),
