@@ -2623,18 +2623,13 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
 def user_exc_info(error: BaseException) -> Any:
     """Return an exception's `exc_info` for a log record, or None.
 
-    The traceback is without this file's frames; None if there are no others.
+    The traceback begins behind this file's frames; None if there are no others.
     """
-    entries, entry = [], error.__traceback__
-    while entry is not None:
-        entries.append(entry)
-        entry = entry.tb_next
+    entry = error.__traceback__
     this_file = user_exc_info.__code__.co_filename  # __file__ can be the path of the bytecode
-    kept = None
-    for entry in reversed(entries):
-        if entry.tb_frame.f_code.co_filename != this_file:
-            kept = types.TracebackType(kept, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    return (type(error), error, kept) if kept else None
+    while entry is not None and entry.tb_frame.f_code.co_filename == this_file:
+        entry = entry.tb_next
+    return (type(error), error, entry) if entry else None
 
 
 def log_user_error(what: str, error: BaseException) -> None:
