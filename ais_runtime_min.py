@@ -2247,26 +2247,20 @@ class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
 FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's tests expect this text
 MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
-CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
+CONSTANTS = {  # those of aistore.sdk.const that the SDK's own servers use
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
     "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON,
-    "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-",
+    "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT,
     "HEADER_CONTENT_LENGTH": "Content-Length", "HEADER_CONTENT_TYPE": "Content-Type",
     "HEADER_TRANSFER_ENCODING": "Transfer-Encoding", "HEADER_AUTHORIZATION": "Authorization",
-    "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept", "HEADER_USER_AGENT": "User-Agent",
     "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS": QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN,
-    "QPARAM_ETL_PIPELINE": "etl_pipeline", "QPARAM_LATEST": QPARAM_LATEST,
-    "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
+    "QPARAM_ETL_PIPELINE": "etl_pipeline",
     "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path",
-    "STATUS_OK": 200, "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204,
-    "STATUS_PARTIAL_CONTENT": 206, "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307,
-    "STATUS_BAD_REQUEST": 400, "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403,
-    "STATUS_LOCKED": 423, "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502,
-    "STATUS_SERVICE_UNAVAILABLE": 503, "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY",
-    "UTF_ENCODING": "utf-8", "HTTP": "http://", "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
-    **{name: name for name in (
-        "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA", "AIS_SKIP_VERIFY", "AIS_SKIP_VERIFY_CRT",
-        "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
+    "STATUS_OK": 200, "STATUS_NO_CONTENT": 204, "STATUS_INTERNAL_SERVER_ERROR": 500,
+    "STATUS_BAD_GATEWAY": 502, "STATUS_SERVICE_UNAVAILABLE": 503,
+    "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_DIRECT_PUT_RETRIES": "AIS_DIRECT_PUT_RETRIES",
+    "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE",
+    "UTF_ENCODING": "utf-8", "MIB": 1 << 20,
 }
 
 # Import name: PyPI name, as it goes into PACKAGES, where that is certain; for other names, error
