@@ -2306,8 +2306,7 @@ def decode_payload(settings: Settings) -> bytes:
         # editors and YAML add white space
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise PayloadError(
-            f"{FAILED} is not base64, or was cut: {error}; {MAKE_ANEW}") from None
+        raise PayloadError(f"{FAILED} is not base64, or was cut: {error}; {MAKE_ANEW}") from None
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
@@ -2472,7 +2471,7 @@ def checked_code(*args: Any) -> types.CodeType:
     return code
 
 
-def package_of(error: BaseException) -> str:
+def package_of(error: Optional[BaseException]) -> str:
     """Return the name of the package whose absence made an import fail, or ""."""
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     of_python = getattr(sys, "stdlib_module_names", sys.builtin_module_names)  # from 3.10 on
@@ -2532,7 +2531,7 @@ class PayloadUnpickler(pickle.Unpickler):
 
 def raise_framework_needed(error: Optional[BaseException]) -> None:
     """Raise FrameworkNeeded if an import failed because a framework is missing."""
-    framework = PYPI_NAMES.get(package_of(error), "") if error is not None else ""
+    framework = PYPI_NAMES.get(package_of(error), "")
     if framework in FRAMEWORKS:
         raise FrameworkNeeded(framework, serves=False) from None
 
@@ -2551,20 +2550,6 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
         return text
     doubt = "" if name in PYPI_NAMES else ", if it has that name on PyPI and is not your own"
     return f"{text}: {how_to_get(PYPI_NAMES.get(name, name))}{doubt}"
-
-
-def missing_module(error: ModuleNotFoundError, pickled: bytes) -> StartupError:
-    """Return the error for a missing module that a pickle refers to."""
-    # the pickle of a class by value calls functions of cloudpickle
-    if b"cloudpickle" not in pickled:
-        return PayloadError(
-            f"{FAILED} was pickled by reference to the module {error.name!r}, which is not here: "
-            f"call cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
-    own = "" if package_of(error) in PYPI_NAMES else (
-        "; if it is a module of your own, call cloudpickle.register_pickle_by_value(module) before "
-        "pickling")
-    return PackageError(
-        f"{FAILED} needs the module {error.name!r}: {describe_of_user(error)}{own}")
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
@@ -2605,10 +2590,8 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
     for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
                  "client_put", "handle_direct_put_response"):
         flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
-        refused = 0x280  # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect
-        if name != "transform_stream":
-            refused |= 0x20  # CO_GENERATOR
-        if flags & refused:
+        # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect, or CO_GENERATOR
+        if flags & (0x280 if name == "transform_stream" else 0x2A0):
             raise ClassError(f"{cls.__name__} has a {name}() that is async, or yields: it must be "
                              f"a plain function")
     return cls
@@ -2658,7 +2641,17 @@ def load_etl_class(settings: Settings,
         raise error
     raise_framework_needed(error)
     if isinstance(error, ModuleNotFoundError):
-        raise missing_module(error, pickled)
+        # the pickle of a class by value calls functions of cloudpickle
+        if b"cloudpickle" not in pickled:
+            raise PayloadError(
+                f"{FAILED} was pickled by reference to the module {error.name!r}, which is not "
+                f"here: call cloudpickle.register_pickle_by_value(module) before, or define it in "
+                f"__main__")
+        own = "" if package_of(error) in PYPI_NAMES else (
+            "; if it is a module of your own, call cloudpickle.register_pickle_by_value(module) "
+            "before pickling")
+        raise PackageError(
+            f"{FAILED} needs the module {error.name!r}: {describe_of_user(error)}{own}")
     if error is not None:
         text = describe_of_user(error, has_type=True)
         if isinstance(error, (pickle.UnpicklingError, EOFError)):
