@@ -2320,25 +2320,6 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
     return base64.b64encode(cloudpickle.dumps(cls)).decode(encoding)
 
 
-class HTTPException(Exception):
-    """Starlette's exception, for classes that need nothing else of FastAPI."""
-
-    __module__ = "starlette.exceptions"  # `user_status` knows the exception by this name
-
-    def __init__(self, status_code: int, detail: Any = None,
-                 headers: Optional[Mapping[str, str]] = None) -> None:
-        self.status_code = status_code
-        self.detail = http.client.responses.get(status_code) if detail is None else detail
-        self.headers = headers
-
-    def __str__(self) -> str:
-        return f"{self.status_code}: {self.detail}"
-
-
-# the modules from which a class can import HTTPException
-HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
-
-
 def is_here(package: str) -> bool:
     """Return whether a package is installed; a folder that has no `__init__.py` does not count."""
     spec = importlib.machinery.PathFinder.find_spec(package)
@@ -2478,6 +2459,13 @@ def package_of(error: Optional[BaseException]) -> str:
     return "" if not name or name in of_python or is_here(name) else name
 
 
+def raise_framework_needed(error: Optional[BaseException]) -> None:
+    """Raise FrameworkNeeded if an import failed because a framework is missing."""
+    framework = PYPI_NAMES.get(package_of(error), "")
+    if framework in FRAMEWORKS:
+        raise FrameworkNeeded(framework, serves=False) from None
+
+
 class PayloadUnpickler(pickle.Unpickler):
     """Unpickle a class; raise PayloadError before code of another Python runs.
 
@@ -2488,12 +2476,10 @@ class PayloadUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a global of a module; `_make_code` replaces the type of code objects."""
-        package = module.partition(".")[0]
-        if name == "HTTPException" and module in HTTP_EXCEPTION_MODULES and not is_here(package):
-            return HTTPException
         try:
             found = super().find_class(module, name)
         except AttributeError:
+            package = module.partition(".")[0]
             if package not in ("aistore", "cloudpickle"):
                 raise
             raise PackageError(
@@ -2505,35 +2491,16 @@ class PayloadUnpickler(pickle.Unpickler):
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
-        """Make a code object; raise FrameworkNeeded if it imports a missing framework.
-
-        A function whose only import is `from fastapi import HTTPException` needs no framework: its
-        code is changed to import the class from this file.
-        """
+        """Make a code object; raise FrameworkNeeded if it imports a missing framework."""
         code = checked_code(*args)
-        missing = [name for name in code.co_names  # of modules, or of attributes called so
-                   if PYPI_NAMES.get(name.partition(".")[0]) in FRAMEWORKS
-                   and not is_here(name.partition(".")[0])]
-        if missing:
+        # the names of modules, and of attributes, which may be called so too
+        if any(PYPI_NAMES.get(name.partition(".")[0]) in FRAMEWORKS for name in code.co_names):
             import dis
 
-            imported = [each.argval for each in dis.get_instructions(code)
-                        if each.opname == "IMPORT_NAME"]
-            for module in set(missing).intersection(imported):
-                takes_one = len(imported) == 1 and ("HTTPException",) in code.co_consts
-                if module not in HTTP_EXCEPTION_MODULES or not takes_one:
-                    framework = PYPI_NAMES[module.partition(".")[0]]
-                    raise FrameworkNeeded(framework, serves=False)
-                names = [__name__ if name == module else name for name in code.co_names]
-                code = code.replace(co_names=tuple(names))
+            for each in dis.get_instructions(code):
+                if each.opname == "IMPORT_NAME":
+                    raise_framework_needed(ImportError(name=each.argval))
         return code
-
-
-def raise_framework_needed(error: Optional[BaseException]) -> None:
-    """Raise FrameworkNeeded if an import failed because a framework is missing."""
-    framework = PYPI_NAMES.get(package_of(error), "")
-    if framework in FRAMEWORKS:
-        raise FrameworkNeeded(framework, serves=False) from None
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
@@ -7651,7 +7618,7 @@ class ImportNotes(PayloadUnpickler):
 
         sdk = {} if is_here("aistore") else SDK_MODULES
         return sorted(
-            name for name in cls.imports - {__name__}
+            name for name in cls.imports
             if PYPI_NAMES.get(name.partition(".")[0]) not in FRAMEWORKS
             and not (sdk[name] if name in sdk else attempt(importlib.util.find_spec, name).value))
 
