@@ -676,12 +676,11 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
     `send(number)` sends a signal to all of the processes and returns whether any is left; the
     signal 0 only asks.
     """
-    deadline = time.monotonic() + seconds
+    deadline, number = time.monotonic() + seconds, int(signal.SIGTERM)
     try:
-        is_left = send(signal.SIGTERM)
-        while is_left and time.monotonic() < deadline:
+        while send(number) and time.monotonic() < deadline:
             time.sleep(0.01)
-            is_left = send(0)
+            number = 0
     finally:  # also if a further signal to this process raises an exception in the wait
         send(signal.SIGKILL)
 
@@ -970,12 +969,10 @@ def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
     """Let this process and its children import what pip has put into a folder."""
     import site
 
-    if folder == target_folder.path and folder not in sys.path:
-        # searched after the standard library, and before site-packages
+    if folder not in sys.path:  # searched after the standard library, and before site-packages
         sites = [path.endswith(("/site-packages", "/dist-packages")) for path in sys.path]
         sys.path.insert([*sites, True].index(True), folder)
-        modules = environ.get("PYTHONPATH")
-        environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (environ.get("PYTHONPATH"), folder)))
         environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
     site.addsitedir(folder)  # reads the folder's .pth files, as Python does when it starts
     importlib.invalidate_caches()
