@@ -188,6 +188,7 @@ TRIAL_FORK_SECONDS = 5.0  # for the child of a trial fork, which ends at once if
 TOOL_SECONDS = 1800.0  # for an installer: building a large wheel takes minutes, not half an hour
 TOOL_STOP_SECONDS = 5.0  # for an installer to end on SIGTERM
 TOOL_PROGRESS_SECONDS = 5.0  # between two log lines which say that an installer still runs
+TOOL_OUTPUT_BYTES = 16 << 10  # of the end of an installer's output: its errors are there
 
 BACKLOG = 1024  # connections that may wait for accept(): AIStore opens hundreds at once
 THREAD_LIMIT = 1024  # of a worker: connections that it reads or answers at the same time
@@ -643,12 +644,11 @@ def end_all(send: Callable[[int], bool], seconds: float) -> None:
     `send(number)` sends a signal to all of the processes and returns whether any is left; the
     signal 0 only asks.
     """
-    deadline = time.monotonic() + seconds
+    deadline, number = time.monotonic() + seconds, int(signal.SIGTERM)
     try:
-        is_left = send(signal.SIGTERM)
-        while is_left and time.monotonic() < deadline:
+        while send(number) and time.monotonic() < deadline:
             time.sleep(0.01)
-            is_left = send(0)
+            number = 0
     finally:  # also if a further signal to this process raises an exception in the wait
         send(signal.SIGKILL)
 
@@ -704,36 +704,26 @@ def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def last_lines(output: int) -> List[str]:
-    """Return the last lines of an installer's output file, without credentials."""
-    start = max(0, os.fstat(output).st_size - (128 << 10))
-    found = re.split(b"[\r\n]+", os.pread(output, 128 << 10, start))
+    """Return the last whole lines of an installer's output file, without credentials."""
+    start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
+    lines = os.pread(output, TOOL_OUTPUT_BYTES, start).decode("utf-8", "replace").splitlines()
     if start:
-        del found[0]  # the beginning of this line was not read
-    lines = []
-    for line in [line for line in found if line.strip()][-40:]:  # the error is among them
-        text = line[:2000].decode("utf-8", "replace").rstrip()
-        if len(line) > 2000:
-            # the last word may be half of a URL, in which no password can be recognized
-            text = text.rpartition(" ")[0] + " …"
-        lines.append(hide_credentials(text))
-    return lines
+        del lines[0]  # it may begin within a URL, where no password can be recognized
+    return [hide_credentials(line.rstrip()) for line in lines if line.strip()]
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Return the errors in an installer's last lines or, without any, the last line."""
+    """Return the last error in an installer's last lines or, without any, the last line."""
     text = "\n".join(map(str.strip, lines))
-    errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
-    if not errors:
-        # the last error of apk or pip; if its line ends in a colon, the next line belongs to it
-        errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
-    words = "; ".join(errors).replace("\n", " ")
+    # of apt-get, apk or pip; if the line ends in a colon, the next line belongs to it
+    errors = re.findall(r"(?im)^(?:E:|error\b(?!.*subprocess-exited)).*(?:(?<=:)\n.*)*", text)
+    words: str = errors[-1].replace("\n", " ") if errors else text.rpartition("\n")[2]
     if "No matching distribution" in words and "connection broken by" in text:
         words += "; the package index cannot be reached"  # pip treats it as an empty index
-    return words or text.rpartition("\n")[2] or "it printed nothing"
+    return words or "it printed no reason"
 
 
-def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
-             environ: Mapping[str, str]) -> List[str]:
+def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> List[str]:
     """Run an installer to its end and return its last lines; log that it still runs.
 
     Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
@@ -745,9 +735,6 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
     import tempfile
 
     name = "pip" if command[0] == sys.executable else command[0]
-    listed = hide_credentials(" ".join(packages))
-    if len(listed) > 200:
-        listed = listed[:200].rpartition(" ")[0] + " …"
     with contextlib.ExitStack() as stack:
         try:
             output = stack.enter_context(tempfile.TemporaryFile()).fileno()
@@ -765,12 +752,11 @@ def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
         code, lines = process.returncode, last_lines(output)
     if code == 0:
         return lines
-    logger.error("%s failed:\n%s", name, "\n".join(lines) or "(it printed nothing)",
-                 extra=WITH_LINES)
+    logger.error("%s failed:\n%s", name, "\n".join(lines), extra=WITH_LINES)
     how = f"did not end within {TOOL_SECONDS:.0f} s"
     if code is not None:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-    raise PackageError(f"{why}: {name} {how} for {listed}: {last_words(lines)}")
+    raise PackageError(f"{why}: {name} {how}: {last_words(lines)}")
 
 
 def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
@@ -790,14 +776,6 @@ def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return bool(re.search(wanted, said))
-
-
-APT_INSTALL = (
-    "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
-    # else an unknown name with a dot is a regular expression, which may match hundreds of packages
-    "-o", "APT::Cmd::Pattern-Only=true",
-    # keep configuration files that the image has changed, without asking
-    "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold")
 
 
 def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> None:
@@ -827,9 +805,13 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
     commands = [["apk", "add", "--no-cache", *missing]]
     if tool == "apt-get":
         environ = {**environ, "DEBIAN_FRONTEND": "noninteractive"}
-        commands = [["apt-get", "update", "-q"], [*APT_INSTALL, *missing]]
+        # without Pattern-Only an unknown name with a dot is a regular expression, which may match
+        # hundreds of packages
+        commands = [["apt-get", "update", "-q"], [
+            "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
+            "-o", "APT::Cmd::Pattern-Only=true", *missing]]
     for command in commands:
-        for line in run_tool("OS_PACKAGES", missing, command, environ):
+        for line in run_tool("OS_PACKAGES", command, environ):
             if re.match("[EW]: ", line):  # apt-get succeeds even if it could not fetch a list
                 logger.warning("%s %s: %s", *command[:2], line)
 
@@ -850,25 +832,12 @@ def parse_requirement(text: str) -> Any:
 def requirements_of(text: str, why: str) -> List[str]:
     """Split comma-separated requirements (PEP 508).
 
-    A comma can also be part of a requirement: between versions, in brackets, in quotes, in a URL.
     Raise PackageError, whose text begins with `why`, if a requirement contains an option of pip.
     """
-
-    def is_complete(part: str) -> bool:
-        # an option (refused below), a path, a URL, a bare name, or a requirement that pip can parse
-        part = part.strip()
-        return bool(re.match(r"-|[./~]|[\w+]+://|[\w.-]+$", part) or parse_requirement(part))
-
-    found: List[str] = []
-    for part in filter(str.strip, text.split(",")):
-        last = found[-1] if found else ""
-        # another version, or the rest of a URL, even if the text before it is whole by itself
-        goes_on = part.lstrip()[0] in "<>=!~" or ("://" in last and not is_complete(part))
-        if last and (goes_on or not is_complete(last)):
-            found[-1] += "," + part
-        else:
-            found.append(part)
-    requirements = [each.strip() for each in found]
+    # a comma is part of a requirement in brackets, in quotes, and before a further version
+    parts = re.findall(
+        r"""(?:\[[^]]*\]|\([^)]*\)|"[^"]*"|'[^']*'|,\s*[<>=!~]|[^,])+""", text)
+    requirements = [part.strip() for part in parts if part.strip()]
     for requirement in requirements:
         if re.search(r"(^|\s)-", requirement):
             raise PackageError(f"{why} has {hide_credentials(requirement)!r}: "
@@ -918,16 +887,15 @@ class TargetFolder:
     needs it. The process that owns the folder removes it when the process ends.
     """
 
-    def __init__(self) -> None:
-        self.path = ""  # "" while there is no folder
-        self.may_be_made = True  # False in the command `install`, since its end removes the folder
-        self.requirements: List[str] = []  # of all runs of pip: each run resolves all of them
+    path = ""  # "" while there is no folder
+    may_be_made = True  # False in the command `install`, since its end removes the folder
+    requirements: Sequence[str] = ()  # of all runs of pip: each run resolves all of them
 
-    def take_over(self, path: str, requirements: Iterable[str] = ()) -> None:
+    def take_over(self, path: str, requirements: Sequence[str]) -> None:
         """Own a folder, and remember the requirements that pip has installed there."""
         import shutil
 
-        self.path, self.requirements = path, list(requirements)
+        self.path, self.requirements = path, requirements
         # forked workers drop this finalizer
         weakref.finalize(self, shutil.rmtree, path, True)
 
@@ -955,27 +923,24 @@ def pip_target(requirements: Sequence[str], why: str) -> Tuple[str, List[str]]:
             f"as root, in a Python or environment of its own")
     if not target_folder.path:
         try:
-            target_folder.take_over(tempfile.mkdtemp(prefix="ais-packages-"))
+            target_folder.take_over(tempfile.mkdtemp(prefix="ais-packages-"), ())
         except OSError:
             raise PackageError(
                 f"{why}: neither {paths['purelib']} nor any folder for temporary files can be "
                 f"written; install it into the image, or give the pod a writable /tmp") from None
-    known = target_folder.requirements
-    known += [requirement for requirement in requirements if requirement not in known]
-    return target_folder.path, ["--upgrade", "--target", target_folder.path, *known]
+    target_folder.requirements = [*target_folder.requirements, *requirements]
+    return target_folder.path, [
+        "--upgrade", "--target", target_folder.path, *target_folder.requirements]
 
 
 def use_packages_of(folder: str, environ: MutableMapping[str, str]) -> None:
     """Let this process and its children import what pip has put into a folder."""
     import site
 
-    if folder == target_folder.path and folder not in sys.path:
-        # searched after the standard library, and before site-packages
-        names = [os.path.basename(path) for path in sys.path]
-        places = [names.index(name) for name in ("site-packages", "dist-packages") if name in names]
-        sys.path.insert(min(places, default=len(names)), folder)
-        modules = environ.get("PYTHONPATH")
-        environ["PYTHONPATH"] = f"{modules}{os.pathsep}{folder}" if modules else folder
+    if folder not in sys.path:  # searched after the standard library, and before site-packages
+        sites = [path.endswith(("/site-packages", "/dist-packages")) for path in sys.path]
+        sys.path.insert([*sites, True].index(True), folder)
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (environ.get("PYTHONPATH"), folder)))
         environ["PATH"] = f"{environ.get('PATH', os.defpath)}{os.pathsep}{folder}/bin"
     site.addsitedir(folder)  # reads the folder's .pth files, as Python does when it starts
     importlib.invalidate_caches()
@@ -994,20 +959,17 @@ def install_python_packages(text: str, why: str = "PACKAGES",
         return
     folder, arguments = pip_target(requirements, why)
     logger.info("installing Python packages: %s", hide_credentials(" ".join(requirements)))
-    # the environment can override the first of these, and not the others
-    variables = {
-        "PIP_ROOT_USER_ACTION": "ignore", **environ, "PYTHONUNBUFFERED": "1", "PIP_USER": "0"}
-    for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
-        variables.pop(name, None)  # a package that is installed elsewhere cannot be imported
+    # what is installed elsewhere cannot be imported; pip ignores an empty variable
+    elsewhere = dict.fromkeys(("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"), "")
+    variables = {**environ, **elsewhere, "PIP_USER": "0", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
-    run_tool(why, requirements, command, variables)
+    run_tool(why, command, variables)
     use_packages_of(folder, environ)
     lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
-        raise PackageError(
-            f"{why}: pip succeeded, but {lost} cannot be found here: its configuration (pip config "
-            f"list) has it install elsewhere or not at all, by target, prefix, root or dry-run")
+        raise PackageError(f"{why}: pip succeeded, but {lost} cannot be found here: see where its "
+                           f"configuration (pip config list) has it install")
 
 
 def pip_command(requirements: Iterable[str]) -> str:
@@ -2171,40 +2133,32 @@ class ThreadedHTTPServer(http.server.ThreadingHTTPServer):
 
 FAILED = "Failed to deserialize ETL class: ETL_CLASS_PAYLOAD"  # AIStore's tests expect this text
 MAKE_ANEW = "make it anew, by the SDK's init_class() or serialize_class()"
-CONSTANTS = {  # the part of aistore.sdk.const that an ETL class can use
+CONSTANTS = {  # those of aistore.sdk.const that the SDK's own servers use
     "HEADER_NODE_URL": HEADER_NODE_URL, "HEADER_DIRECT_PUT_LENGTH": HEADER_DIRECT_PUT_LENGTH,
     "HEADER_ETL_RETRY_REASON": HEADER_RETRY_REASON,
-    "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT, "HEADER_PREFIX": "Ais-",
+    "ETL_RETRY_REASON_DIRECT_PUT_TRANSIENT": RETRY_REASON_TRANSIENT,
     "HEADER_CONTENT_LENGTH": "Content-Length", "HEADER_CONTENT_TYPE": "Content-Type",
     "HEADER_TRANSFER_ENCODING": "Transfer-Encoding", "HEADER_AUTHORIZATION": "Authorization",
-    "HEADER_RANGE": "Range", "HEADER_ACCEPT": "Accept", "HEADER_USER_AGENT": "User-Agent",
     "QPARAM_ETL_NAME": "etl_name", "QPARAM_ETL_ARGS": QPARAM_ARGS, "QPARAM_ETL_FQN": QPARAM_FQN,
-    "QPARAM_ETL_PIPELINE": "etl_pipeline", "QPARAM_LATEST": QPARAM_LATEST,
-    "QPARAM_OBJ_TO": QPARAM_OBJECT_TO, "QPARAM_UUID": "uuid",
+    "QPARAM_ETL_PIPELINE": "etl_pipeline",
     "ETL_WS_PIPELINE": "pipeline", "ETL_WS_FQN": "fqn", "ETL_WS_PATH": "path",
-    "STATUS_OK": 200, "STATUS_ACCEPTED": 202, "STATUS_NO_CONTENT": 204,
-    "STATUS_PARTIAL_CONTENT": 206, "STATUS_REDIRECT_PERM": 301, "STATUS_REDIRECT_TMP": 307,
-    "STATUS_BAD_REQUEST": 400, "STATUS_UNAUTHORIZED": 401, "STATUS_FORBIDDEN": 403,
-    "STATUS_LOCKED": 423, "STATUS_INTERNAL_SERVER_ERROR": 500, "STATUS_BAD_GATEWAY": 502,
-    "STATUS_SERVICE_UNAVAILABLE": 503, "AIS_CLIENT_CRT": "AIS_CRT", "AIS_CLIENT_KEY": "AIS_CRT_KEY",
-    "UTF_ENCODING": "utf-8", "HTTP": "http://", "HTTPS": "https://", "KIB": 1 << 10, "MIB": 1 << 20,
-    **{name: name for name in (
-        "AIS_AUTHN_TOKEN", "AIS_CLIENT_CA", "AIS_SKIP_VERIFY", "AIS_SKIP_VERIFY_CRT",
-        "AIS_DIRECT_PUT_RETRIES", "AIS_DIRECT_PUT_CHUNK_SIZE")},
+    "STATUS_OK": 200, "STATUS_NO_CONTENT": 204, "STATUS_INTERNAL_SERVER_ERROR": 500,
+    "STATUS_BAD_GATEWAY": 502, "STATUS_SERVICE_UNAVAILABLE": 503,
+    "AIS_AUTHN_TOKEN": "AIS_AUTHN_TOKEN", "AIS_DIRECT_PUT_RETRIES": "AIS_DIRECT_PUT_RETRIES",
+    "AIS_DIRECT_PUT_CHUNK_SIZE": "AIS_DIRECT_PUT_CHUNK_SIZE",
+    "UTF_ENCODING": "utf-8", "MIB": 1 << 20,
 }
 
-# Import name: PyPI name, as it goes into PACKAGES. The default image has these packages, since it
-# installs aistore[etl].
-DEFAULT_IMAGE = {
+# Import name: PyPI name, as it goes into PACKAGES, where that is certain; for other names, error
+# texts express doubt. The first ones are in the default image, which installs aistore[etl].
+PYPI_NAMES = {
     "requests": "requests", "httpx": "httpx", "pydantic": "pydantic", "xxhash": "xxhash",
     "yaml": "PyYAML", "fastapi": "fastapi", "starlette": "fastapi", "flask": "flask",
-    "werkzeug": "flask"}
-# All import names whose PyPI name is certain; for others, error texts express doubt.
-PYPI_NAMES = {
-    **DEFAULT_IMAGE, "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
+    "werkzeug": "flask", "aistore": "aistore", "cloudpickle": "cloudpickle",
+    "PIL": "Pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn",
     "skimage": "scikit-image", "bs4": "beautifulsoup4", "dateutil": "python-dateutil",
-    "Crypto": "pycryptodome", "google": "protobuf", "aistore": "aistore",
-    "distutils": "setuptools", "pkg_resources": "setuptools"}
+    "Crypto": "pycryptodome", "google": "protobuf", "distutils": "setuptools",
+    "pkg_resources": "setuptools"}
 
 # Members of the SDK's servers that this runtime does not use: an override would have no effect.
 DELIVERY_INTERNALS = (
@@ -2228,20 +2182,17 @@ HOOKS: Dict[Type[ETLServer], Tuple[str, ...]] = {
 
 def decode_payload(settings: Settings) -> bytes:
     """Return the pickle in the payload; raise PayloadError if the payload is not base64."""
-    import binascii
+    import base64
 
     text = settings.payload
     if settings.payload_file:
         with open(settings.payload_file, encoding="utf-8", errors="replace") as file:
             text = file.read()
-    text = re.sub(r"[ \t\r\n]+", "", text)  # editors and YAML add white space
-    problem: object = "other characters"
-    if re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text):
-        try:
-            return binascii.a2b_base64(text)
-        except binascii.Error as error:
-            problem = error
-    raise PayloadError(f"{FAILED} is not base64, or was cut: {problem}; {MAKE_ANEW}")
+    try:
+        # editors and YAML add white space
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise PayloadError(f"{FAILED} is not base64, or was cut: {error}; {MAKE_ANEW}") from None
 
 
 def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
@@ -2255,36 +2206,10 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
     return base64.b64encode(cloudpickle.dumps(cls)).decode(encoding)
 
 
-class HTTPException(Exception):
-    """Starlette's exception, for classes that need nothing else of FastAPI."""
-
-    __module__ = "starlette.exceptions"  # `user_status` knows the exception by this name
-
-    def __init__(self, status_code: int, detail: Any = None,
-                 headers: Optional[Mapping[str, str]] = None) -> None:
-        self.status_code = status_code
-        self.detail = http.client.responses.get(status_code) if detail is None else detail
-        self.headers = headers
-
-    def __str__(self) -> str:
-        return f"{self.status_code}: {self.detail}"
-
-
-# the modules from which a class can import HTTPException
-HTTP_EXCEPTION_MODULES = ("fastapi", "fastapi.exceptions", "starlette.exceptions")
-
-
 def is_here(package: str) -> bool:
-    """Return whether a package is installed.
-
-    A folder named `aistore` that has no `__init__.py` does not count.
-    """
+    """Return whether a package is installed; a folder that has no `__init__.py` does not count."""
     spec = importlib.machinery.PathFinder.find_spec(package)
-    return spec is not None and (package != "aistore" or spec.origin is not None)
-
-
-class LacksName(AttributeError):
-    """A module that this file provides in place of the SDK's lacks a name."""
+    return spec is not None and spec.origin is not None
 
 
 WEBSERVER = "aistore.sdk.etl.webserver"
@@ -2330,12 +2255,8 @@ class SDKNames:
         """Return None, so that the import system makes an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with its names; looking up any other name raises LacksName."""
-
-        def missing(name: str) -> NoReturn:
-            raise LacksName(f"{module.__name__}.{name} is not here")
-
-        vars(module).update(SDK_MODULES[module.__name__], __getattr__=missing)
+        """Fill a module with its names."""
+        vars(module).update(SDK_MODULES[module.__name__])
 
 
 def install_sdk_names() -> None:
@@ -2350,10 +2271,6 @@ def leave_late_modules() -> None:
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
     late_modules.clear()
-
-
-class ForeignBytecode(Exception):
-    """Another minor version of Python compiled the code, which could crash this version."""
 
 
 def is_foreign_wordcode(code: types.CodeType) -> bool:
@@ -2380,68 +2297,63 @@ def is_foreign_adaptive_code(code_bytes: bytes) -> bool:
 
     # a private table: a list by number up to 3.12, a mapping by name from 3.13 on
     entries: Any = getattr(opcode, "_inline_cache_entries")
-    caches, resumed = 0, False
-    for offset in range(0, len(code_bytes), 2):
+    offset, resumed = 0, False
+    while offset < len(code_bytes):
         number = code_bytes[offset]
         name = opcode.opname[number]
-        if caches:
-            # the compiler leaves these entries empty
-            if number or code_bytes[offset + 1]:
-                return True
-            caches -= 1
-            continue
         # no compiler emits these
         if name.startswith(("<", "CACHE", "ENTER_EXECUTOR", "INSTRUMENTED_")):
             return True
         resumed = resumed or name == "RESUME"
         caches = entries.get(name, 0) if isinstance(entries, Mapping) else entries[number]
-    return not resumed or bool(caches)
+        end = offset + 2 + 2 * caches
+        if code_bytes[offset + 2:end] != bytes(2 * caches):
+            return True
+        offset = end
+    return not resumed
 
 
 def checked_code(*args: Any) -> types.CodeType:
-    """Make a code object; raise ForeignBytecode if another Python compiled it.
+    """Make a code object; raise PayloadError if another Python compiled it.
 
     From 3.11 on the bytes are checked before the code object is made: to make a code object of
     foreign bytes, or to read its bytes back, can crash the interpreter or write beyond their end.
     A later Python may lack the tables that the check uses, or may have changed them, so that even
     the code of this function looks foreign. Then all code passes.
     """
+    is_foreign = False
     if sys.version_info >= (3, 11):
         with contextlib.suppress(AttributeError, LookupError, TypeError):
             own = checked_code.__code__.co_code
-            if is_foreign_adaptive_code(args[6]) and not is_foreign_adaptive_code(own):
-                raise ForeignBytecode
+            is_foreign = is_foreign_adaptive_code(args[6]) and not is_foreign_adaptive_code(own)
     try:
-        code = types.CodeType(*args)
+        code = None if is_foreign else types.CodeType(*args)
     except (TypeError, ValueError):  # code of 3.8 to 3.10 has 16 arguments, of later versions 18
-        raise ForeignBytecode from None
-    if sys.version_info < (3, 11) and is_foreign_wordcode(code):
-        raise ForeignBytecode
+        code = None
+    if code is None or (sys.version_info < (3, 11) and is_foreign_wordcode(code)):
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise PayloadError(
+            f"{FAILED} was pickled by another Python than this {version}, whose bytecode differs: "
+            f"use the image of the Python that pickled it")
     return code
 
 
-def package_of(error: BaseException) -> str:
+def package_of(error: Optional[BaseException]) -> str:
     """Return the name of the package whose absence made an import fail, or ""."""
-    if isinstance(error, LacksName):
-        return "aistore"
     name = str(error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     of_python = getattr(sys, "stdlib_module_names", sys.builtin_module_names)  # from 3.10 on
     return "" if not name or name in of_python or is_here(name) else name
 
 
-def other_cloudpickle(name: str) -> PackageError:
-    """Return the error for an installed cloudpickle that lacks a name of the payload."""
-    here = installed_version("cloudpickle") or ""
-    maker, remedy = "another cloudpickle", MAKE_ANEW
-    if re.match("[012][.]", here):
-        maker = "cloudpickle 3 or newer"
-        remedy = "add cloudpickle>=3 to PACKAGES, and nothing that wants an older one"
-    return PackageError(f"{FAILED} was made by {maker}, and this image has {here}, which has no "
-                        f"{name}: {remedy}")
+def raise_framework_needed(error: Optional[BaseException]) -> None:
+    """Raise FrameworkNeeded if an import failed because a framework is missing."""
+    framework = PYPI_NAMES.get(package_of(error), "")
+    if framework in FRAMEWORKS:
+        raise FrameworkNeeded(framework, serves=False) from None
 
 
 class PayloadUnpickler(pickle.Unpickler):
-    """Unpickle a class; raise ForeignBytecode before code of another Python runs.
+    """Unpickle a class; raise PayloadError before code of another Python runs.
 
     A pickle does not tell which Python made it. Code of another minor version may load without an
     error, and then crash the interpreter or compute nonsense. So the unpickler checks each code
@@ -2450,57 +2362,31 @@ class PayloadUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a global of a module; `_make_code` replaces the type of code objects."""
-        package = module.partition(".")[0]
-        if name == "HTTPException" and module in HTTP_EXCEPTION_MODULES and not is_here(package):
-            return HTTPException
         try:
             found = super().find_class(module, name)
         except AttributeError:
-            if module == "__main__":
-                raise PayloadError(
-                    f"{FAILED} refers to {name!r} of the script by name, not by value: a function "
-                    f"that functools.lru_cache wraps, for one, must be made by the class "
-                    f"itself") from None
-            if package == "cloudpickle":
-                raise other_cloudpickle(name) from None
-            # pickle replaces a LacksName by an error of its own: raise the LacksName again
-            getattr(sys.modules[module], name)
-            raise
+            package = module.partition(".")[0]
+            if package not in ("aistore", "cloudpickle"):
+                raise
+            raise PackageError(
+                f"{FAILED} needs {module}.{name}, which this image does not have: add {package} "
+                f"to PACKAGES, in the version that was there when the class was pickled") from None
         # in a pickle, the type of code objects is a call: _builtin_type("CodeType")
         if (module, name) == ("cloudpickle.cloudpickle", "_builtin_type"):
             return lambda kind: self._make_code if kind == "CodeType" else found(kind)
         return found
 
     def _make_code(self, *args: Any) -> types.CodeType:
-        """Make a code object; raise FrameworkNeeded if it imports a missing framework.
-
-        A function whose only import is `from fastapi import HTTPException` needs no framework: its
-        code is changed to import the class from this file.
-        """
+        """Make a code object; raise FrameworkNeeded if it imports a missing framework."""
         code = checked_code(*args)
-        missing = [name for name in code.co_names  # of modules, or of attributes called so
-                   if DEFAULT_IMAGE.get(name.partition(".")[0]) in FRAMEWORKS
-                   and not is_here(name.partition(".")[0])]
-        if missing:
+        # the names of modules, and of attributes, which may be called so too
+        if any(PYPI_NAMES.get(name.partition(".")[0]) in FRAMEWORKS for name in code.co_names):
             import dis
 
-            imported = [each.argval for each in dis.get_instructions(code)
-                        if each.opname == "IMPORT_NAME"]
-            for module in set(missing).intersection(imported):
-                takes_one = len(imported) == 1 and ("HTTPException",) in code.co_consts
-                if module not in HTTP_EXCEPTION_MODULES or not takes_one:
-                    framework = DEFAULT_IMAGE[module.partition(".")[0]]
-                    raise FrameworkNeeded(framework, serves=False)
-                names = [__name__ if name == module else name for name in code.co_names]
-                code = code.replace(co_names=tuple(names))
+            for each in dis.get_instructions(code):
+                if each.opname == "IMPORT_NAME":
+                    raise_framework_needed(ImportError(name=each.argval))
         return code
-
-
-def raise_framework_needed(error: Optional[BaseException]) -> None:
-    """Raise FrameworkNeeded if an import failed because a framework is missing."""
-    framework = DEFAULT_IMAGE.get(package_of(error), "") if error is not None else ""
-    if framework in FRAMEWORKS:
-        raise FrameworkNeeded(framework, serves=False) from None
 
 
 def describe_of_user(error: BaseException, has_type: bool = False) -> str:
@@ -2517,24 +2403,6 @@ def describe_of_user(error: BaseException, has_type: bool = False) -> str:
         return text
     doubt = "" if name in PYPI_NAMES else ", if it has that name on PyPI and is not your own"
     return f"{text}: {how_to_get(PYPI_NAMES.get(name, name))}{doubt}"
-
-
-def missing_module(error: BaseException, pickled: bytes) -> StartupError:
-    """Return the error for a missing module that a pickle refers to."""
-    if package_of(error) == "cloudpickle":
-        return PackageError(
-            "cloudpickle is not installed, and payloads need it: pip install cloudpickle")
-    if isinstance(error, LacksName):
-        return PackageError(f"{FAILED} needs more than this image has: {describe_of_user(error)}")
-    name = getattr(error, "name", "")
-    # the pickle of a class by value calls functions of cloudpickle
-    if b"cloudpickle" not in pickled:
-        return PayloadError(
-            f"{FAILED} was pickled by reference to the module {name!r}, which is not here: call "
-            f"cloudpickle.register_pickle_by_value(module) before, or define it in __main__")
-    return PackageError(
-        f"{FAILED} needs the module {name!r}: {describe_of_user(error)}; if it is a module of your "
-        f"own, call cloudpickle.register_pickle_by_value(module) before pickling")
 
 
 def overridden(cls: Type[ETLServer], table: Mapping[Type[ETLServer], Sequence[str]]) -> List[str]:
@@ -2575,30 +2443,23 @@ def checked_class(cls: Any, failed: str = FAILED) -> Type[ETLServer]:
     for name in ("transform", "transform_stream", "get_mime_type", "start", "sanitize_fqn",
                  "client_put", "handle_direct_put_response"):
         flags = getattr(getattr(getattr(cls, name), "__code__", None), "co_flags", 0)
-        if flags & 0x280:  # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect
-            raise ClassError(
-                f"{cls.__name__} has a {name}() that is async: it must be a plain function")
-        if flags & 0x20 and name != "transform_stream":  # CO_GENERATOR
-            raise ClassError(
-                f"{cls.__name__} has a {name}() that yields, as only transform_stream() may")
+        # CO_COROUTINE or CO_ASYNC_GENERATOR, as in inspect, or CO_GENERATOR
+        if flags & (0x280 if name == "transform_stream" else 0x2A0):
+            raise ClassError(f"{cls.__name__} has a {name}() that is async, or yields: it must be "
+                             f"a plain function")
     return cls
 
 
 def user_exc_info(error: BaseException) -> Any:
     """Return an exception's `exc_info` for a log record, or None.
 
-    The traceback is without this file's frames; None if there are no others.
+    The traceback begins behind this file's frames; None if there are no others.
     """
-    entries, entry = [], error.__traceback__
-    while entry is not None:
-        entries.append(entry)
-        entry = entry.tb_next
+    entry = error.__traceback__
     this_file = user_exc_info.__code__.co_filename  # __file__ can be the path of the bytecode
-    kept = None
-    for entry in reversed(entries):
-        if entry.tb_frame.f_code.co_filename != this_file:
-            kept = types.TracebackType(kept, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
-    return (type(error), error, kept) if kept else None
+    while entry is not None and entry.tb_frame.f_code.co_filename == this_file:
+        entry = entry.tb_next
+    return (type(error), error, entry) if entry else None
 
 
 def log_user_error(what: str, error: BaseException) -> None:
@@ -2629,16 +2490,21 @@ def load_etl_class(settings: Settings,
     attempt(importlib.import_module, "cloudpickle")
     leave_late_modules()
     cls, error = attempt(unpickler(io.BytesIO(pickled)).load)
-    if isinstance(error, ForeignBytecode):
-        version = ".".join(map(str, sys.version_info[:2]))
-        raise PayloadError(
-            f"{FAILED} was pickled by another Python than this {version}, whose bytecode differs: "
-            f"use the image of the Python that pickled it")
     if isinstance(error, StartupError):
         raise error
     raise_framework_needed(error)
-    if isinstance(error, (ModuleNotFoundError, LacksName)):
-        raise missing_module(error, pickled)
+    if isinstance(error, ModuleNotFoundError):
+        # the pickle of a class by value calls functions of cloudpickle
+        if b"cloudpickle" not in pickled:
+            raise PayloadError(
+                f"{FAILED} was pickled by reference to the module {error.name!r}, which is not "
+                f"here: call cloudpickle.register_pickle_by_value(module) before, or define it in "
+                f"__main__")
+        own = "" if package_of(error) in PYPI_NAMES else (
+            "; if it is a module of your own, call cloudpickle.register_pickle_by_value(module) "
+            "before pickling")
+        raise PackageError(
+            f"{FAILED} needs the module {error.name!r}: {describe_of_user(error)}{own}")
     if error is not None:
         text = describe_of_user(error, has_type=True)
         if isinstance(error, (pickle.UnpicklingError, EOFError)):

@@ -60,18 +60,13 @@ def old_cloudpickle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(Path(cloudpickle.__file__).parent, folder / "cloudpickle")
     file = folder / "cloudpickle" / "cloudpickle.py"
     file.write_text(file.read_text().replace("_class_setstate", "_set_state_of_class"))
-    info = folder / "cloudpickle-2.2.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cloudpickle\nVersion: 2.2.1\n")
     return folder
 
 
-def test_a_payload_of_a_newer_cloudpickle_names_both_versions_and_the_remedy(
-    old_cloudpickle: Path
-) -> None:
+def test_a_payload_of_a_newer_cloudpickle_is_told_with_the_remedy(old_cloudpickle: Path) -> None:
     env = {"ETL_CLASS_PAYLOAD": simple(), "PYTHONPATH": str(old_cloudpickle)}
-    assert_told(run_to_end(env=env), Exit.UNAVAILABLE, "ETL_CLASS_PAYLOAD", "cloudpickle 3 or newer",
-                "2.2.1", "add cloudpickle>=3 to PACKAGES")
+    assert_told(run_to_end(env=env), Exit.UNAVAILABLE, "ETL_CLASS_PAYLOAD", "_class_setstate",
+                "add cloudpickle to PACKAGES, in the version that")
 
 
 def test_the_least_cloudpickle_that_is_asked_for_is_one_that_works() -> None:
@@ -154,7 +149,7 @@ def test_attributes_of_a_class_do_not_meet_the_runtimes(
     ("    async def transform_stream(self, reader, path, etl_args):\n        yield b'x'\n", BASES[1],
      "has a transform_stream() that is async"),
     ("    def transform(self, data, path, etl_args):\n        yield data\n", BASES[2],
-     "has a transform() that yields"),
+     "has a transform() that is async, or yields"),
     ("    async def client_put(self, url, data, headers, timeout=None):\n        pass\n"
      "    def transform(self, data, path, etl_args):\n        return data\n", BASES[0],
      "has a client_put() that is async"),
@@ -399,11 +394,12 @@ HTTP_EXCEPTION = {
 
 @pytest.mark.parametrize("how", HTTP_EXCEPTION)
 @pytest.mark.parametrize("base", BASES)
-def test_http_exceptions_need_no_fastapi_and_are_one_line_of_the_log(
+def test_http_exceptions_are_one_line_of_the_log(
     start_runtime: StartRuntime, base: str, how: str
 ) -> None:
     before, code = HTTP_EXCEPTION[how]
-    runtime = start_runtime(simple(code, before=before, base=base))  # expects no traceback
+    payload = simple(code, before=before, base=base)
+    runtime = start_runtime(payload, python=interpreter("sdk"))  # expects no traceback
     answer = runtime.request("PUT", "/b/o", b"")
     assert (answer.status, json.loads(answer.body)) == (404, {"detail": "Processing error: of no use"})
     runtime.wait_for_line("WARNING - /b/o: 404: of no use$", 5)
@@ -411,14 +407,12 @@ def test_http_exceptions_need_no_fastapi_and_are_one_line_of_the_log(
 
 
 @pytest.mark.parametrize("before, code", [
-    ("from fastapi import HTTPException, Request\n", "raise HTTPException(404, str(Request))"),
+    HTTP_EXCEPTION["module"], HTTP_EXCEPTION["starlette"], HTTP_EXCEPTION["function"],
     ("import fastapi\n", "raise fastapi.HTTPException(404)"),
     ("", "import fastapi; raise fastapi.HTTPException(404)"),
     ("from fastapi.responses import Response\n", "Response()"),
-    ("from fastapi import HTTPException\n", "from fastapi import HTTPException, Request"),
-    ("", "from fastapi import HTTPException; import fastapi"),
 ])
-def test_whatever_else_a_class_takes_of_fastapi_is_installed(before: str, code: str) -> None:
+def test_whatever_a_class_takes_of_fastapi_is_installed(before: str, code: str) -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": simple(code, before=before)})
     assert_told(done, Exit.UNAVAILABLE, "fastapi", "pip")  # there is no index
 
@@ -445,7 +439,8 @@ def test_exceptions_of_ones_own_that_are_called_as_the_sdks_are_no_others(
 
 def test_an_http_exception_of_500_has_its_traceback(start_runtime: StartRuntime) -> None:
     before, code = HTTP_EXCEPTION["module"]
-    runtime = start_runtime(simple(code.replace("404", "503"), before=before), expect_traceback=True)
+    payload = simple(code.replace("404", "503"), before=before)
+    runtime = start_runtime(payload, python=interpreter("sdk"), expect_traceback=True)
     assert runtime.request("PUT", "/b/o", b"").status == 503
     runtime.wait_for_line("^Traceback", 5)
 

@@ -16,7 +16,7 @@ from harness import RUNTIME, interpreter
 
 WEBSERVER = "aistore.sdk.etl.webserver"
 OLD_SDK = sys.version_info < (3, 10)  # the last SDK for Python 3.9 is 1.24
-ADDED_AFTER_OLD_SDK = {"HEADER_TRANSFER_ENCODING", "STATUS_LOCKED", "AIS_SKIP_VERIFY_CRT"}
+ADDED_AFTER_OLD_SDK = {"HEADER_TRANSFER_ENCODING"}
 
 # Runs each snippet in a namespace of its own, and prints what it bound to `result`, or how it failed.
 EVALUATE = '''

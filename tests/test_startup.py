@@ -256,7 +256,7 @@ def test_a_pod_whose_class_cannot_be_loaded_ends_with_the_reason(
     assert FAILED in done.last_line and "ValueError: invalid literal for int()" in done.last_line
     subprocess.run([interpreter("slim"), "-m", "venv", "--without-pip", str(tmp_path)], check=True, timeout=60)
     done = start_in_vain(payloads["Threaded"], python=str(tmp_path / "bin" / "python"))
-    assert_told(done, Exit.UNAVAILABLE, "cloudpickle is not installed")
+    assert_told(done, Exit.UNAVAILABLE, "add cloudpickle to PACKAGES")
 
 
 # == The constructor ==
