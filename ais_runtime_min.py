@@ -5712,28 +5712,31 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 # of Flask. All other classes need nothing of this section, and no framework is imported for them.
 
 
-class PieceInput(ConnectionInput):
-    """The input of a request that another server receives.
+class PieceBody(MessageBody):
+    """The body of a request that another server, or an application, receives.
 
-    `receive` waits for the next piece of the body and returns it, or b"" at the end.
+    `take` waits for the next piece of the body and returns it, or b"" at the end. `length` is the
+    value of Content-Length, if there is one.
     """
 
-    def __init__(self, receive: Callable[[], bytes]) -> None:
-        super().__init__(cast(socket.socket, None))
-        self._receive = receive
+    def __init__(self, take: Callable[[], bytes], length: Optional[str]) -> None:
+        super().__init__(cast(ConnectionInput, None))
+        self.size = int(length) if length else None
+        self._take = take
+        self._piece = memoryview(b"")  # what is unread of the current piece
 
-    def readinto(self, buffer: Any, flags: int = 0) -> int:
+    def receive(self, buffer: Any) -> int:
         """Read some bytes of the current piece, or of the next one."""
-        if not self.ahead and not self.fill():
-            return 0
-        return super().readinto(buffer, flags)
-
-    def fill(self, flags: int = 0) -> bool:
-        """Wait for the next piece; raise every failure as an OSError, which readers expect."""
-        piece, error = attempt(self._receive)
-        if error is not None:
-            raise error if isinstance(error, OSError) else OSError(describe(error)) from None
-        return self._add(cast(bytes, piece))
+        if not self._piece:
+            piece, error = attempt(self._take)
+            if error is not None:
+                raise self._cut(f"broke off: {describe(error)}")
+            if not piece and self.size not in (None, self.count):
+                raise self._cut(f"ended after {self.count} of {self.size} bytes")
+            self._piece = memoryview(piece)
+        count = min(len(buffer), len(self._piece))
+        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
 
 
 def request_of_app(method: str, path: str, raw_path: str, query: str,
@@ -5745,15 +5748,6 @@ def request_of_app(method: str, path: str, raw_path: str, query: str,
     if decode_escapes(raw_path)[1:] != path:
         raw_path = "/" + quote(path)
     return ETLRequest.parse(method, f"{raw_path}?{query}" if query else raw_path, pipeline)
-
-
-def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
-    """Return the body of a request that another server receives.
-
-    `length` is the value of Content-Length, if there is one. `receive` is as in PieceInput.
-    """
-    source = PieceInput(receive)
-    return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
 
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
@@ -5862,43 +5856,35 @@ class StarletteAnswers:
                 upgrade_answer({})
         except RequestError as error:
             return self._response(error_answer(error.status, str(error), error.headers), path)
-        body = body_of_app(fields.get("content-length"), self._receiver(request, loop))
+        body = self._body(request, loop)
         answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
         return self._response(answer, parsed.name)
 
     @staticmethod
-    def _receiver(request: Any, loop: Any) -> Callable[[], bytes]:
-        """Return a function that waits for the next piece of a body, or returns b"" at the end.
+    def _body(request: Any, loop: Any) -> PieceBody:
+        """Return the body of a request; the thread of the event loop must not read it.
 
-        The function must not run on the thread of the event loop. At the end it raises OSError if
-        the application has read a part of the body, since the object would be cut. Middleware
-        other than Starlette's own may have replaced the body, so nothing is checked behind it.
+        A read raises at the end of a body of which the application has taken a part, since the
+        object would be cut.
         """
         import asyncio
 
-        pieces, count = request.stream(), 0
-        came, receives = request.scope.get("etl.request"), request.receive
-        # whether ASGIRequest receives it, directly or behind Starlette's own middleware
-        is_as_it_came = came is not None and (
-            getattr(receives, "__self__", None) is came
-            or getattr(receives, "__module__", "") == "starlette.middleware.base")
+        pieces, came = request.stream(), request.scope.get("etl.request")
 
         async def next_piece() -> bytes:
             async for piece in pieces:
-                if piece:
-                    return cast(bytes, piece)
+                return cast(bytes, piece)
             return b""
 
-        def receive() -> bytes:
-            nonlocal count
+        def take() -> bytes:
             future = asyncio.run_coroutine_threadsafe(next_piece(), loop)
             piece = future.result(BODY_PAUSE_SECONDS)
-            count += len(piece)
-            if not piece and is_as_it_came and count < came.count:
-                raise OSError("the application has read some of it")
+            if not piece and came is not None and body.count < came.count:
+                raise OSError("the application has taken some of it")
             return piece
 
-        return receive
+        body = PieceBody(take, request.headers.get("content-length"))
+        return body
 
     def _response(self, answer: Answer, name: str) -> Any:
         from starlette.responses import Response
@@ -6491,22 +6477,23 @@ class WSGIApplication:
         return Answer(response.status, output, fields, response.size)
 
 
-def body_of_flask(request: Any) -> MessageBody:
+def body_of_flask(request: Any) -> RequestBody:
     """Return the body of an object's request, even if a hook of the class has read it whole.
 
     Raises RequestError if the application has read a part of the body: the object would be cut.
     """
-    data = getattr(request, "_cached_data", None)
-    stream: Any = request.stream if data is None else io.BytesIO(data)
     ours = request.environ.get("etl.input")
     if ours is request.environ["wsgi.input"]:  # else another server or middleware has made it
         body = cast(MessageBody, ours.raw)
-        if not body.count and request.max_content_length is None:
+        if body.count:
+            data = getattr(request, "_cached_data", b"")
+            if len(data) != body.count or not body.is_at_end:
+                raise RequestError("the application has read the object and not kept all of it")
+            return ReceivedObject(data)
+        if request.max_content_length is None:
             return body
-        if body.count and (data is None or len(data) != body.count or not body.is_at_end):
-            raise RequestError("the application has read the object and not kept all of it")
-    length = request.environ.get("CONTENT_LENGTH")
-    return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
+    stream = request._get_stream_for_parsing()  # a hook may have read it whole, by get_data()
+    return PieceBody(lambda: stream.read(READ_BYTES), request.environ.get("CONTENT_LENGTH"))
 
 
 def answer_flask(service: Service, path: str) -> Any:

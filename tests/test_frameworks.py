@@ -293,13 +293,6 @@ def test_a_stream_that_is_read_slowly_is_whole_though_the_application_ends_meanw
         assert client.makefile("rb").read().endswith(b"Running")
 
 
-@pytest.mark.parametrize("kind", ["fastapi decoded"])
-def test_an_object_is_what_middleware_makes_of_it(pod: Runtime) -> None:
-    for body in (b"hello".hex().encode(), iter([b"hel".hex().encode(), b"lo".hex().encode()])):
-        response = pod.request("PUT", "/bucket/object", body, {"X-Decode": "1"})
-        assert (response.status, response.body) == (200, b"HELLO bucket/object")
-
-
 @fastapi_alone
 def test_a_word_of_an_upgrade_without_an_offer_is_ignored(pod: Runtime) -> None:
     response = pod.request("PUT", "/bucket/object", b"hello", {"Connection": "upgrade"})
