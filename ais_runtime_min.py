@@ -5789,113 +5789,82 @@ def failure_of_user(what: str, error: BaseException) -> StartupError:
 # -- FastAPI, by uvicorn --
 
 
-@functools.lru_cache(maxsize=1)
-def piece_response_class() -> Any:
-    """Define the class of responses in pieces, once; Starlette must be installed.
+async def answer_starlette(service: Service, threads: Any, path: str, request: Any) -> Any:
+    """Answer a Starlette request for an object by a Starlette response.
 
-    Starlette's StreamingResponse cannot be used. While it sends, it receives the request's messages
-    in order to notice a client that leaves. So it would take away the body from a class that reads
-    the body while it answers.
+    Runs on the event loop; `threads` are an executor on which everything runs that waits.
     """
     import asyncio
 
-    from starlette.responses import Response
-
-    class PieceResponse(Response):  # type: ignore[misc]
-        """A response in pieces. If a piece fails, no end is sent, and ASGIFront cuts the answer."""
-
-        def __init__(self, answer: Answer, name: str, threads: Any) -> None:
-            super().__init__(None, answer.status)
-            del self.headers["content-length"]
-            self._answer = answer
-            self._name = name
-            self._call = functools.partial(asyncio.get_running_loop().run_in_executor, threads)
-
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            """Send the answer; the class may still read the body of the request meanwhile."""
-            # bytes are an empty result here, which is sent in chunks: see Answer.is_open
-            pieces = iter(()) if isinstance(self._answer.body, bytes) else self._answer.body
-            try:
-                await send({"type": "http.response.start", "status": self.status_code,
-                            "headers": self.raw_headers})
-                piece = None
-                while piece != b"":
-                    piece, error = await self._call(attempt, next, pieces, b"")
-                    if error is not None:
-                        log_cut(self._name, error)
-                        raise AnswerCut
-                    await send({"type": "http.response.body", "body": piece,
-                                "more_body": piece != b""})
-            finally:
-                await self._call(attempt, self._answer.__exit__)
-            if self.background is not None:
-                await self.background()
-
-    return PieceResponse
+    loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
+    raw_path, query = scope.get("raw_path", b""), scope["query_string"]
+    try:
+        parsed = request_of_app(
+            request.method, path, raw_path.decode("latin-1"), query.decode("latin-1"),
+            ", ".join(fields.getlist(HEADER_NODE_URL)))
+        if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
+            upgrade_answer({})
+    except RequestError as error:
+        answer = error_answer(error.status, str(error), error.headers)
+    else:
+        body = body_of_starlette(request, loop)
+        answer = await loop.run_in_executor(threads, service.answer, parsed, body)
+    return starlette_response(answer, threads, scope["path"])
 
 
-class StarletteAnswers:
-    """Answer an application's requests for objects, on threads of a pool."""
+def body_of_starlette(request: Any, loop: Any) -> PieceBody:
+    """Return the body of a request; the thread of the event loop must not read it.
 
-    def __init__(self, service: Service) -> None:
-        from concurrent.futures import ThreadPoolExecutor
+    At the end of a body of which the application has taken a part, a read raises, since the object
+    would be cut.
+    """
+    import asyncio
 
-        self._service = service
-        self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
+    pieces, came = request.stream(), request.scope.get("etl.request")
 
-    async def __call__(self, path: str, request: Any) -> Any:
-        """Answer a Starlette request by a Starlette response; runs on the event loop."""
-        import asyncio
+    async def next_piece() -> bytes:
+        async for piece in pieces:
+            return cast(bytes, piece)
+        return b""
 
-        scope, fields, loop = request.scope, request.headers, asyncio.get_running_loop()
-        raw_path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
-        query, pipeline = scope["query_string"].decode("latin-1"), fields.getlist(HEADER_NODE_URL)
+    def take() -> bytes:
+        piece = asyncio.run_coroutine_threadsafe(next_piece(), loop).result(BODY_PAUSE_SECONDS)
+        if not piece and came is not None and body.count < came.count:
+            raise OSError("the application has taken some of it")
+        return piece
+
+    body = PieceBody(take, request.headers.get("content-length"))
+    return body
+
+
+def starlette_response(answer: Answer, threads: Any, name: str) -> Any:
+    """Return the Starlette response for an answer; the pieces of its body are made on `threads`."""
+    import asyncio
+
+    from starlette.responses import Response, StreamingResponse
+
+    async def pieces() -> Any:
+        body = answer.body or iter(())  # an empty result is sent in chunks: see Answer.is_open
+        take = functools.partial(
+            asyncio.get_running_loop().run_in_executor, threads, attempt, next, body, b"")
         try:
-            parsed = request_of_app(request.method, path, raw_path, query, ", ".join(pipeline))
-            if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
-                upgrade_answer({})
-        except RequestError as error:
-            return self._response(error_answer(error.status, str(error), error.headers), path)
-        body = self._body(request, loop)
-        answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
-        return self._response(answer, parsed.name)
+            piece, error = await take()
+            while piece:
+                yield piece
+                piece, error = await take()
+            if error is not None:
+                log_cut(name, error)
+                raise AnswerCut
+        finally:
+            threads.submit(attempt, answer.__exit__)
 
-    @staticmethod
-    def _body(request: Any, loop: Any) -> PieceBody:
-        """Return the body of a request; the thread of the event loop must not read it.
-
-        A read raises at the end of a body of which the application has taken a part, since the
-        object would be cut.
-        """
-        import asyncio
-
-        pieces, came = request.stream(), request.scope.get("etl.request")
-
-        async def next_piece() -> bytes:
-            async for piece in pieces:
-                return cast(bytes, piece)
-            return b""
-
-        def take() -> bytes:
-            future = asyncio.run_coroutine_threadsafe(next_piece(), loop)
-            piece = future.result(BODY_PAUSE_SECONDS)
-            if not piece and came is not None and body.count < came.count:
-                raise OSError("the application has taken some of it")
-            return piece
-
-        body = PieceBody(take, request.headers.get("content-length"))
-        return body
-
-    def _response(self, answer: Answer, name: str) -> Any:
-        from starlette.responses import Response
-
-        if isinstance(answer.body, bytes) and not answer.is_open:
-            response = Response(answer.body, answer.status)
-        else:
-            response = piece_response_class()(answer, name, self._threads)
-        for field, value in answer.headers:
-            response.headers[field] = UNPRINTABLE.sub("?", value)
-        return response
+    fields = {field: UNPRINTABLE.sub("?", value) for field, value in answer.headers}
+    if isinstance(answer.body, bytes) and not answer.is_open:
+        return Response(answer.body, answer.status, fields)
+    response = StreamingResponse(pieces(), answer.status, fields)
+    # this would receive messages of the request, which the class may read while it answers
+    response.listen_for_disconnect = lambda receive: asyncio.Event().wait()
+    return response
 
 
 class ASGIWebSocket:
@@ -6066,6 +6035,8 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSocket
 
     Returns the application of `/ws`.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
     from starlette.routing import Route, WebSocketRoute
@@ -6078,7 +6049,8 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSocket
         return Route(path, function, methods=list(methods), include_in_schema=False)
 
     websockets = ASGIWebSockets(service)
-    vars(server)[ANSWER] = StarletteAnswers(service)
+    threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
+    vars(server)[ANSWER] = functools.partial(answer_starlette, service, threads)
     objects = route("/{path:path}", answer, "GET", "PUT")
     # Starlette's pattern matches no line feed, which an object's name may have
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")
