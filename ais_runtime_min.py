@@ -5868,9 +5868,9 @@ def starlette_response(answer: Answer, threads: Any, name: str) -> Any:
 
 
 class ASGIWebSocket:
-    """One connection that speaks AIStore's protocol through an ASGI server.
+    """One connection that speaks AIStore's protocol through uvicorn.
 
-    The server's loop takes messages; threads of a pool answer their objects.
+    uvicorn's loop takes messages; threads of a pool answer their objects.
     """
 
     def __init__(self, service: Service, pool: ThreadPool, receive: Any, send: Any) -> None:
@@ -5879,8 +5879,6 @@ class ASGIWebSocket:
         self._service = service
         self._receive = receive
         self._send = send
-        # uvicorn's, or None if middleware wraps `send`; ASGI itself cannot send half a message
-        self._transport = getattr(getattr(send, "__self__", None), "transport", None)
         self._loop = asyncio.get_running_loop()
         self._has_answered = asyncio.Event()
         told = functools.partial(attempt, self._loop.call_soon_threadsafe, self._has_answered.set)
@@ -5894,12 +5892,10 @@ class ASGIWebSocket:
         await self._send({"type": "websocket.accept"})
         report(REPORT_OPENED)
         try:
-            message = await self._receive()
-            while message["type"] == "websocket.receive":
+            while (message := await self._receive())["type"] == "websocket.receive":
                 self._last_came = time.monotonic()
                 if not self._is_over:
                     await self._take(message.get("bytes") or (message.get("text") or "").encode())
-                message = await self._receive()
         finally:
             self._is_over = True
             report(REPORT_CLOSED)
@@ -5916,20 +5912,21 @@ class ASGIWebSocket:
         self._is_over = True
         await self._send({"type": "websocket.close", "code": CLOSE_GOING_AWAY})
 
-    async def fail(self, reason: str) -> None:
-        """End the connection in a way that a target takes for the failure of an object."""
+    def fail(self, reason: str) -> None:
+        """End the connection in a way that a target takes for the failure of an object.
+
+        ASGI cannot send half a message, so the frames go directly to uvicorn's transport.
+        """
         if self._is_over:
             return
         self._is_over = True
         report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
-        if self._transport is None:
-            await self._send({"type": "websocket.close", "code": CLOSE_FAILED,
-                              "reason": cut_reason(reason)})
-        elif not self._transport.is_closing():
+        transport = self._send.__self__.transport
+        if not transport.is_closing():
             beginning = frame_head(OP_BINARY, 0, is_last=False)
-            self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
+            transport.write(beginning + close_frame(CLOSE_FAILED, reason))
             # if the connection closed at once, a client that still sends might lose these frames
-            self._loop.call_later(DRAIN_SECONDS, self._transport.close)
+            self._loop.call_later(DRAIN_SECONDS, transport.close)
 
     async def _take(self, data: bytes) -> None:
         """Take one message; return once another one may be taken."""
@@ -5946,7 +5943,7 @@ class ASGIWebSocket:
         if refusal:
             logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name,
                          refusal)
-            await self.fail(refusal)
+            self.fail(refusal)
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
         """Send replies and wait until they are sent; runs on a thread of the pool."""
@@ -5962,47 +5959,11 @@ class ASGIWebSocket:
     async def _send_replies(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
             if reply.opcode == OP_CLOSE:
-                await self.fail(reply.data.decode("utf-8"))
+                self.fail(reply.data.decode("utf-8"))
             elif reply.opcode == OP_TEXT and not self._is_over:
                 await self._send({"type": "websocket.send", "text": reply.data.decode()})
             elif not self._is_over:
                 await self._send({"type": "websocket.send", "bytes": reply.data})
-
-
-class ASGIWebSockets:
-    """The application of `/ws`: AIStore's protocol through an ASGI server.
-
-    The server bounds the size of one message. Nothing bounds the memory of all messages together.
-    """
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._pool = ThreadPool(THREAD_LIMIT)
-        self._connections: Set[ASGIWebSocket] = set()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one connection to its end."""
-        if len(self._connections) >= WEBSOCKET_LIMIT:
-            await send({"type": "websocket.close"})
-            return
-        connection = ASGIWebSocket(self._service, self._pool, receive, send)
-        self._connections.add(connection)
-        try:
-            await connection.serve()
-        finally:
-            self._connections.remove(connection)
-
-    async def drain(self) -> None:
-        """Close each connection once its objects are answered; when time is up, fail the rest."""
-        import asyncio
-
-        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
-        while self._connections and time.monotonic() < deadline:
-            idle = [each.close() for each in self._connections if each.is_idle]
-            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
-            await asyncio.sleep(DRAIN_LOOK_SECONDS)
-        for connection in tuple(self._connections):
-            await connection.fail("the pod is stopping")
 
 
 def marking_failures(app: Any) -> Any:
@@ -6030,16 +5991,13 @@ def marking_failures(app: Any) -> Any:
     return marked_app
 
 
-def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSockets:
-    """Add routes for objects, `/health` and `/ws` behind the application's own routes.
-
-    Returns the application of `/ws`.
-    """
+def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
+    """Add routes for objects and `/health` behind the application's own routes."""
     from concurrent.futures import ThreadPoolExecutor
 
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
-    from starlette.routing import Route, WebSocketRoute
+    from starlette.routing import Route
 
     async def answer(request: Any) -> Any:
         path, is_get = request.path_params.get("path", ""), request.method == "GET"
@@ -6048,35 +6006,31 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSocket
     def route(path: str, function: Any, *methods: str) -> Any:
         return Route(path, function, methods=list(methods), include_in_schema=False)
 
-    websockets = ASGIWebSockets(service)
     threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
     vars(server)[ANSWER] = functools.partial(answer_starlette, service, threads)
     objects = route("/{path:path}", answer, "GET", "PUT")
     # Starlette's pattern matches no line feed, which an object's name may have
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")
     server.app.router.routes.extend([
-        WebSocketRoute("/ws", websockets), route("/health", PlainTextResponse("Running"), "GET"),
+        route("/health", PlainTextResponse("Running"), "GET"),
         route("/download", answer, "POST"), objects])
     layers = [(each, Middleware(marking_failures)) for each in server.app.user_middleware]
     server.app.user_middleware[:] = itertools.chain(*layers)
-    return websockets
 
 
 class ASGIRequest:
     """The messages of one request, between uvicorn and the application."""
 
-    def __init__(self, scope: Any, receive: Any, send: Any) -> None:
+    def __init__(self, scope: Any, cycle: Any) -> None:
         scope["etl.request"] = self
+        self.cycle = cycle  # uvicorn's RequestResponseCycle
         self.count = 0  # bytes of the body that were received
         self.status = self.size = 0  # of the answer: its status, and bytes that were sent
         self.has_failed = False  # whether the answer has begun and will not become whole
-        self._receive = receive
-        self._send = send
-        self._cycle = send.__self__  # uvicorn's RequestResponseCycle
 
     async def receive(self) -> Any:
         """Receive the next message and count the bytes of the body."""
-        message = await self._receive()
+        message = await self.cycle.receive()
         self.count += len(message.get("body", b""))
         return message
 
@@ -6085,21 +6039,9 @@ class ASGIRequest:
         self.status = message.get("status", self.status)
         self.size += len(message.get("body", b""))
         if not self.has_failed:
-            await self._send(message)
-        if self.has_failed or self._cycle.disconnected:
+            await self.cycle.send(message)
+        if self.has_failed or self.cycle.disconnected:
             raise AnswerCut
-
-    async def abort(self) -> None:
-        """Abort the connection, so that half an answer is not taken for a whole one."""
-        import asyncio
-
-        self._cycle.transport.abort()
-        await asyncio.sleep(0)  # lets uvicorn notice
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the client has left."""
-        return bool(self._cycle.disconnected or self._cycle.transport.is_closing())
 
 
 def has_body(fields: Mapping[bytes, bytes]) -> bool:
@@ -6119,38 +6061,58 @@ async def error_of(call: Any) -> Optional[BaseException]:
 class ASGIFront:
     """The outermost application: answers `/health` and `/ws`, and has `app` answer the rest.
 
-    `app` is the class's own application. `begin` is called once `app` has started up.
+    `app` is the class's own application. `begin` is called once `app` has started up. uvicorn
+    bounds the size of a WebSocket message, but nothing the memory of all messages together.
     """
 
-    def __init__(self, app: Any, websockets: ASGIWebSockets, begin: Callable[[], None]) -> None:
+    def __init__(self, app: Any, service: Service, begin: Callable[[], None]) -> None:
         self._app = app
-        self._websockets = websockets
+        self._service = service
         self._begin = begin
+        self._pool = ThreadPool(THREAD_LIMIT)
+        self._websockets: Set[ASGIWebSocket] = set()
         self.failure: Optional[BaseException] = None  # of the application's start-up or shutdown
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request, one WebSocket connection, or the application's lifespan."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await (self._websockets if scope["path"] == "/ws" else self._app)(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, send.__self__)
+        elif scope["path"] != "/ws":
+            await self._app(scope, receive, send)
+        elif len(self._websockets) >= WEBSOCKET_LIMIT:
+            await send({"type": "websocket.close"})
         else:
-            await self._serve(ASGIRequest(scope, receive, send), scope)
+            connection = ASGIWebSocket(self._service, self._pool, receive, send)
+            self._websockets.add(connection)
+            try:
+                await connection.serve()
+            finally:
+                self._websockets.remove(connection)
+
+    async def drain_websockets(self) -> None:
+        """Close each connection once its objects are answered; when time is up, fail the rest."""
+        import asyncio
+
+        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
+        while self._websockets and time.monotonic() < deadline:
+            idle = [each.close() for each in self._websockets if each.is_idle]
+            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        for connection in self._websockets:
+            connection.fail("the pod is stopping")
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
         """Run the application's start-up and shutdown; keep a failure for UvicornServer."""
         async def send_on(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self._begin()
-            elif message["type"].endswith(".failed"):
-                self.failure = StartupError(message.get("message", ""))
-                message = {"type": message["type"]}  # its text would be in uvicorn's log too
-            await send(message)
+            await send({"type": message["type"]})  # a failure's text would be logged twice
 
-        error = await error_of(self._app(scope, receive, send_on))
-        if error is not None:
-            self.failure = error
-            raise error
+        self.failure = await error_of(self._app(scope, receive, send_on))
+        if self.failure is not None:
+            raise self.failure
 
     def _app_for(self, scope: Any) -> Any:
         """Return what answers a request: the class's application, or a response of ours.
@@ -6171,21 +6133,23 @@ class ASGIFront:
             return PlainTextResponse(text, 400, closing)
         return self._app
 
-    async def _serve(self, request: ASGIRequest, scope: Any) -> None:
+    async def _serve(self, scope: Any, cycle: Any) -> None:
         """Answer one request; if the answer fails half-way, end the connection."""
         import asyncio
 
-        app, began = self._app_for(scope), time.monotonic()
-        error = await error_of(app(scope, request.receive, request.send))
+        request, began = ASGIRequest(scope, cycle), time.monotonic()
+        error = await error_of(self._app_for(scope)(scope, request.receive, request.send))
         log_request(scope["method"], scope["path"], request.status, request.size, began)
         # uvloop raises RuntimeError for a connection that is closed
-        is_of_client = isinstance(error, (OSError, RuntimeError)) and request.is_gone
+        is_of_client = isinstance(error, (OSError, RuntimeError)) and (
+            cycle.disconnected or cycle.transport.is_closing())
         if isinstance(error, asyncio.CancelledError):
             logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
         elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
             log_user_error(scope["path"], error)
-        if isinstance(error, (AnswerCut, asyncio.CancelledError)):
-            await request.abort()
+        if error is not None and not cycle.response_complete:
+            cycle.transport.abort()  # half an answer must not be taken for a whole one
+            await asyncio.sleep(0)  # lets uvicorn notice
 
 
 def protocol_on(base: Any) -> Any:
@@ -6232,15 +6196,13 @@ class UvicornServer:
         self._bell = threading.Semaphore(0)  # released when calls come, and at uvicorn's end
         main_thread.wake = self._bell.release
         self._has_begun = False  # whether the application has started up
-        self._drain_began = 0.0
         self._outcome: Optional[Outcome] = None  # of uvicorn, once it has ended
         self._has_made_calls = threading.Event()  # set once the last call has been made
-        self._websockets = add_fastapi_routes(server, service)
-        self._front = ASGIFront(server.app, self._websockets, self._begin)
+        add_fastapi_routes(server, service)
+        self._front = ASGIFront(server.app, service, self._begin)
         self._config = uvicorn.Config(
-            self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-            server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
-            timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
+            self._front, lifespan="on", log_config=None, proxy_headers=False, server_header=False,
+            access_log=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
             h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False,
             ws_max_size=memory_limit(), ws_max_queue=1, ws_ping_interval=None,
             ws_ping_timeout=None)
@@ -6275,10 +6237,7 @@ class UvicornServer:
         self._waker.wake_on(signals, self._handle_signal)
 
     def _handle_signal(self) -> None:
-        """End the process if it is still starting up, which may take long.
-
-        Later, `_wake_up` reads the signal's number.
-        """
+        """End the process if it is still starting up, which may take long; else see `_drain`."""
         if not self._has_begun:
             self.leave()
 
@@ -6287,37 +6246,29 @@ class UvicornServer:
         self._outcome = attempt(self._uvicorn.run, [self._listener])
         self._bell.release()
         # a call of the class may hold up the main thread
-        if self._drain_began and not self._has_made_calls.wait(10 * LEAD_SECONDS):
+        if self._has_begun and not self._has_made_calls.wait(10 * LEAD_SECONDS):
             self.leave()
 
     def _begin(self) -> None:
         """Begin to serve; runs on uvicorn's loop, once the application has started up."""
         import asyncio
 
-        asyncio.get_running_loop().add_reader(self._waker.readable, self._wake_up)
+        self._draining = asyncio.ensure_future(self._drain())  # kept, or it might be collected
         self.ready()
         self._has_begun = True
 
-    def _wake_up(self) -> None:
-        """Begin to drain if a signal has come; runs on uvicorn's loop."""
-        import asyncio
-
-        if self._waker.take() and not self._drain_began:
-            self._drain_began = time.monotonic()
-            self._draining = asyncio.ensure_future(self._drain())  # kept, or it might be collected
-
     async def _drain(self) -> None:
-        """Stop accepting; end WebSocket connections, then have uvicorn finish its requests."""
+        """Wait for a signal, then stop accepting and finish what has begun."""
         import asyncio
 
         # uvicorn opens its listeners after the application's start-up, so after `_begin`
-        while not self._uvicorn.started:
+        while not (self._uvicorn.started and self._waker.take()):
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        deadline = time.monotonic() + WORKER_GRACE_SECONDS
         for server in self._uvicorn.servers:
             server.close()
-        await self._websockets.drain()
-        seconds = self._drain_began + WORKER_GRACE_SECONDS - time.monotonic()
-        self._config.timeout_graceful_shutdown = max(1, int(seconds))
+        await self._front.drain_websockets()
+        self._config.timeout_graceful_shutdown = max(1, int(deadline - time.monotonic()))
         self._uvicorn.should_exit = True
 
 

@@ -19,7 +19,7 @@ from typing import Callable, Iterator, List, Set
 from urllib.parse import unquote
 
 import pytest
-from websockets.exceptions import ConnectionClosedError
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection
 
 from ais_runtime_min import Exit
@@ -462,7 +462,7 @@ def test_an_application_that_is_first_used_by_transform_is_refused_there(
 
 
 @pytest.mark.parametrize("name", ["StartsFlask", "StartsFast"])
-def test_a_class_may_start_a_server_of_its_own_which_tells_failures_over_websocket_by_a_close(
+def test_a_class_may_start_a_server_of_its_own(
     sdk_python: str, name: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -480,16 +480,9 @@ def test_a_class_may_start_a_server_of_its_own_which_tells_failures_over_websock
         wait_until(is_healthy, "its server answers")
         assert server.request("PUT", "/bucket/object", b"hello").body == b"HELLO bucket/object"
         assert body_of(server, "/made") == "for its start"
-        for reason, further in [
-            ("Processing error: short and stout", [b'{"path": "bucket/teapot"}', b"hello"]),
-            ("it must be a JSON object", [b"{no JSON"]),
-        ] if name == "StartsFast" else []:
-            with open_websocket(server) as client:
-                send_objects(client, 200, *further)
-                with pytest.raises(ConnectionClosedError) as closed:
-                    client.recv()
-            assert closed.value.rcvd and closed.value.rcvd.code == 1011
-            assert reason in closed.value.rcvd.reason
+        if name == "StartsFast":  # half a message, which tells a failure, cannot be sent there
+            with pytest.raises(InvalidStatus):
+                open_websocket(server)
 
 
 # == Packages that are installed ==
