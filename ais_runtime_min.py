@@ -5950,11 +5950,9 @@ class ASGIWebSocket:
         import asyncio
 
         sending = self._send_replies(replies)
-        try:
-            future = asyncio.run_coroutine_threadsafe(sending, self._loop)
-        except RuntimeError:  # the loop has ended
-            return sending.close()
-        attempt(future.result)  # it fails if the client has gone
+        # this fails if the client has gone, or if the loop has ended
+        attempt(lambda: asyncio.run_coroutine_threadsafe(sending, self._loop).result())
+        sending.close()
 
     async def _send_replies(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
@@ -6000,20 +5998,18 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
     from starlette.routing import Route
 
     async def answer(request: Any) -> Any:
-        path, is_get = request.path_params.get("path", ""), request.method == "GET"
+        path, is_get = request.path_params["path"], request.method == "GET"
         return await server._handle_request(path, request, is_get)
-
-    def route(path: str, function: Any, *methods: str) -> Any:
-        return Route(path, function, methods=list(methods), include_in_schema=False)
 
     threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
     vars(server)[ANSWER] = functools.partial(answer_starlette, service, threads)
-    objects = route("/{path:path}", answer, "GET", "PUT")
+    running = PlainTextResponse("Running")
+    health = Route("/health", running, methods=["GET"], include_in_schema=False)
+    # ETLRequest.parse knows the methods of each path
+    objects = Route("/{path:path}", answer, methods=["GET", "PUT", "POST"], include_in_schema=False)
     # Starlette's pattern matches no line feed, which an object's name may have
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")
-    server.app.router.routes.extend([
-        route("/health", PlainTextResponse("Running"), "GET"),
-        route("/download", answer, "POST"), objects])
+    server.app.router.routes.extend([health, objects])
     layers = [(each, Middleware(marking_failures)) for each in server.app.user_middleware]
     server.app.user_middleware[:] = itertools.chain(*layers)
 
@@ -6123,14 +6119,12 @@ class ASGIFront:
 
         fields, closing = dict(scope["headers"]), {"connection": "close"}
         coding = fields.get(b"transfer-encoding", b"").lower()
-        offers = b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
         if (scope["path"], scope["method"]) == ("/health", "GET"):
             return PlainTextResponse("Running")
         if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
             return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
-        if offers and has_body(fields):
-            text = "another protocol cannot be offered with a body"
-            return PlainTextResponse(text, 400, closing)
+        if b"upgrade" in fields and has_body(fields):
+            return PlainTextResponse("an upgrade cannot come with a body", 400, closing)
         return self._app
 
     async def _serve(self, scope: Any, cycle: Any) -> None:
@@ -6278,12 +6272,18 @@ class UvicornServer:
 class WSGIResponse:
     """The response of a WSGI application to one request (PEP 3333)."""
 
-    def __init__(self) -> None:
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._environ = environ
         self.status = 0
         self.fields: List[Tuple[str, str]] = []
         self.size: Optional[int] = None  # the value of Content-Length, if the application sets it
         self._written: List[bytes] = []  # through `write`, and not yielded yet
         self._count = 0  # bytes that were yielded
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the client expects a body."""
+        return self._environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
 
     def start(self, status: str, fields: Sequence[Tuple[str, str]], exc_info: Any = None) -> Any:
         """Be the application's `start_response`; return its `write`."""
@@ -6296,10 +6296,9 @@ class WSGIResponse:
         self.size = lengths[0] if lengths else None
         return self._written.append
 
-    def pieces(self, application: Any, environ: Dict[str, Any],
-               body: MessageBody) -> Iterator[bytes]:
+    def pieces(self, application: Any, body: MessageBody) -> Iterator[bytes]:
         """Call the application and yield its output; raise if output or body is not whole."""
-        output = application(environ, self.start)
+        output = application(self._environ, self.start)
         try:
             # the empty piece at the end stands for what `write` has taken since the last piece
             for piece in itertools.chain(output, (b"",)):
@@ -6308,24 +6307,22 @@ class WSGIResponse:
                 if not self.status:
                     raise AssertionError("the application has not called start_response()")
                 self._count += len(data)
-                if self.size is not None and self._count > self.size and self._has_body(environ):
-                    raise ValueError(
-                        f"the answer has more bytes than its Content-Length, {self.size}")
+                self._check_size(self.size is not None and self._count > self.size)
                 if data:
                     yield data
             # the application may have caught the error of a body that was cut
             if self.status < 400:
                 body.raise_failure()
-            if self.size not in (None, self._count) and self._has_body(environ):
-                raise ValueError(
-                    f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
+            self._check_size(self.size not in (None, self._count))
         finally:
             error = attempt(getattr(output, "close", lambda: None)).error
             if error is not None:  # too late for another answer
-                log_user_error(environ["RAW_URI"], error)
+                log_user_error(self._environ["RAW_URI"], error)
 
-    def _has_body(self, environ: Mapping[str, Any]) -> bool:
-        return environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
+    def _check_size(self, is_wrong: bool) -> None:
+        if is_wrong and self.has_body:
+            raise ValueError(
+                f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
 
 
 # Header fields that the server sets; an application's values are dropped.
@@ -6343,14 +6340,14 @@ class WSGIApplication:
     def __init__(self, server: FlaskServer, service: Service) -> None:
         self._server = server
         self._service = service
-        self._answers_health = type(server)._health is not FlaskServer._health
 
     def asked(self, head: Head,
               connection: socket.socket) -> Optional[Callable[[MessageBody], Answer]]:
         """Return a function that answers a request, given its body; None if the server answers."""
         path, query = split_target(head.method, head.target)
-        is_health = (head.method, path) == ("GET", "/health") and not self._answers_health
-        if path == "/ws" or is_health or not path.startswith("/"):
+        is_health = (head.method, path) == ("GET", "/health")
+        is_ours = is_health and type(self._server)._health is FlaskServer._health
+        if is_ours or path == "/ws" or not path.startswith("/"):
             return None
         request = ETLRequest(head.method, path, query)
         return functools.partial(self._answer, request, head, connection)
@@ -6384,13 +6381,13 @@ class WSGIApplication:
 
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
         """Call the application up to its first piece; until then, a status can tell a failure."""
-        response = WSGIResponse()
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         environ["etl.input"] = environ["wsgi.input"]
-        pieces: Any = guarded(response.pieces(self._server.app, environ, body))
+        response = WSGIResponse(environ)
+        pieces: Any = guarded(response.pieces(self._server.app, body))
         first = next(pieces, b"")
         output = chain_first(first, pieces) if first else b""
-        if environ["REQUEST_METHOD"] == "HEAD" or response.status in BODILESS:
+        if not response.has_body:
             output = b""
             pieces.close()
         elif response.size == len(first):  # no piece follows, but the application must end
@@ -6424,12 +6421,8 @@ def answer_flask(service: Service, path: str) -> Any:
     import flask
 
     environ = flask.request.environ
-    method = environ["REQUEST_METHOD"]
-    if "RAW_URI" in environ:
-        raw_path, query = split_target(method, environ["RAW_URI"])
-    else:
-        raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
-        query = environ.get("QUERY_STRING", "")
+    method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
+    raw_path, _ = split_target(method, environ.get("RAW_URI", ""))
     try:
         pipeline = environ.get("HTTP_AIS_NODE_URL", "")
         request = request_of_app(method, path, raw_path, query, pipeline)
@@ -6442,7 +6435,7 @@ def answer_flask(service: Service, path: str) -> Any:
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
-    """Add routes for objects, `/download` and `/health`; the application's own rules win."""
+    """Add routes for objects and `/health`; the application's own rules win."""
     import flask
     from werkzeug.routing import BaseConverter
 
@@ -6452,7 +6445,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         # the weight puts the rule behind all rules of the application
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
-    app, handle = server.app, server._handle_request
+    app = server.app
     if type(app).log_exception is flask.Flask.log_exception:
         app.log_exception = lambda *args: log_user_error(flask.request.path, args[-1][1])
     vars(server)[ANSWER] = functools.partial(answer_flask, service)
@@ -6462,9 +6455,9 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         return
     app.url_map.converters["etl_name"] = AnyName
     app.add_url_rule("/health", "etl_health", lambda: server._health(), methods=["GET"])
-    app.add_url_rule("/download", "etl_download", lambda: handle("download"), methods=["POST"])
-    app.add_url_rule("/<etl_name:path>", "etl_object", lambda path: handle(path),
-                     methods=["GET", "PUT"])
+    # ETLRequest.parse knows the methods of each path
+    app.add_url_rule("/<etl_name:path>", "etl_object", lambda path: server._handle_request(path),
+                     methods=["GET", "PUT", "POST"])
 
 
 # == 18. Workers ==

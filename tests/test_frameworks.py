@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator, List, Set
-from urllib.parse import unquote
+from urllib.parse import unquote, urlencode
 
 import pytest
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
@@ -102,6 +102,11 @@ def test_objects_and_health_probes_are_answered_as_for_any_class(
     response = pod.request("GET", path + "?uuid=1")
     assert (response.status, response.body) == (200, b"HELLO ais/@#/bucket/obj ect")
     assert shared_target.requests[-1].target == BASE_PATH + path + "?uuid=1"
+    query = urlencode({"original_url": shared_target.url + "/over/there", "object_to": "bucket/got"})
+    shared_target.objects["/over/there"] = b"hello"
+    response = pod.request("POST", "/download?" + query)
+    assert (response.status, response.body) == (200, b"HELLO bucket/got")
+    assert pod.request("POST", "/bucket/object", b"hello").status == 405
     response = pod.request("PUT", "/bucket/teapot", b"hello")
     failure = {"detail": "Processing error: short and stout"}
     assert (response.status, json.loads(response.body)) == (418, failure)
