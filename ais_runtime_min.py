@@ -5750,11 +5750,20 @@ def request_of_app(method: str, path: str, raw_path: str, query: str,
     return ETLRequest.parse(method, f"{raw_path}?{query}" if query else raw_path, pipeline)
 
 
+def failure_of_user(what: str, error: BaseException) -> StartupError:
+    """Return the StartupError for an exception of the user's code, with its traceback."""
+    if isinstance(error, StartupError):
+        return error
+    kind = PackageError if package_of(error) else ClassError
+    failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
+    return with_story(failure, what, error)
+
+
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     """Import a framework, and first install it if it is missing and `may_install`.
 
     With `serves`, this includes the modules that serve its applications. Runs before workers are
-    forked, so that they share the memory of these modules. Raises PackageError.
+    forked, so that they share the memory of these modules. Raises StartupError.
     """
     wanted = FRAMEWORKS[name].wanted(serves)
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
@@ -5772,18 +5781,7 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     for module, _ in wanted:
         problem = attempt(importlib.import_module, module).error
         if problem is not None:
-            failure = PackageError(
-                f"the class needs {module}, which cannot be imported: {describe(problem)}")
-            raise with_story(failure, module, problem)
-
-
-def failure_of_user(what: str, error: BaseException) -> StartupError:
-    """Return the StartupError for an exception of the user's code, with its traceback."""
-    if isinstance(error, StartupError):
-        return error
-    kind = PackageError if package_of(error) else ClassError
-    failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
-    return with_story(failure, what, error)
+            raise failure_of_user(f"the import of {module}", problem)
 
 
 # -- FastAPI, by uvicorn --
@@ -5886,17 +5884,19 @@ class ASGIWebSocket:
         self._last_came = 0.0  # when the last message came, by time.monotonic()
         self._is_over = False
 
-    async def serve(self) -> None:
-        """Accept the connection, then take messages until it ends."""
+    async def serve(self, connections: Set[ASGIWebSocket]) -> None:
+        """Accept the connection, take messages until it ends; it is in `connections` meanwhile."""
         await self._receive()  # "websocket.connect"
         await self._send({"type": "websocket.accept"})
         report(REPORT_OPENED)
+        connections.add(self)
         try:
             while (message := await self._receive())["type"] == "websocket.receive":
                 self._last_came = time.monotonic()
                 if not self._is_over:
                     await self._take(message.get("bytes") or (message.get("text") or "").encode())
         finally:
+            connections.remove(self)
             self._is_over = True
             report(REPORT_CLOSED)
 
@@ -6054,98 +6054,6 @@ async def error_of(call: Any) -> Optional[BaseException]:
     return None
 
 
-class ASGIFront:
-    """The outermost application: answers `/health` and `/ws`, and has `app` answer the rest.
-
-    `app` is the class's own application. `begin` is called once `app` has started up. uvicorn
-    bounds the size of a WebSocket message, but nothing the memory of all messages together.
-    """
-
-    def __init__(self, app: Any, service: Service, begin: Callable[[], None]) -> None:
-        self._app = app
-        self._service = service
-        self._begin = begin
-        self._pool = ThreadPool(THREAD_LIMIT)
-        self._websockets: Set[ASGIWebSocket] = set()
-        self.failure: Optional[BaseException] = None  # of the application's start-up or shutdown
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one request, one WebSocket connection, or the application's lifespan."""
-        if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._serve(scope, send.__self__)
-        elif scope["path"] != "/ws":
-            await self._app(scope, receive, send)
-        elif len(self._websockets) >= WEBSOCKET_LIMIT:
-            await send({"type": "websocket.close"})
-        else:
-            connection = ASGIWebSocket(self._service, self._pool, receive, send)
-            self._websockets.add(connection)
-            try:
-                await connection.serve()
-            finally:
-                self._websockets.remove(connection)
-
-    async def drain_websockets(self) -> None:
-        """Close each connection once its objects are answered; when time is up, fail the rest."""
-        import asyncio
-
-        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
-        while self._websockets and time.monotonic() < deadline:
-            idle = [each.close() for each in self._websockets if each.is_idle]
-            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
-            await asyncio.sleep(DRAIN_LOOK_SECONDS)
-        for connection in self._websockets:
-            connection.fail("the pod is stopping")
-
-    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application's start-up and shutdown; keep a failure for UvicornServer."""
-        async def send_on(message: Any) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                self._begin()
-            await send({"type": message["type"]})  # a failure's text would be logged twice
-
-        self.failure = await error_of(self._app(scope, receive, send_on))
-        if self.failure is not None:
-            raise self.failure
-
-    def _app_for(self, scope: Any) -> Any:
-        """Return what answers a request: the class's application, or a response of ours.
-
-        Ours answer health probes, and refuse requests whose body uvicorn would misread.
-        """
-        from starlette.responses import PlainTextResponse
-
-        fields, closing = dict(scope["headers"]), {"connection": "close"}
-        coding = fields.get(b"transfer-encoding", b"").lower()
-        if (scope["path"], scope["method"]) == ("/health", "GET"):
-            return PlainTextResponse("Running")
-        if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
-            return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
-        if b"upgrade" in fields and has_body(fields):
-            return PlainTextResponse("an upgrade cannot come with a body", 400, closing)
-        return self._app
-
-    async def _serve(self, scope: Any, cycle: Any) -> None:
-        """Answer one request; if the answer fails half-way, end the connection."""
-        import asyncio
-
-        request, began = ASGIRequest(scope, cycle), time.monotonic()
-        error = await error_of(self._app_for(scope)(scope, request.receive, request.send))
-        log_request(scope["method"], scope["path"], request.status, request.size, began)
-        # uvloop raises RuntimeError for a connection that is closed
-        is_of_client = isinstance(error, (OSError, RuntimeError)) and (
-            cycle.disconnected or cycle.transport.is_closing())
-        if isinstance(error, asyncio.CancelledError):
-            logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
-        elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
-            log_user_error(scope["path"], error)
-        if error is not None and not cycle.response_complete:
-            cycle.transport.abort()  # half an answer must not be taken for a whole one
-            await asyncio.sleep(0)  # lets uvicorn notice
-
-
 def protocol_on(base: Any) -> Any:
     """Derive a class from uvicorn's HTTP protocol, `base`, that corrects two of its rules."""
     class Protocol(base):  # type: ignore[misc]
@@ -6172,8 +6080,9 @@ class UvicornServer:
     """Serve a class's application by uvicorn, whose loop runs on a thread of its own.
 
     The thread of `serve_forever` makes the calls of the class that the main thread must make. The
-    time that a client may take for the head of a request is not bounded: uvicorn has no setting for
-    that.
+    server itself is the application that uvicorn knows: it answers `/health` and `/ws`, and has the
+    class's application answer the rest. uvicorn bounds the size of a WebSocket message, but neither
+    the memory of all messages together nor the time for the head of a request.
     """
 
     def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service,
@@ -6192,10 +6101,14 @@ class UvicornServer:
         self._has_begun = False  # whether the application has started up
         self._outcome: Optional[Outcome] = None  # of uvicorn, once it has ended
         self._has_made_calls = threading.Event()  # set once the last call has been made
+        self._failure: Optional[BaseException] = None  # of the application's start-up or shutdown
+        self._service = service
+        self._pool = ThreadPool(THREAD_LIMIT)  # for objects over WebSocket
+        self._websockets: Set[ASGIWebSocket] = set()
         add_fastapi_routes(server, service)
-        self._front = ASGIFront(server.app, service, self._begin)
+        self._app = server.app
         self._config = uvicorn.Config(
-            self._front, lifespan="on", log_config=None, proxy_headers=False, server_header=False,
+            self, lifespan="on", log_config=None, proxy_headers=False, server_header=False,
             access_log=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
             h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False,
             ws_max_size=memory_limit(), ws_max_queue=1, ws_ping_interval=None,
@@ -6221,7 +6134,7 @@ class UvicornServer:
             while self._main.calls:
                 self._main.make_call()
         self._has_made_calls.set()
-        failure = self._front.failure or self._outcome.error
+        failure = self._failure or self._outcome.error
         if failure is not None:
             what = "shutdown" if self._has_begun else "start-up"
             raise failure_of_user(f"{self._name}'s {what}", failure)
@@ -6261,9 +6174,81 @@ class UvicornServer:
         deadline = time.monotonic() + WORKER_GRACE_SECONDS
         for server in self._uvicorn.servers:
             server.close()
-        await self._front.drain_websockets()
+        await self._drain_websockets()
         self._config.timeout_graceful_shutdown = max(1, int(deadline - time.monotonic()))
         self._uvicorn.should_exit = True
+
+    async def _drain_websockets(self) -> None:
+        """Close each connection once its objects are answered; when time is up, fail the rest."""
+        import asyncio
+
+        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
+        while self._websockets and time.monotonic() < deadline:
+            idle = [each.close() for each in self._websockets if each.is_idle]
+            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        for connection in self._websockets:
+            connection.fail("the pod is stopping")
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, one WebSocket connection, or the application's lifespan."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, send.__self__)
+        elif scope["path"] != "/ws":
+            await self._app(scope, receive, send)
+        elif len(self._websockets) >= WEBSOCKET_LIMIT:
+            await send({"type": "websocket.close"})
+        else:
+            connection = ASGIWebSocket(self._service, self._pool, receive, send)
+            await connection.serve(self._websockets)
+
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the application's start-up and shutdown; keep a failure for `serve_forever`."""
+        async def send_on(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._begin()
+            await send({"type": message["type"]})  # a failure's text would be logged twice
+
+        self._failure = await error_of(self._app(scope, receive, send_on))
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve(self, scope: Any, cycle: Any) -> None:
+        """Answer one request; if the answer fails half-way, end the connection."""
+        import asyncio
+
+        request, began = ASGIRequest(scope, cycle), time.monotonic()
+        error = await error_of(self._app_for(scope)(scope, request.receive, request.send))
+        log_request(scope["method"], scope["path"], request.status, request.size, began)
+        # uvloop raises RuntimeError for a connection that is closed
+        is_of_client = isinstance(error, (OSError, RuntimeError)) and (
+            cycle.disconnected or cycle.transport.is_closing())
+        if isinstance(error, asyncio.CancelledError):
+            logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
+        elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
+            log_user_error(scope["path"], error)
+        if error is not None and not cycle.response_complete:
+            cycle.transport.abort()  # half an answer must not be taken for a whole one
+            await asyncio.sleep(0)  # lets uvicorn notice
+
+    def _app_for(self, scope: Any) -> Any:
+        """Return what answers a request: the class's application, or a response of ours.
+
+        Ours answer health probes, and refuse requests whose body uvicorn would misread.
+        """
+        from starlette.responses import PlainTextResponse
+
+        fields, closing = dict(scope["headers"]), {"connection": "close"}
+        coding = fields.get(b"transfer-encoding", b"").lower()
+        if (scope["path"], scope["method"]) == ("/health", "GET"):
+            return PlainTextResponse("Running")
+        if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
+            return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
+        if b"upgrade" in fields and has_body(fields):
+            return PlainTextResponse("an upgrade cannot come with a body", 400, closing)
+        return self._app
 
 
 # -- Flask, by WSGI --
