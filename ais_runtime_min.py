@@ -5805,12 +5805,12 @@ async def answer_starlette(service: Service, threads: Any, path: str, request: A
     except RequestError as error:
         answer = error_answer(error.status, str(error), error.headers)
     else:
-        body = body_of_starlette(request, loop)
+        body = body_of_starlette(request)
         answer = await loop.run_in_executor(threads, service.answer, parsed, body)
     return starlette_response(answer, threads, scope["path"])
 
 
-def body_of_starlette(request: Any, loop: Any) -> PieceBody:
+def body_of_starlette(request: Any) -> PieceBody:
     """Return the body of a request; the thread of the event loop must not read it.
 
     At the end of a body of which the application has taken a part, a read raises, since the object
@@ -5818,7 +5818,8 @@ def body_of_starlette(request: Any, loop: Any) -> PieceBody:
     """
     import asyncio
 
-    pieces, came = request.stream(), request.scope.get("etl.request")
+    loop, pieces = asyncio.get_running_loop(), request.stream()
+    came = request.scope.get("etl.request")  # None in a server that the class has started itself
 
     async def next_piece() -> bytes:
         async for piece in pieces:
@@ -5941,8 +5942,8 @@ class ASGIWebSocket:
             self._has_answered.clear()
             await self._has_answered.wait()
         if refusal:
-            logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name,
-                         refusal)
+            name = self._objects.next_name
+            logger.error("%s: %s; its WebSocket connection is closed", name, refusal)
             self.fail(refusal)
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
@@ -6003,10 +6004,10 @@ def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
 
     threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
     vars(server)[ANSWER] = functools.partial(answer_starlette, service, threads)
-    running = PlainTextResponse("Running")
-    health = Route("/health", running, methods=["GET"], include_in_schema=False)
+    route = functools.partial(Route, include_in_schema=False)
+    health = route("/health", PlainTextResponse("Running"), methods=["GET"])
     # ETLRequest.parse knows the methods of each path
-    objects = Route("/{path:path}", answer, methods=["GET", "PUT", "POST"], include_in_schema=False)
+    objects = route("/{path:path}", answer, methods=["GET", "PUT", "POST"])
     # Starlette's pattern matches no line feed, which an object's name may have
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")
     server.app.router.routes.extend([health, objects])
@@ -6057,11 +6058,7 @@ async def error_of(call: Any) -> Optional[BaseException]:
 def protocol_on(base: Any) -> Any:
     """Derive a class from uvicorn's HTTP protocol, `base`, that corrects two of its rules."""
     class Protocol(base):  # type: ignore[misc]
-        """A connection with two rules of our own.
-
-        A request that has a body does not upgrade it. A client that has closed its own side after a
-        whole request is still answered.
-        """
+        """A connection; its client may end its own side after a request and is still answered."""
 
         def _should_upgrade(self) -> bool:
             return bool(super()._should_upgrade()) and not has_body(dict(self.headers))
@@ -6108,17 +6105,16 @@ class UvicornServer:
         add_fastapi_routes(server, service)
         self._app = server.app
         self._config = uvicorn.Config(
-            self, lifespan="on", log_config=None, proxy_headers=False, server_header=False,
-            access_log=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
+            self, lifespan="on", proxy_headers=False, server_header=False, access_log=False,
+            # at INFO, uvicorn would log that it starts and stops
+            log_config=None, log_level=max(logger.level, logging.WARNING),
+            backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
             h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False,
             ws_max_size=memory_limit(), ws_max_queue=1, ws_ping_interval=None,
             ws_ping_timeout=None)
         self._config.load()
         self._config.http_protocol_class = protocol_on(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
-        # at INFO, uvicorn would log that it starts and stops
-        level = logging.WARNING if logger.level == logging.INFO else logger.level
-        logging.getLogger("uvicorn").setLevel(level)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
             milliseconds = int(RESULT_UNREAD_SECONDS * 1000)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -6225,11 +6221,13 @@ class UvicornServer:
         # uvloop raises RuntimeError for a connection that is closed
         is_of_client = isinstance(error, (OSError, RuntimeError)) and (
             cycle.disconnected or cycle.transport.is_closing())
-        if isinstance(error, asyncio.CancelledError):
+        is_half = error is not None and cycle.response_started and not cycle.response_complete
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        if is_cancelled:
             logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
         elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
             log_user_error(scope["path"], error)
-        if error is not None and not cycle.response_complete:
+        if is_half or is_cancelled:
             cycle.transport.abort()  # half an answer must not be taken for a whole one
             await asyncio.sleep(0)  # lets uvicorn notice
 
