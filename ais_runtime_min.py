@@ -6161,30 +6161,28 @@ class UvicornServer:
         self._has_begun = True
 
     async def _drain(self) -> None:
-        """Wait for a signal, then stop accepting and finish what has begun."""
+        """Wait for a signal, then stop accepting and finish what has begun.
+
+        WebSocket connections are closed once their objects are answered; when time is up, the
+        objects of the rest fail.
+        """
         import asyncio
 
         # uvicorn opens its listeners after the application's start-up, so after `_begin`
         while not (self._uvicorn.started and self._waker.take()):
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
-        deadline = time.monotonic() + WORKER_GRACE_SECONDS
+        began = time.monotonic()
         for server in self._uvicorn.servers:
             server.close()
-        await self._drain_websockets()
-        self._config.timeout_graceful_shutdown = max(1, int(deadline - time.monotonic()))
-        self._uvicorn.should_exit = True
-
-    async def _drain_websockets(self) -> None:
-        """Close each connection once its objects are answered; when time is up, fail the rest."""
-        import asyncio
-
-        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
-        while self._websockets and time.monotonic() < deadline:
+        while self._websockets and time.monotonic() < began + WEBSOCKET_DRAIN_SECONDS:
             idle = [each.close() for each in self._websockets if each.is_idle]
             asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
         for connection in self._websockets:
             connection.fail("the pod is stopping")
+        seconds = began + WORKER_GRACE_SECONDS - time.monotonic()
+        self._config.timeout_graceful_shutdown = max(1, int(seconds))
+        self._uvicorn.should_exit = True
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request, one WebSocket connection, or the application's lifespan."""
