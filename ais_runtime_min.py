@@ -6210,7 +6210,7 @@ class UvicornServer:
             raise self._failure
 
     async def _serve(self, scope: Any, cycle: Any) -> None:
-        """Answer one request; if the answer fails half-way, end the connection."""
+        """Answer one request; uvicorn cuts the connection if an answer is not complete after it."""
         import asyncio
 
         request, began = ASGIRequest(scope, cycle), time.monotonic()
@@ -6219,15 +6219,12 @@ class UvicornServer:
         # uvloop raises RuntimeError for a connection that is closed
         is_of_client = isinstance(error, (OSError, RuntimeError)) and (
             cycle.disconnected or cycle.transport.is_closing())
-        is_half = error is not None and cycle.response_started and not cycle.response_complete
-        is_cancelled = isinstance(error, asyncio.CancelledError)
-        if is_cancelled:
+        if isinstance(error, asyncio.CancelledError):
             logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
+            cycle.transport.abort()  # after a reset, AIStore sends the object again
+            await asyncio.sleep(0)  # lets uvicorn notice
         elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
             log_user_error(scope["path"], error)
-        if is_half or is_cancelled:
-            cycle.transport.abort()  # half an answer must not be taken for a whole one
-            await asyncio.sleep(0)  # lets uvicorn notice
 
     def _app_for(self, scope: Any) -> Any:
         """Return what answers a request: the class's application, or a response of ours.
