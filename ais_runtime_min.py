@@ -5787,29 +5787,6 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
 # -- FastAPI, by uvicorn --
 
 
-async def answer_starlette(service: Service, threads: Any, path: str, request: Any) -> Any:
-    """Answer a Starlette request for an object by a Starlette response.
-
-    Runs on the event loop; `threads` are an executor on which everything runs that waits.
-    """
-    import asyncio
-
-    loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
-    raw_path, query = scope.get("raw_path", b""), scope["query_string"]
-    try:
-        parsed = request_of_app(
-            request.method, path, raw_path.decode("latin-1"), query.decode("latin-1"),
-            ", ".join(fields.getlist(HEADER_NODE_URL)))
-        if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
-            upgrade_answer({})
-    except RequestError as error:
-        answer = error_answer(error.status, str(error), error.headers)
-    else:
-        body = body_of_starlette(request)
-        answer = await loop.run_in_executor(threads, service.answer, parsed, body)
-    return starlette_response(answer, threads, scope["path"])
-
-
 def body_of_starlette(request: Any) -> PieceBody:
     """Return the body of a request; the thread of the event loop must not read it.
 
@@ -5864,6 +5841,29 @@ def starlette_response(answer: Answer, threads: Any, name: str) -> Any:
     # this would receive messages of the request, which the class may read while it answers
     response.listen_for_disconnect = lambda receive: asyncio.Event().wait()
     return response
+
+
+async def answer_starlette(service: Service, threads: Any, path: str, request: Any) -> Any:
+    """Answer a Starlette request for an object by a Starlette response.
+
+    Runs on the event loop; `threads` are an executor on which everything runs that waits.
+    """
+    import asyncio
+
+    loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
+    raw_path, query = scope.get("raw_path", b""), scope["query_string"]
+    try:
+        parsed = request_of_app(
+            request.method, path, raw_path.decode("latin-1"), query.decode("latin-1"),
+            ", ".join(fields.getlist(HEADER_NODE_URL)))
+        if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
+            upgrade_answer({})
+    except RequestError as error:
+        answer = error_answer(error.status, str(error), error.headers)
+    else:
+        body = body_of_starlette(request)
+        answer = await loop.run_in_executor(threads, service.answer, parsed, body)
+    return starlette_response(answer, threads, scope["path"])
 
 
 class ASGIWebSocket:
@@ -6058,7 +6058,11 @@ async def error_of(call: Any) -> Optional[BaseException]:
 def protocol_on(base: Any) -> Any:
     """Derive a class from uvicorn's HTTP protocol, `base`, that corrects two of its rules."""
     class Protocol(base):  # type: ignore[misc]
-        """A connection; its client may end its own side after a request and is still answered."""
+        """A connection with two rules of our own.
+
+        A request that has a body does not upgrade it. A client that has closed its own side after a
+        whole request is still answered.
+        """
 
         def _should_upgrade(self) -> bool:
             return bool(super()._should_upgrade()) and not has_body(dict(self.headers))
