@@ -5344,28 +5344,31 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 # of Flask. All other classes need nothing of this section, and no framework is imported for them.
 
 
-class PieceInput(ConnectionInput):
-    """The input of a request that another server receives.
+class PieceBody(MessageBody):
+    """The body of a request that another server, or an application, receives.
 
-    `receive` waits for the next piece of the body and returns it, or b"" at the end.
+    `take` waits for the next piece of the body and returns it, or b"" at the end. `length` is the
+    value of Content-Length, if there is one.
     """
 
-    def __init__(self, receive: Callable[[], bytes]) -> None:
-        super().__init__(cast(socket.socket, None))
-        self._receive = receive
+    def __init__(self, take: Callable[[], bytes], length: Optional[str]) -> None:
+        super().__init__(cast(ConnectionInput, None))
+        self.size = int(length) if length else None
+        self._take = take
+        self._piece = memoryview(b"")  # what is unread of the current piece
 
-    def readinto(self, buffer: Any, flags: int = 0) -> int:
+    def receive(self, buffer: Any) -> int:
         """Read some bytes of the current piece, or of the next one."""
-        if not self.ahead and not self.fill():
-            return 0
-        return super().readinto(buffer, flags)
-
-    def fill(self, flags: int = 0) -> bool:
-        """Wait for the next piece; raise every failure as an OSError, which readers expect."""
-        piece, error = attempt(self._receive)
-        if error is not None:
-            raise error if isinstance(error, OSError) else OSError(describe(error)) from None
-        return self._add(cast(bytes, piece))
+        if not self._piece:
+            piece, error = attempt(self._take)
+            if error is not None:
+                raise self._cut(f"broke off: {describe(error)}")
+            if not piece and self.size not in (None, self.count):
+                raise self._cut(f"ended after {self.count} of {self.size} bytes")
+            self._piece = memoryview(piece)
+        count = min(len(buffer), len(self._piece))
+        buffer[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
 
 
 def request_of_app(method: str, path: str, raw_path: str, query: str,
@@ -5379,20 +5382,20 @@ def request_of_app(method: str, path: str, raw_path: str, query: str,
     return ETLRequest.parse(method, f"{raw_path}?{query}" if query else raw_path, pipeline)
 
 
-def body_of_app(length: Optional[str], receive: Callable[[], bytes]) -> MessageBody:
-    """Return the body of a request that another server receives.
-
-    `length` is the value of Content-Length, if there is one. `receive` is as in PieceInput.
-    """
-    source = PieceInput(receive)
-    return BoundedReader(source, int(length)) if length else ClosingReader(source, OF_REQUEST)
+def failure_of_user(what: str, error: BaseException) -> StartupError:
+    """Return the StartupError for an exception of the user's code, with its traceback."""
+    if isinstance(error, StartupError):
+        return error
+    kind = PackageError if package_of(error) else ClassError
+    failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
+    return with_story(failure, what, error)
 
 
 def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     """Import a framework, and first install it if it is missing and `may_install`.
 
     With `serves`, this includes the modules that serve its applications. Runs before workers are
-    forked, so that they share the memory of these modules. Raises PackageError.
+    forked, so that they share the memory of these modules. Raises StartupError.
     """
     wanted = modules_of(name, serves)
     missing = sorted({requirement for module, requirement in wanted if not is_here(module)})
@@ -5410,144 +5413,95 @@ def prepare_framework(name: str, serves: bool, may_install: bool) -> None:
     for module, _ in wanted:
         problem = attempt(importlib.import_module, module).error
         if problem is not None:
-            failure = PackageError(
-                f"the class needs {module}, which cannot be imported: {describe(problem)}")
-            raise with_story(failure, module, problem)
-
-
-def failure_of_user(what: str, error: BaseException) -> StartupError:
-    """Return the StartupError for an exception of the user's code, with its traceback."""
-    if isinstance(error, StartupError):
-        return error
-    kind = PackageError if package_of(error) else ClassError
-    failure = kind(f"{what} failed: {describe_of_user(error, has_type=True)}")
-    return with_story(failure, what, error)
+            raise failure_of_user(f"the import of {module}", problem)
 
 
 # -- FastAPI, by uvicorn --
 
 
-@functools.lru_cache(maxsize=1)
-def piece_response_class() -> Any:
-    """Define the class of responses in pieces, once; Starlette must be installed.
+def body_of_starlette(request: Any) -> PieceBody:
+    """Return the body of a request; the thread of the event loop must not read it.
 
-    Starlette's StreamingResponse cannot be used. While it sends, it receives the request's messages
-    in order to notice a client that leaves. So it would take away the body from a class that reads
-    the body while it answers.
+    At the end of a body of which the application has taken a part, a read raises, since the object
+    would be cut.
     """
     import asyncio
 
-    from starlette.responses import Response
+    loop, pieces = asyncio.get_running_loop(), request.stream()
+    came = request.scope.get("etl.request")  # None in a server that the class has started itself
 
-    class PieceResponse(Response):  # type: ignore[misc]
-        """A response in pieces. If a piece fails, no end is sent, and ASGIFront cuts the answer."""
+    async def next_piece() -> bytes:
+        async for piece in pieces:
+            return cast(bytes, piece)
+        return b""
 
-        def __init__(self, answer: Answer, name: str, threads: Any) -> None:
-            super().__init__(None, answer.status)
-            del self.headers["content-length"]
-            self._answer = answer
-            self._name = name
-            self._call = functools.partial(asyncio.get_running_loop().run_in_executor, threads)
+    def take() -> bytes:
+        piece = asyncio.run_coroutine_threadsafe(next_piece(), loop).result(BODY_PAUSE_SECONDS)
+        if not piece and came is not None and body.count < came.count:
+            raise OSError("the application has taken some of it")
+        return piece
 
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            """Send the answer; the class may still read the body of the request meanwhile."""
-            # bytes are an empty result here, which is sent in chunks: see Answer.is_open
-            pieces = iter(()) if isinstance(self._answer.body, bytes) else self._answer.body
-            try:
-                await send({"type": "http.response.start", "status": self.status_code,
-                            "headers": self.raw_headers})
-                piece = None
-                while piece != b"":
-                    piece, error = await self._call(attempt, next, pieces, b"")
-                    if error is not None:
-                        log_cut(self._name, error)
-                        raise AnswerCut
-                    await send({"type": "http.response.body", "body": piece,
-                                "more_body": piece != b""})
-            finally:
-                await self._call(attempt, self._answer.__exit__)
-            if self.background is not None:
-                await self.background()
-
-    return PieceResponse
+    body = PieceBody(take, request.headers.get("content-length"))
+    return body
 
 
-class StarletteAnswers:
-    """Answer an application's requests for objects, on threads of a pool."""
+def starlette_response(answer: Answer, threads: Any, name: str) -> Any:
+    """Return the Starlette response for an answer; the pieces of its body are made on `threads`."""
+    import asyncio
 
-    def __init__(self, service: Service) -> None:
-        from concurrent.futures import ThreadPoolExecutor
+    from starlette.responses import Response, StreamingResponse
 
-        self._service = service
-        self._threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
-
-    async def __call__(self, path: str, request: Any) -> Any:
-        """Answer a Starlette request by a Starlette response; runs on the event loop."""
-        import asyncio
-
-        scope, fields, loop = request.scope, request.headers, asyncio.get_running_loop()
-        raw_path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
-        query, pipeline = scope["query_string"].decode("latin-1"), fields.getlist(HEADER_NODE_URL)
+    async def pieces() -> Any:
+        body = answer.body or iter(())  # an empty result is sent in chunks: see Answer.is_open
+        take = functools.partial(
+            asyncio.get_running_loop().run_in_executor, threads, attempt, next, body, b"")
         try:
-            parsed = request_of_app(request.method, path, raw_path, query, ", ".join(pipeline))
-            if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
-                upgrade_answer({})
-        except RequestError as error:
-            return self._response(error_answer(error.status, str(error), error.headers), path)
-        body = body_of_app(fields.get("content-length"), self._receiver(request, loop))
-        answer = await loop.run_in_executor(self._threads, self._service.answer, parsed, body)
-        return self._response(answer, parsed.name)
+            piece, error = await take()
+            while piece:
+                yield piece
+                piece, error = await take()
+            if error is not None:
+                log_cut(name, error)
+                raise AnswerCut
+        finally:
+            threads.submit(attempt, answer.__exit__)
 
-    @staticmethod
-    def _receiver(request: Any, loop: Any) -> Callable[[], bytes]:
-        """Return a function that waits for the next piece of a body, or returns b"" at the end.
+    fields = {field: UNPRINTABLE.sub("?", value) for field, value in answer.headers}
+    if isinstance(answer.body, bytes) and not answer.is_open:
+        return Response(answer.body, answer.status, fields)
+    response = StreamingResponse(pieces(), answer.status, fields)
+    # this would receive messages of the request, which the class may read while it answers
+    response.listen_for_disconnect = lambda receive: asyncio.Event().wait()
+    return response
 
-        The function must not run on the thread of the event loop. At the end it raises OSError if
-        the application has read a part of the body, since the object would be cut. Middleware
-        other than Starlette's own may have replaced the body, so nothing is checked behind it.
-        """
-        import asyncio
 
-        pieces, count = request.stream(), 0
-        came, receives = request.scope.get("etl.request"), request.receive
-        # whether ASGIRequest receives it, directly or behind Starlette's own middleware
-        is_as_it_came = came is not None and (
-            getattr(receives, "__self__", None) is came
-            or getattr(receives, "__module__", "") == "starlette.middleware.base")
+async def answer_starlette(service: Service, threads: Any, path: str, request: Any) -> Any:
+    """Answer a Starlette request for an object by a Starlette response.
 
-        async def next_piece() -> bytes:
-            async for piece in pieces:
-                if piece:
-                    return cast(bytes, piece)
-            return b""
+    Runs on the event loop; `threads` are an executor on which everything runs that waits.
+    """
+    import asyncio
 
-        def receive() -> bytes:
-            nonlocal count
-            future = asyncio.run_coroutine_threadsafe(next_piece(), loop)
-            piece = future.result(BODY_PAUSE_SECONDS)
-            count += len(piece)
-            if not piece and is_as_it_came and count < came.count:
-                raise OSError("the application has read some of it")
-            return piece
-
-        return receive
-
-    def _response(self, answer: Answer, name: str) -> Any:
-        from starlette.responses import Response
-
-        if isinstance(answer.body, bytes) and not answer.is_open:
-            response = Response(answer.body, answer.status)
-        else:
-            response = piece_response_class()(answer, name, self._threads)
-        for field, value in answer.headers:
-            response.headers[field] = UNPRINTABLE.sub("?", value)
-        return response
+    loop, scope, fields = asyncio.get_running_loop(), request.scope, request.headers
+    raw_path, query = scope.get("raw_path", b""), scope["query_string"]
+    try:
+        parsed = request_of_app(
+            request.method, path, raw_path.decode("latin-1"), query.decode("latin-1"),
+            ", ".join(fields.getlist(HEADER_NODE_URL)))
+        if parsed.is_message:  # a request for /ws that is no handshake: this raises the 426
+            upgrade_answer({})
+    except RequestError as error:
+        answer = error_answer(error.status, str(error), error.headers)
+    else:
+        body = body_of_starlette(request)
+        answer = await loop.run_in_executor(threads, service.answer, parsed, body)
+    return starlette_response(answer, threads, scope["path"])
 
 
 class ASGIWebSocket:
-    """One connection that speaks AIStore's protocol through an ASGI server.
+    """One connection that speaks AIStore's protocol through uvicorn.
 
-    The server's loop takes messages; threads of a pool answer their objects.
+    uvicorn's loop takes messages; threads of a pool answer their objects.
     """
 
     def __init__(self, service: Service, pool: ThreadPool, receive: Any, send: Any) -> None:
@@ -5556,8 +5510,6 @@ class ASGIWebSocket:
         self._service = service
         self._receive = receive
         self._send = send
-        # uvicorn's, or None if middleware wraps `send`; ASGI itself cannot send half a message
-        self._transport = getattr(getattr(send, "__self__", None), "transport", None)
         self._loop = asyncio.get_running_loop()
         self._has_answered = asyncio.Event()
         told = functools.partial(attempt, self._loop.call_soon_threadsafe, self._has_answered.set)
@@ -5565,19 +5517,19 @@ class ASGIWebSocket:
         self._last_came = 0.0  # when the last message came, by time.monotonic()
         self._is_over = False
 
-    async def serve(self) -> None:
-        """Accept the connection, then take messages until it ends."""
+    async def serve(self, connections: Set[ASGIWebSocket]) -> None:
+        """Accept the connection, take messages until it ends; it is in `connections` meanwhile."""
         await self._receive()  # "websocket.connect"
         await self._send({"type": "websocket.accept"})
         report(REPORT_OPENED)
+        connections.add(self)
         try:
-            message = await self._receive()
-            while message["type"] == "websocket.receive":
+            while (message := await self._receive())["type"] == "websocket.receive":
                 self._last_came = time.monotonic()
                 if not self._is_over:
                     await self._take(message.get("bytes") or (message.get("text") or "").encode())
-                message = await self._receive()
         finally:
+            connections.remove(self)
             self._is_over = True
             report(REPORT_CLOSED)
 
@@ -5593,20 +5545,21 @@ class ASGIWebSocket:
         self._is_over = True
         await self._send({"type": "websocket.close", "code": CLOSE_GOING_AWAY})
 
-    async def fail(self, reason: str) -> None:
-        """End the connection in a way that a target takes for the failure of an object."""
+    def fail(self, reason: str) -> None:
+        """End the connection in a way that a target takes for the failure of an object.
+
+        ASGI cannot send half a message, so the frames go directly to uvicorn's transport.
+        """
         if self._is_over:
             return
         self._is_over = True
         report(REPORT_BROKEN + " ".join(reason.split()).encode("utf-8", "replace"))
-        if self._transport is None:
-            await self._send({"type": "websocket.close", "code": CLOSE_FAILED,
-                              "reason": cut_reason(reason)})
-        elif not self._transport.is_closing():
+        transport = self._send.__self__.transport
+        if not transport.is_closing():
             beginning = frame_head(OP_BINARY, 0, is_last=False)
-            self._transport.write(beginning + close_frame(CLOSE_FAILED, reason))
+            transport.write(beginning + close_frame(CLOSE_FAILED, reason))
             # if the connection closed at once, a client that still sends might lose these frames
-            self._loop.call_later(DRAIN_SECONDS, self._transport.close)
+            self._loop.call_later(DRAIN_SECONDS, transport.close)
 
     async def _take(self, data: bytes) -> None:
         """Take one message; return once another one may be taken."""
@@ -5621,65 +5574,27 @@ class ASGIWebSocket:
             self._has_answered.clear()
             await self._has_answered.wait()
         if refusal:
-            logger.error("%s: %s; its WebSocket connection is closed", self._objects.next_name,
-                         refusal)
-            await self.fail(refusal)
+            name = self._objects.next_name
+            logger.error("%s: %s; its WebSocket connection is closed", name, refusal)
+            self.fail(refusal)
 
     def _reply(self, replies: Sequence[Reply], waits: bool) -> None:
         """Send replies and wait until they are sent; runs on a thread of the pool."""
         import asyncio
 
         sending = self._send_replies(replies)
-        try:
-            future = asyncio.run_coroutine_threadsafe(sending, self._loop)
-        except RuntimeError:  # the loop has ended
-            return sending.close()
-        attempt(future.result)  # it fails if the client has gone
+        # this fails if the client has gone, or if the loop has ended
+        attempt(lambda: asyncio.run_coroutine_threadsafe(sending, self._loop).result())
+        sending.close()
 
     async def _send_replies(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
             if reply.opcode == OP_CLOSE:
-                await self.fail(reply.data.decode("utf-8"))
+                self.fail(reply.data.decode("utf-8"))
             elif reply.opcode == OP_TEXT and not self._is_over:
                 await self._send({"type": "websocket.send", "text": reply.data.decode()})
             elif not self._is_over:
                 await self._send({"type": "websocket.send", "bytes": reply.data})
-
-
-class ASGIWebSockets:
-    """The application of `/ws`: AIStore's protocol through an ASGI server.
-
-    The server bounds the size of one message. Nothing bounds the memory of all messages together.
-    """
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._pool = ThreadPool(THREAD_LIMIT)
-        self._connections: Set[ASGIWebSocket] = set()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one connection to its end."""
-        if len(self._connections) >= WEBSOCKET_LIMIT:
-            await send({"type": "websocket.close"})
-            return
-        connection = ASGIWebSocket(self._service, self._pool, receive, send)
-        self._connections.add(connection)
-        try:
-            await connection.serve()
-        finally:
-            self._connections.remove(connection)
-
-    async def drain(self) -> None:
-        """Close each connection once its objects are answered; when time is up, fail the rest."""
-        import asyncio
-
-        deadline = time.monotonic() + WEBSOCKET_DRAIN_SECONDS
-        while self._connections and time.monotonic() < deadline:
-            idle = [each.close() for each in self._connections if each.is_idle]
-            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
-            await asyncio.sleep(DRAIN_LOOK_SECONDS)
-        for connection in tuple(self._connections):
-            await connection.fail("the pod is stopping")
 
 
 def marking_failures(app: Any) -> Any:
@@ -5707,50 +5622,44 @@ def marking_failures(app: Any) -> Any:
     return marked_app
 
 
-def add_fastapi_routes(server: FastAPIServer, service: Service) -> ASGIWebSockets:
-    """Add routes for objects, `/health` and `/ws` behind the application's own routes.
+def add_fastapi_routes(server: FastAPIServer, service: Service) -> None:
+    """Add routes for objects and `/health` behind the application's own routes."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    Returns the application of `/ws`.
-    """
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
-    from starlette.routing import Route, WebSocketRoute
+    from starlette.routing import Route
 
     async def answer(request: Any) -> Any:
-        path, is_get = request.path_params.get("path", ""), request.method == "GET"
+        path, is_get = request.path_params["path"], request.method == "GET"
         return await server._handle_request(path, request, is_get)
 
-    def route(path: str, function: Any, *methods: str) -> Any:
-        return Route(path, function, methods=list(methods), include_in_schema=False)
-
-    websockets = ASGIWebSockets(service)
-    vars(server)[ANSWER] = StarletteAnswers(service)
-    objects = route("/{path:path}", answer, "GET", "PUT")
+    threads = ThreadPoolExecutor(THREAD_LIMIT, "etl")
+    vars(server)[ANSWER] = functools.partial(answer_starlette, service, threads)
+    route = functools.partial(Route, include_in_schema=False)
+    health = route("/health", PlainTextResponse("Running"), methods=["GET"])
+    # ETLRequest.parse knows the methods of each path
+    objects = route("/{path:path}", answer, methods=["GET", "PUT", "POST"])
     # Starlette's pattern matches no line feed, which an object's name may have
     objects.path_regex = re.compile(r"(?s)/(?P<path>.*)\Z")
-    server.app.router.routes.extend([
-        WebSocketRoute("/ws", websockets), route("/health", PlainTextResponse("Running"), "GET"),
-        route("/download", answer, "POST"), objects])
+    server.app.router.routes.extend([health, objects])
     layers = [(each, Middleware(marking_failures)) for each in server.app.user_middleware]
     server.app.user_middleware[:] = itertools.chain(*layers)
-    return websockets
 
 
 class ASGIRequest:
     """The messages of one request, between uvicorn and the application."""
 
-    def __init__(self, scope: Any, receive: Any, send: Any) -> None:
+    def __init__(self, scope: Any, cycle: Any) -> None:
         scope["etl.request"] = self
+        self.cycle = cycle  # uvicorn's RequestResponseCycle
         self.count = 0  # bytes of the body that were received
         self.status = self.size = 0  # of the answer: its status, and bytes that were sent
         self.has_failed = False  # whether the answer has begun and will not become whole
-        self._receive = receive
-        self._send = send
-        self._cycle = send.__self__  # uvicorn's RequestResponseCycle
 
     async def receive(self) -> Any:
         """Receive the next message and count the bytes of the body."""
-        message = await self._receive()
+        message = await self.cycle.receive()
         self.count += len(message.get("body", b""))
         return message
 
@@ -5759,21 +5668,9 @@ class ASGIRequest:
         self.status = message.get("status", self.status)
         self.size += len(message.get("body", b""))
         if not self.has_failed:
-            await self._send(message)
-        if self.has_failed or self._cycle.disconnected:
+            await self.cycle.send(message)
+        if self.has_failed or self.cycle.disconnected:
             raise AnswerCut
-
-    async def abort(self) -> None:
-        """Abort the connection, so that half an answer is not taken for a whole one."""
-        import asyncio
-
-        self._cycle.transport.abort()
-        await asyncio.sleep(0)  # lets uvicorn notice
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the client has left."""
-        return bool(self._cycle.disconnected or self._cycle.transport.is_closing())
 
 
 def has_body(fields: Mapping[bytes, bytes]) -> bool:
@@ -5788,78 +5685,6 @@ async def error_of(call: Any) -> Optional[BaseException]:
     except BaseException as error:
         return error
     return None
-
-
-class ASGIFront:
-    """The outermost application: answers `/health` and `/ws`, and has `app` answer the rest.
-
-    `app` is the class's own application. `begin` is called once `app` has started up.
-    """
-
-    def __init__(self, app: Any, websockets: ASGIWebSockets, begin: Callable[[], None]) -> None:
-        self._app = app
-        self._websockets = websockets
-        self._begin = begin
-        self.failure: Optional[BaseException] = None  # of the application's start-up or shutdown
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one request, one WebSocket connection, or the application's lifespan."""
-        if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await (self._websockets if scope["path"] == "/ws" else self._app)(scope, receive, send)
-        else:
-            await self._serve(ASGIRequest(scope, receive, send), scope)
-
-    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run the application's start-up and shutdown; keep a failure for UvicornServer."""
-        async def send_on(message: Any) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                self._begin()
-            elif message["type"].endswith(".failed"):
-                self.failure = StartupError(message.get("message", ""))
-                message = {"type": message["type"]}  # its text would be in uvicorn's log too
-            await send(message)
-
-        error = await error_of(self._app(scope, receive, send_on))
-        if error is not None:
-            self.failure = error
-            raise error
-
-    def _app_for(self, scope: Any) -> Any:
-        """Return what answers a request: the class's application, or a response of ours.
-
-        Ours answer health probes, and refuse requests whose body uvicorn would misread.
-        """
-        from starlette.responses import PlainTextResponse
-
-        fields, closing = dict(scope["headers"]), {"connection": "close"}
-        coding = fields.get(b"transfer-encoding", b"").lower()
-        offers = b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
-        if (scope["path"], scope["method"]) == ("/health", "GET"):
-            return PlainTextResponse("Running")
-        if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
-            return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
-        if offers and has_body(fields):
-            text = "another protocol cannot be offered with a body"
-            return PlainTextResponse(text, 400, closing)
-        return self._app
-
-    async def _serve(self, request: ASGIRequest, scope: Any) -> None:
-        """Answer one request; if the answer fails half-way, end the connection."""
-        import asyncio
-
-        app, began = self._app_for(scope), time.monotonic()
-        error = await error_of(app(scope, request.receive, request.send))
-        log_request(scope["method"], scope["path"], request.status, request.size, began)
-        # uvloop raises RuntimeError for a connection that is closed
-        is_of_client = isinstance(error, (OSError, RuntimeError)) and request.is_gone
-        if isinstance(error, asyncio.CancelledError):
-            logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
-        elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
-            log_user_error(scope["path"], error)
-        if isinstance(error, (AnswerCut, asyncio.CancelledError)):
-            await request.abort()
 
 
 def protocol_on(base: Any) -> Any:
@@ -5888,8 +5713,9 @@ class UvicornServer:
     """Serve a class's application by uvicorn, whose loop runs on a thread of its own.
 
     The thread of `serve_forever` makes the calls of the class that the main thread must make. The
-    time that a client may take for the head of a request is not bounded: uvicorn has no setting for
-    that.
+    server itself is the application that uvicorn knows: it answers `/health` and `/ws`, and has the
+    class's application answer the rest. uvicorn bounds the size of a WebSocket message, but neither
+    the memory of all messages together nor the time for the head of a request.
     """
 
     def __init__(self, listener: socket.socket, server: FastAPIServer, service: Service,
@@ -5906,24 +5732,25 @@ class UvicornServer:
         self._bell = threading.Semaphore(0)  # released when calls come, and at uvicorn's end
         main_thread.wake = self._bell.release
         self._has_begun = False  # whether the application has started up
-        self._drain_began = 0.0
         self._outcome: Optional[Outcome] = None  # of uvicorn, once it has ended
         self._has_made_calls = threading.Event()  # set once the last call has been made
-        self._websockets = add_fastapi_routes(server, service)
-        self._front = ASGIFront(server.app, self._websockets, self._begin)
+        self._failure: Optional[BaseException] = None  # of the application's start-up or shutdown
+        self._service = service
+        self._pool = ThreadPool(THREAD_LIMIT)  # for objects over WebSocket
+        self._websockets: Set[ASGIWebSocket] = set()
+        add_fastapi_routes(server, service)
+        self._app = server.app
         self._config = uvicorn.Config(
-            self._front, lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-            server_header=False, backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
-            timeout_graceful_shutdown=int(WORKER_GRACE_SECONDS),
+            self, lifespan="on", proxy_headers=False, server_header=False, access_log=False,
+            # at INFO, uvicorn would log that it starts and stops
+            log_config=None, log_level=max(logger.level, logging.WARNING),
+            backlog=BACKLOG, timeout_keep_alive=int(IDLE_SECONDS),
             h11_max_incomplete_event_size=HEAD_LIMIT_BYTES, ws_per_message_deflate=False,
             ws_max_size=memory_limit(), ws_max_queue=1, ws_ping_interval=None,
             ws_ping_timeout=None)
         self._config.load()
         self._config.http_protocol_class = protocol_on(self._config.http_protocol_class)
         self._uvicorn = uvicorn.Server(self._config)
-        # at INFO, uvicorn would log that it starts and stops
-        level = logging.WARNING if logger.level == logging.INFO else logger.level
-        logging.getLogger("uvicorn").setLevel(level)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
             milliseconds = int(RESULT_UNREAD_SECONDS * 1000)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -5939,7 +5766,7 @@ class UvicornServer:
             while self._main.calls:
                 self._main.make_call()
         self._has_made_calls.set()
-        failure = self._front.failure or self._outcome.error
+        failure = self._failure or self._outcome.error
         if failure is not None:
             what = "shutdown" if self._has_begun else "start-up"
             raise failure_of_user(f"{self._name}'s {what}", failure)
@@ -5949,10 +5776,7 @@ class UvicornServer:
         self._waker.wake_on(signals, self._handle_signal)
 
     def _handle_signal(self) -> None:
-        """End the process if it is still starting up, which may take long.
-
-        Later, `_wake_up` reads the signal's number.
-        """
+        """End the process if it is still starting up, which may take long; else see `_drain`."""
         if not self._has_begun:
             self.leave()
 
@@ -5961,38 +5785,99 @@ class UvicornServer:
         self._outcome = attempt(self._uvicorn.run, [self._listener])
         self._bell.release()
         # a call of the class may hold up the main thread
-        if self._drain_began and not self._has_made_calls.wait(10 * LEAD_SECONDS):
+        if self._has_begun and not self._has_made_calls.wait(10 * LEAD_SECONDS):
             self.leave()
 
     def _begin(self) -> None:
         """Begin to serve; runs on uvicorn's loop, once the application has started up."""
         import asyncio
 
-        asyncio.get_running_loop().add_reader(self._waker.readable, self._wake_up)
+        self._draining = asyncio.ensure_future(self._drain())  # kept, or it might be collected
         self.ready()
         self._has_begun = True
 
-    def _wake_up(self) -> None:
-        """Begin to drain if a signal has come; runs on uvicorn's loop."""
-        import asyncio
-
-        if self._waker.take() and not self._drain_began:
-            self._drain_began = time.monotonic()
-            self._draining = asyncio.ensure_future(self._drain())  # kept, or it might be collected
-
     async def _drain(self) -> None:
-        """Stop accepting; end WebSocket connections, then have uvicorn finish its requests."""
+        """Wait for a signal, then stop accepting and finish what has begun.
+
+        WebSocket connections are closed once their objects are answered; when time is up, the
+        objects of the rest fail.
+        """
         import asyncio
 
         # uvicorn opens its listeners after the application's start-up, so after `_begin`
-        while not self._uvicorn.started:
+        while not (self._uvicorn.started and self._waker.take()):
             await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        began = time.monotonic()
         for server in self._uvicorn.servers:
             server.close()
-        await self._websockets.drain()
-        seconds = self._drain_began + WORKER_GRACE_SECONDS - time.monotonic()
+        while self._websockets and time.monotonic() < began + WEBSOCKET_DRAIN_SECONDS:
+            idle = [each.close() for each in self._websockets if each.is_idle]
+            asyncio.gather(*idle, return_exceptions=True)  # not awaited: a client may not read
+            await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        for connection in self._websockets:
+            connection.fail("the pod is stopping")
+        seconds = began + WORKER_GRACE_SECONDS - time.monotonic()
         self._config.timeout_graceful_shutdown = max(1, int(seconds))
         self._uvicorn.should_exit = True
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, one WebSocket connection, or the application's lifespan."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, send.__self__)
+        elif scope["path"] != "/ws":
+            await self._app(scope, receive, send)
+        elif len(self._websockets) >= WEBSOCKET_LIMIT:
+            await send({"type": "websocket.close"})
+        else:
+            connection = ASGIWebSocket(self._service, self._pool, receive, send)
+            await connection.serve(self._websockets)
+
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run the application's start-up and shutdown; keep a failure for `serve_forever`."""
+        async def send_on(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._begin()
+            await send({"type": message["type"]})  # a failure's text would be logged twice
+
+        self._failure = await error_of(self._app(scope, receive, send_on))
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve(self, scope: Any, cycle: Any) -> None:
+        """Answer one request; uvicorn cuts the connection if an answer is not complete after it."""
+        import asyncio
+
+        request, began = ASGIRequest(scope, cycle), time.monotonic()
+        error = await error_of(self._app_for(scope)(scope, request.receive, request.send))
+        log_request(scope["method"], scope["path"], request.status, request.size, began)
+        # uvloop raises RuntimeError for a connection that is closed
+        is_of_client = isinstance(error, (OSError, RuntimeError)) and (
+            cycle.disconnected or cycle.transport.is_closing())
+        if isinstance(error, asyncio.CancelledError):
+            logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
+            cycle.transport.abort()  # after a reset, AIStore sends the object again
+            await asyncio.sleep(0)  # lets uvicorn notice
+        elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
+            log_user_error(scope["path"], error)
+
+    def _app_for(self, scope: Any) -> Any:
+        """Return what answers a request: the class's application, or a response of ours.
+
+        Ours answer health probes, and refuse requests whose body uvicorn would misread.
+        """
+        from starlette.responses import PlainTextResponse
+
+        fields, closing = dict(scope["headers"]), {"connection": "close"}
+        coding = fields.get(b"transfer-encoding", b"").lower()
+        if (scope["path"], scope["method"]) == ("/health", "GET"):
+            return PlainTextResponse("Running")
+        if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
+            return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
+        if b"upgrade" in fields and has_body(fields):
+            return PlainTextResponse("an upgrade cannot come with a body", 400, closing)
+        return self._app
 
 
 # -- Flask, by WSGI --
@@ -6001,12 +5886,18 @@ class UvicornServer:
 class WSGIResponse:
     """The response of a WSGI application to one request (PEP 3333)."""
 
-    def __init__(self) -> None:
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        self._environ = environ
         self.status = 0
         self.fields: List[Tuple[str, str]] = []
         self.size: Optional[int] = None  # the value of Content-Length, if the application sets it
         self._written: List[bytes] = []  # through `write`, and not yielded yet
         self._count = 0  # bytes that were yielded
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the client expects a body."""
+        return self._environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
 
     def start(self, status: str, fields: Sequence[Tuple[str, str]], exc_info: Any = None) -> Any:
         """Be the application's `start_response`; return its `write`."""
@@ -6019,10 +5910,9 @@ class WSGIResponse:
         self.size = lengths[0] if lengths else None
         return self._written.append
 
-    def pieces(self, application: Any, environ: Dict[str, Any],
-               body: MessageBody) -> Iterator[bytes]:
+    def pieces(self, application: Any, body: MessageBody) -> Iterator[bytes]:
         """Call the application and yield its output; raise if output or body is not whole."""
-        output = application(environ, self.start)
+        output = application(self._environ, self.start)
         try:
             # the empty piece at the end stands for what `write` has taken since the last piece
             for piece in itertools.chain(output, (b"",)):
@@ -6031,24 +5921,22 @@ class WSGIResponse:
                 if not self.status:
                     raise AssertionError("the application has not called start_response()")
                 self._count += len(data)
-                if self.size is not None and self._count > self.size and self._has_body(environ):
-                    raise ValueError(
-                        f"the answer has more bytes than its Content-Length, {self.size}")
+                self._check_size(self.size is not None and self._count > self.size)
                 if data:
                     yield data
             # the application may have caught the error of a body that was cut
             if self.status < 400:
                 body.raise_failure()
-            if self.size not in (None, self._count) and self._has_body(environ):
-                raise ValueError(
-                    f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
+            self._check_size(self.size not in (None, self._count))
         finally:
             error = attempt(getattr(output, "close", lambda: None)).error
             if error is not None:  # too late for another answer
-                log_user_error(environ["RAW_URI"], error)
+                log_user_error(self._environ["RAW_URI"], error)
 
-    def _has_body(self, environ: Mapping[str, Any]) -> bool:
-        return environ["REQUEST_METHOD"] != "HEAD" and self.status not in BODILESS
+    def _check_size(self, is_wrong: bool) -> None:
+        if is_wrong and self.has_body:
+            raise ValueError(
+                f"the answer has {self._count} bytes, and its Content-Length is {self.size}")
 
 
 # Header fields that the server sets; an application's values are dropped.
@@ -6066,14 +5954,14 @@ class WSGIApplication:
     def __init__(self, server: FlaskServer, service: Service) -> None:
         self._server = server
         self._service = service
-        self._answers_health = type(server)._health is not FlaskServer._health
 
     def asked(self, head: Head,
               connection: socket.socket) -> Optional[Callable[[MessageBody], Answer]]:
         """Return a function that answers a request, given its body; None if the server answers."""
         path, query = split_target(head.method, head.target)
-        is_health = (head.method, path) == ("GET", "/health") and not self._answers_health
-        if path == "/ws" or is_health or not path.startswith("/"):
+        is_health = (head.method, path) == ("GET", "/health")
+        is_ours = is_health and type(self._server)._health is FlaskServer._health
+        if is_ours or path == "/ws" or not path.startswith("/"):
             return None
         request = ETLRequest(head.method, path, query)
         return functools.partial(self._answer, request, head, connection)
@@ -6107,13 +5995,13 @@ class WSGIApplication:
 
     def _ask(self, environ: Dict[str, Any], body: MessageBody) -> Answer:
         """Call the application up to its first piece; until then, a status can tell a failure."""
-        response = WSGIResponse()
         environ["wsgi.input"] = io.BufferedReader(cast(Any, body), READ_BYTES)
         environ["etl.input"] = environ["wsgi.input"]
-        pieces: Any = guarded(response.pieces(self._server.app, environ, body))
+        response = WSGIResponse(environ)
+        pieces: Any = guarded(response.pieces(self._server.app, body))
         first = next(pieces, b"")
         output = chain_first(first, pieces) if first else b""
-        if environ["REQUEST_METHOD"] == "HEAD" or response.status in BODILESS:
+        if not response.has_body:
             output = b""
             pieces.close()
         elif response.size == len(first):  # no piece follows, but the application must end
@@ -6123,22 +6011,23 @@ class WSGIApplication:
         return Answer(response.status, output, fields, response.size)
 
 
-def body_of_flask(request: Any) -> MessageBody:
+def body_of_flask(request: Any) -> RequestBody:
     """Return the body of an object's request, even if a hook of the class has read it whole.
 
     Raises RequestError if the application has read a part of the body: the object would be cut.
     """
-    data = getattr(request, "_cached_data", None)
-    stream: Any = request.stream if data is None else io.BytesIO(data)
     ours = request.environ.get("etl.input")
     if ours is request.environ["wsgi.input"]:  # else another server or middleware has made it
         body = cast(MessageBody, ours.raw)
-        if not body.count and request.max_content_length is None:
+        if body.count:
+            data = getattr(request, "_cached_data", b"")
+            if len(data) != body.count or not body.is_at_end:
+                raise RequestError("the application has read the object and not kept all of it")
+            return ReceivedObject(data)
+        if request.max_content_length is None:
             return body
-        if body.count and (data is None or len(data) != body.count or not body.is_at_end):
-            raise RequestError("the application has read the object and not kept all of it")
-    length = request.environ.get("CONTENT_LENGTH")
-    return body_of_app(length, lambda: cast(bytes, stream.read(READ_BYTES)))
+    stream = request._get_stream_for_parsing()  # a hook may have read it whole, by get_data()
+    return PieceBody(lambda: stream.read(READ_BYTES), request.environ.get("CONTENT_LENGTH"))
 
 
 def answer_flask(service: Service, path: str) -> Any:
@@ -6146,12 +6035,8 @@ def answer_flask(service: Service, path: str) -> Any:
     import flask
 
     environ = flask.request.environ
-    method = environ["REQUEST_METHOD"]
-    if "RAW_URI" in environ:
-        raw_path, query = split_target(method, environ["RAW_URI"])
-    else:
-        raw_path = quote(environ["PATH_INFO"].encode("latin-1"))
-        query = environ.get("QUERY_STRING", "")
+    method, query = environ["REQUEST_METHOD"], environ.get("QUERY_STRING", "")
+    raw_path, _ = split_target(method, environ.get("RAW_URI", ""))
     try:
         pipeline = environ.get("HTTP_AIS_NODE_URL", "")
         request = request_of_app(method, path, raw_path, query, pipeline)
@@ -6164,7 +6049,7 @@ def answer_flask(service: Service, path: str) -> Any:
 
 
 def add_flask_routes(server: FlaskServer, service: Service) -> None:
-    """Add routes for objects, `/download` and `/health`; the application's own rules win."""
+    """Add routes for objects and `/health`; the application's own rules win."""
     import flask
     from werkzeug.routing import BaseConverter
 
@@ -6174,7 +6059,7 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         # the weight puts the rule behind all rules of the application
         regex, part_isolating, weight = "(?s:.+)", False, 1000
 
-    app, handle = server.app, server._handle_request
+    app = server.app
     if type(app).log_exception is flask.Flask.log_exception:
         app.log_exception = lambda *args: log_user_error(flask.request.path, args[-1][1])
     vars(server)[ANSWER] = functools.partial(answer_flask, service)
@@ -6184,9 +6069,9 @@ def add_flask_routes(server: FlaskServer, service: Service) -> None:
         return
     app.url_map.converters["etl_name"] = AnyName
     app.add_url_rule("/health", "etl_health", lambda: server._health(), methods=["GET"])
-    app.add_url_rule("/download", "etl_download", lambda: handle("download"), methods=["POST"])
-    app.add_url_rule("/<etl_name:path>", "etl_object", lambda path: handle(path),
-                     methods=["GET", "PUT"])
+    # ETLRequest.parse knows the methods of each path
+    app.add_url_rule("/<etl_name:path>", "etl_object", lambda path: server._handle_request(path),
+                     methods=["GET", "PUT", "POST"])
 
 
 # == 18. Workers ==

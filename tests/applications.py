@@ -20,7 +20,7 @@ BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer"}
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi stream": "FastStream", "flask stream": "FlaskStream",
            "fastapi plain": "Prepares", "flask plain": "RegistersRoutes",
-           "fastapi changes": "Changes", "fastapi decoded": "Decoded"}
+           "fastapi changes": "Changes"}
 SOURCE = '''
 import asyncio, contextlib, os, signal, sqlite3, sys, threading, time
 import fastapi, fastapi.responses, flask, starlette.background, werkzeug.exceptions
@@ -136,22 +136,7 @@ class Copying:
     def __init__(self, app):
         self.app = app
     async def __call__(self, scope, receive, send):
-        decodes = any(name == b"x-decode" for name, _ in scope.get("headers", ()))
-
-        async def receive_decoded():
-            message = await receive()
-            if "body" in message:
-                message = {**message, "body": bytes.fromhex(message["body"].decode())}
-            return message
-        if decodes:
-            scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"content-length"]}
-        await self.app(dict(scope), receive_decoded if decodes else receive, send)
-
-class Decoded(Work, FastAPIServer):
-    """Its one middleware decodes bodies."""
-    def __init__(self):
-        super().__init__()
-        self.app.add_middleware(Copying)
+        await self.app(dict(scope), receive, send)
 
 class Changes(Work, FastAPIServer):
     """Middleware and a hook that read bodies and change paths; streams that fail or leave work behind."""

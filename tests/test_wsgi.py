@@ -189,6 +189,8 @@ class Wsgi(FlaskServer):
             environ["wsgi.input"] = Decoding(environ["wsgi.input"])
         elif how == "eager":
             environ["wsgi.input"] = io.BytesIO(bytes.fromhex(environ["wsgi.input"].read().decode()))
+        elif how == "short":
+            environ["wsgi.input"] = io.BytesIO(b"hel")
         if how:
             environ["CONTENT_LENGTH"] = str(int(environ["CONTENT_LENGTH"]) // 2)
         if environ["PATH_INFO"].startswith("/v1/"):
@@ -313,7 +315,7 @@ def test_head_tells_the_length_and_sends_no_body(pod: Runtime) -> None:
 
 @pytest.mark.parametrize("how, reason", [
     ("short", "the answer has 9 bytes, and its Content-Length is 10"),
-    ("long", "the answer has more bytes than its Content-Length, 8"),
+    ("long", "the answer has 9 bytes, and its Content-Length is 8"),
     ("after", "no more"), ("disk", "no disk")])
 def test_an_answer_that_is_not_whole_is_cut_and_closed(
     pod: Runtime, how: str, reason: str
@@ -495,6 +497,11 @@ def test_an_object_that_the_application_has_read_in_part_is_not_transformed(
 def test_an_object_is_what_middleware_makes_of_it(pod: Runtime, how: str) -> None:
     response = pod.request("PUT", "/bucket/object", b"hello".hex().encode(), {"X-Decode": how})
     assert (response.status, response.body) == (200, b"HELLO'bucket/object'")
+
+
+def test_an_object_of_which_middleware_leaves_a_part_is_not_transformed(pod: Runtime) -> None:
+    response = pod.request("PUT", "/bucket/object", b"hello".hex().encode(), {"X-Decode": "short"})
+    assert response.status == 400 and b"ended after 3 of 5 bytes" in response.body
 
 
 def test_the_application_s_limit_of_bodies_holds_for_objects(
