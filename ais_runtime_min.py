@@ -7113,7 +7113,8 @@ SPEC_RULES = {  # option: its default, what AIStore and Kubernetes accept, and t
     "obj-timeout": ("45s", TIME, "a time like 45s, 5m or 1h30m"),
 }
 # what the environment of a container has besides the pod's variables
-CONTAINER_VARIABLES = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+CONTAINER_VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE",
+                       "http_proxy", "https_proxy", "no_proxy")
 
 
 def use_names_of_pods() -> None:
@@ -7348,6 +7349,9 @@ def text_of(arguments: argparse.Namespace, class_name: str, payload: str,
     size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # 1 for the end of the line or variable
     pieces = {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
               for number, start in enumerate(range(0, len(payload), size), 1)}
+    for option, (default, _, _) in SPEC_RULES.items():
+        if not arguments.spec and getattr(arguments, option.replace("-", "_")) != default:
+            raise UsageError(f"--{option} is for --spec only")
     if arguments.spec:
         text = spec_of(arguments, class_name, {**pieces, **variables})
     elif arguments.env_file:
