@@ -1947,7 +1947,6 @@ class Current:
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
     reports: Optional[int] = None  # in a worker: the pipe to the supervisor
-    gate: Optional[int] = None  # in a worker: a pipe whose end tells that the worker may serve
     share: Optional[Share] = None  # in a worker: its number of connections, for the others to see
     # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
@@ -6772,10 +6771,10 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
 
 
 def start_listening(listener: socket.socket) -> None:
-    """Let clients connect; return once the log says that the class is served.
+    """Let clients connect.
 
-    In a worker, this function waits until the supervisor has logged that. Before this call the
-    system refuses connections, so a readiness probe fails at once and does not wait.
+    Before this call the system refuses connections, so a readiness probe fails at once and does
+    not wait.
     """
     try:
         listener.listen(BACKLOG)
@@ -6785,10 +6784,6 @@ def start_listening(listener: socket.socket) -> None:
     if Current.reports is None:
         logger.info("serving on %s", url_of(listener))
     report(REPORT_READY)
-    gate, Current.gate = Current.gate, None
-    if gate is not None:
-        os.read(gate, 1)
-        os.close(gate)
 
 
 def serve_instance(server: ListeningServer) -> None:
@@ -7054,14 +7049,14 @@ class Supervisor:
         self._groups: List[int] = []  # process groups that have outlived their workers
         self._shares = Share.allot(self._count)
         self._life = os.pipe()  # its writing end closes when the supervisor ends
-        self._gate = os.pipe()  # its writing end closes when workers may serve; -1 from then on
+        self._is_announced = False
         self._waker = Waker()
         self._selector = selectors.DefaultSelector()
 
     def run(self, announce: Callable[[str], None]) -> int:
         """Serve; return the exit code, or raise the StartupError that ends the pod.
 
-        `announce` is called with the URL once a worker is ready, before any request is answered.
+        `announce` is called with the URL once a worker is ready.
         """
         if not self._served.has_own_start:
             self._listener = bind(self._settings.host, self._settings.port)
@@ -7114,9 +7109,8 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
         self._selector.close()
-        for end in (*self._life, *self._gate):
-            if end >= 0:
-                os.close(end)
+        for end in self._life:
+            os.close(end)
 
     # -- starting --
 
@@ -7158,37 +7152,30 @@ class Supervisor:
             self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
             self._selector.close()
             others = [worker.reports for worker in self._workers.values()]
-            for end in (self._life[1], self._gate[1], reports, *others):
-                if end >= 0:
-                    os.close(end)
+            for end in (self._life[1], reports, *others):
+                os.close(end)
             if Current.output >= 0:
                 os.close(Current.output)  # the supervisor writes the last line
             drop_inherited_cleanup()
             Current.reports, Current.listener = reporter, self._listener
-            Current.gate, Current.share = self._gate[0], self._shares[slot]
+            Current.share = self._shares[slot]
             error = attempt(run_worker, self._load, self._life[0]).error
             code = Exit.OK if error is None else report_failure(error)
         finally:
             leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
 
     def _announce(self, announce: Callable[[str], None]) -> None:
-        """Announce the URL and let workers serve, once the first of them is ready."""
+        """Announce the URL once the first worker is ready."""
         if self._has_begun:
             return
         ready = [REPORT_READY in worker.told for worker in self._workers.values()]
         if all(ready) and len(ready) == self._count:
             self._has_begun = True
             logger.debug("all workers are ready")
-        if any(ready) and self._gate[1] >= 0:
+        if any(ready) and not (self._is_announced or self._deadline):
+            self._is_announced = True
             listener = self._listener
             announce(url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
-            self._open_gate()
-
-    def _open_gate(self) -> None:
-        """Let the workers serve that wait in `start_listening`, now or later."""
-        if self._gate[1] >= 0:
-            os.close(self._gate[1])
-            self._gate = (self._gate[0], -1)
 
     # -- watching --
 
@@ -7296,7 +7283,6 @@ class Supervisor:
         """Refuse connections, and tell the workers to finish the requests that they have begun."""
         self._deadline = time.monotonic() + GRACE_SECONDS
         self._due.clear()
-        self._open_gate()
         if self._listener is not None:
             self._listener.close()
         for pid in self._workers:

@@ -3,8 +3,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -309,43 +307,6 @@ def test_a_pod_that_is_stopped_as_its_last_worker_becomes_ready_ends_well() -> N
     payload = simple(more=more, before="import os, signal, time\n")
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": payload, "NUM_WORKERS": "1"})
     assert done.code == Exit.OK and "Traceback" not in "\n".join(done.lines)
-
-
-@pytest.mark.parametrize("workers, text", [(1, "1 worker"), (3, "3 workers")])
-def test_health_is_answered_no_sooner_than_the_line_is_written(
-    tmp_path: Path, workers: int, text: str
-) -> None:
-    more = """
-    def __init__(self):
-        super().__init__()
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(%r)
-            os.kill(os.getppid(), signal.SIGSTOP)  # so that it cannot write
-""" % str(tmp_path / "is stopped")
-    payload = simple(more=more, before="import contextlib, os, signal\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    python = interpreter("slim")
-    env = {"ETL_CLASS_PAYLOAD": payload, "NUM_WORKERS": str(workers), "PORT": str(port)}
-    with Server([python, str(RUNTIME)], exact_environment(python, env)) as server:
-        server.port = port
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                client = server.connect()
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-        with client:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            client.settimeout(1)
-            with pytest.raises(socket.timeout):
-                client.recv(1000)
-            assert "serving" not in server.log()
-            os.kill(server.pid, signal.SIGCONT)
-            client.settimeout(20)
-            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
-        server.wait_for_line(" with %s$" % text)
 
 
 def test_a_worker_that_cannot_come_up_keeps_no_other_from_serving(tmp_path: Path) -> None:
