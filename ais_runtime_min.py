@@ -1946,7 +1946,7 @@ class Current:
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
-    reports: Optional[int] = None  # in a worker: the pipe to the supervisor
+    reports: Optional[int] = None  # in a worker: the socket to the supervisor
     share: Optional[Share] = None  # in a worker: its number of connections, for the others to see
     # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
@@ -1959,7 +1959,7 @@ def report(message: bytes) -> None:
     """Send a line to the supervisor, if there is one; cut a long line."""
     if Current.reports is not None:
         with contextlib.suppress(BrokenPipeError):  # without a supervisor, this worker ends soon
-            # a pipe takes up to 4096 bytes as a whole, so lines of several threads do not mix
+            # the socket takes a line this short as a whole, so lines of several threads do not mix
             os.write(Current.reports, message[:2000] + b"\n")
 
 
@@ -6692,13 +6692,14 @@ def drop_inherited_cleanup() -> None:
         getattr(sys.modules.get(f"multiprocessing.{name}"), attribute, set()).clear()
 
 
-def end_with_supervisor(life: int) -> None:
+def end_with_supervisor() -> None:
     """End this worker and its children when the supervisor ends.
 
-    `life` is a pipe that only the supervisor could write to. It never does: the read returns when
-    the pipe closes, together with the supervisor. A thread of each worker runs this.
+    The supervisor never writes to the socket that its reports come from: the read returns when the
+    supervisor ends, which closes the socket. A thread of each worker runs this.
     """
-    os.read(life, 1)
+    with contextlib.suppress(ConnectionResetError):  # the supervisor has not read all reports
+        os.read(cast(int, Current.reports), 1)
     attempt(end_children)
     os._exit(Exit.SOFTWARE)
 
@@ -6868,13 +6869,12 @@ def construct(etl_class: Type[ETLServer]) -> Any:
     return server
 
 
-def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
+def run_worker(load: Callable[[], Type[ETLServer]]) -> None:
     """Construct the class and serve it until SIGTERM; raise StartupError if that fails.
 
-    `load` returns the class, and loads it if the supervisor has not. `life` is the pipe that closes
-    when the supervisor ends.
+    `load` returns the class, and loads it if the supervisor has not.
     """
-    threading.Thread(target=end_with_supervisor, args=(life,), name="life", daemon=True).start()
+    threading.Thread(target=end_with_supervisor, name="life", daemon=True).start()
     settings = Current.settings or Settings()
     etl_class = load()
     freeze_heap()
@@ -6971,9 +6971,9 @@ def how_it_ended(code: int) -> str:
 class Worker:
     """The supervisor's record of one worker process."""
 
-    def __init__(self, pid: int, reports: int, slot: int) -> None:
+    def __init__(self, pid: int, reports: socket.socket, slot: int) -> None:
         self.pid = pid
-        self.reports = reports  # the reading end of the pipe for its reports
+        self.reports = reports  # the supervisor's end of the connection for its reports
         self.slot = slot  # the lowest number that no other worker has
         self.told: Set[bytes] = set()  # the kinds of reports that have come
         self.websockets = 0  # connections that are open
@@ -6990,7 +6990,7 @@ class Worker:
     def read_reports(self) -> bool:
         """Read the reports that have come; return False if no more will come."""
         try:
-            text = os.read(self.reports, READ_BYTES)
+            text = self.reports.recv(READ_BYTES)
         except BlockingIOError:
             return True
         *lines, self._rest = (self._rest + text).split(b"\n")
@@ -7026,7 +7026,7 @@ class Supervisor:
     signals, whose handlers only count. A dead worker is replaced after a delay that doubles with
     each death in a row. The death of a worker that had answered a request begins a new row. After
     DEATHS_LIMIT deaths in a row the pod ends, unless a living worker has answered a request.
-    Workers notice the supervisor's own death by a pipe whose writing end closes.
+    Workers notice the supervisor's own death by the end of the connection for their reports.
     """
 
     def __init__(self, settings: Settings, served: Served,
@@ -7048,7 +7048,6 @@ class Supervisor:
         self._last_stop = 0.0  # when the last of them came
         self._groups: List[int] = []  # process groups that have outlived their workers
         self._shares = Share.allot(self._count)
-        self._life = os.pipe()  # its writing end closes when the supervisor ends
         self._is_announced = False
         self._waker = Waker()
         self._selector = selectors.DefaultSelector()
@@ -7071,7 +7070,7 @@ class Supervisor:
                 if key.data is None:
                     self._waker.take()
                 elif not key.data.read_reports():
-                    self._selector.unregister(key.fd)  # a closed pipe would stay readable
+                    self._selector.unregister(key.fileobj)  # its end would stay readable
             self._announce(announce)
             self._reap()
             self._look_at_websockets()
@@ -7109,8 +7108,6 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
         self._selector.close()
-        for end in self._life:
-            os.close(end)
 
     # -- starting --
 
@@ -7123,24 +7120,25 @@ class Supervisor:
 
     def _start_worker(self) -> None:
         slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
-        ends: List[int] = []
+        ends: List[socket.socket] = []
         try:
-            ends += os.pipe()
+            ends += socket.socketpair()
             flush_output()
             pid = os.fork()  # no signal reaches our handlers in the child: see Waker
             if not pid:
                 self._become_worker(slot, *ends)
         except OSError as error:  # memory, processes or files are used up, perhaps for a moment
             for end in ends:
-                os.close(end)
+                end.close()
             return self._start_later(f"a worker cannot be started: {error.strerror}")
         reports, reporter = ends
-        os.close(reporter)
-        os.set_blocking(reports, False)
+        reporter.close()
+        reports.setblocking(False)
         self._workers[pid] = Worker(pid, reports, slot)
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
-    def _become_worker(self, slot: int, reports: int, reporter: int) -> NoReturn:
+    def _become_worker(self, slot: int, reports: socket.socket,
+                       reporter: socket.socket) -> NoReturn:
         """Release what belongs to the supervisor, serve, and end; runs in the forked child."""
         code: int = Exit.SOFTWARE
         try:
@@ -7151,15 +7149,14 @@ class Supervisor:
             signal.signal(signal.SIGINT, lambda *_: None)
             self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
             self._selector.close()
-            others = [worker.reports for worker in self._workers.values()]
-            for end in (self._life[1], reports, *others):
-                os.close(end)
+            for end in (reports, *[worker.reports for worker in self._workers.values()]):
+                end.close()
             if Current.output >= 0:
                 os.close(Current.output)  # the supervisor writes the last line
             drop_inherited_cleanup()
-            Current.reports, Current.listener = reporter, self._listener
+            Current.reports, Current.listener = reporter.fileno(), self._listener
             Current.share = self._shares[slot]
-            error = attempt(run_worker, self._load, self._life[0]).error
+            error = attempt(run_worker, self._load).error
             code = Exit.OK if error is None else report_failure(error)
         finally:
             leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
@@ -7198,7 +7195,7 @@ class Supervisor:
         worker.read_reports()
         with contextlib.suppress(KeyError):
             self._selector.unregister(worker.reports)
-        os.close(worker.reports)
+        worker.reports.close()
         self._shares[worker.slot].leave()
         if signal_group(worker.pid, signal.SIGTERM):
             self._groups.append(worker.pid)
@@ -7227,6 +7224,8 @@ class Supervisor:
             self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
         if self._served.has_own_start:  # the pod is this one process
             return self._fail(StartupError(why))
+        for worker in self._workers.values():
+            worker.read_reports()  # its first answer may have come since the last look
         has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
         if self._deaths >= DEATHS_LIMIT and not has_answered:
             return self._fail(StartupError(
