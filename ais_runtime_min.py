@@ -1879,9 +1879,7 @@ REPORT_ANSWERED = b"A"  # its first request is answered
 REPORT_OPENED = b"O"  # a WebSocket connection is open
 REPORT_CLOSED = b"C"  # a WebSocket connection is closed
 REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; text: the reason
-REPORT_NEEDS = b"N"  # text: a framework, a space, and 1 if it must serve the class, else 0
-REPORT_STORY = b"S"  # text: a line of the traceback for the REPORT_FAILED that follows
-REPORT_FAILED = b"F"  # the start has failed; text: an exit code, a space, and the reason
+REPORT_FAILED = b"F"  # the start has failed; text: the reason in JSON, from `report_failure`
 
 
 class Framework(NamedTuple):
@@ -6837,18 +6835,14 @@ def reseed() -> None:
 
 def report_failure(error: BaseException) -> int:
     """Tell the supervisor why this worker ends; return the exit code."""
-    if isinstance(error, FrameworkNeeded):
-        report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
-        return error.exit
-    code, story = Exit.SYSTEM, ""
-    if isinstance(error, StartupError):
-        code, story = error.exit, error.story
-    # redact before `report` cuts a long line: half of a secret would not be recognized
+    code = error.exit if isinstance(error, StartupError) else Exit.SYSTEM
     redact = (Current.settings or Settings()).redact
-    for line in redact(story).splitlines():
-        report(REPORT_STORY + line.encode("utf-8", "replace"))
-    reason = redact(" ".join(describe(error).split()))
-    report(b"%b%d %b" % (REPORT_FAILED, code, reason.encode("utf-8", "replace")))
+    # redact before the cut: half of a secret would not be recognized
+    reason, story = (redact(text)[:ERROR_TEXT_LIMIT_BYTES]
+                     for text in (describe(error), getattr(error, "story", "")))
+    told = code, reason, story, getattr(error, "framework", ""), getattr(error, "serves", False)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(cast(int, Current.reports), REPORT_FAILED + json.dumps(told).encode() + b"\n")
     return code
 
 
@@ -6979,7 +6973,6 @@ class Worker:
         self.websockets = 0  # connections that are open
         self.breakage = ""  # the last failure of an object that has closed a connection
         self.failure: Optional[StartupError] = None
-        self._story: List[str] = []  # the lines of the failure's traceback
         self._rest = b""  # the beginning of a report whose end has not come yet
 
     @property
@@ -6989,14 +6982,13 @@ class Worker:
 
     def read_reports(self) -> bool:
         """Read the reports that have come; return False if no more will come."""
-        try:
-            text = self.reports.recv(READ_BYTES)
-        except BlockingIOError:
-            return True
-        *lines, self._rest = (self._rest + text).split(b"\n")
-        for line in lines:
-            self._take_report(line[:1], line[1:].decode("utf-8", "replace"))
-        return bool(text)
+        with contextlib.suppress(BlockingIOError):
+            while text := self.reports.recv(READ_BYTES):
+                *lines, self._rest = (self._rest + text).split(b"\n")
+                for line in lines:
+                    self._take_report(line[:1], line[1:].decode("utf-8", "replace"))
+            return False
+        return True
 
     def _take_report(self, kind: bytes, text: str) -> None:
         self.told.add(kind)
@@ -7004,15 +6996,10 @@ class Worker:
             self.websockets += 1 if kind == REPORT_OPENED else -1
         elif kind == REPORT_BROKEN:
             self.breakage = text
-        elif kind == REPORT_STORY:
-            self._story.append(text)
-        elif kind == REPORT_NEEDS:
-            name, _, serves = text.partition(" ")
-            self.failure = FrameworkNeeded(name, serves == "1")
         elif kind == REPORT_FAILED:
-            code, _, reason = text.partition(" ")
-            self.failure = StartupError(reason)
-            self.failure.exit, self.failure.story = Exit(int(code)), "\n".join(self._story)
+            code, reason, story, framework, serves = json.loads(text)
+            self.failure = FrameworkNeeded(framework, serves) if framework else StartupError(reason)
+            self.failure.exit, self.failure.story = Exit(code), story
 
 
 class Supervisor:
