@@ -6971,35 +6971,13 @@ class Worker:
         self.slot = slot  # the lowest number that no other worker has
         self.told: Set[bytes] = set()  # the kinds of reports that have come
         self.websockets = 0  # connections that are open
-        self.breakage = ""  # the last failure of an object that has closed a connection
         self.failure: Optional[StartupError] = None
-        self._rest = b""  # the beginning of a report whose end has not come yet
+        self.rest = b""  # the beginning of a report whose end has not come yet
 
     @property
     def is_idle(self) -> bool:
         """Whether the worker serves and has never had a request."""
         return REPORT_READY in self.told and REPORT_BEGUN not in self.told
-
-    def read_reports(self) -> bool:
-        """Read the reports that have come; return False if no more will come."""
-        with contextlib.suppress(BlockingIOError):
-            while text := self.reports.recv(READ_BYTES):
-                *lines, self._rest = (self._rest + text).split(b"\n")
-                for line in lines:
-                    self._take_report(line[:1], line[1:].decode("utf-8", "replace"))
-            return False
-        return True
-
-    def _take_report(self, kind: bytes, text: str) -> None:
-        self.told.add(kind)
-        if kind in (REPORT_OPENED, REPORT_CLOSED):
-            self.websockets += 1 if kind == REPORT_OPENED else -1
-        elif kind == REPORT_BROKEN:
-            self.breakage = text
-        elif kind == REPORT_FAILED:
-            code, reason, story, framework, serves = json.loads(text)
-            self.failure = FrameworkNeeded(framework, serves) if framework else StartupError(reason)
-            self.failure.exit, self.failure.story = Exit(code), story
 
 
 class Supervisor:
@@ -7056,8 +7034,8 @@ class Supervisor:
             for key, _ in self._selector.select(seconds):
                 if key.data is None:
                     self._waker.take()
-                elif not key.data.read_reports():
-                    self._selector.unregister(key.fileobj)  # its end would stay readable
+                else:
+                    self._read_reports(key.data)
             self._announce(announce)
             self._reap()
             self._look_at_websockets()
@@ -7163,6 +7141,34 @@ class Supervisor:
 
     # -- watching --
 
+    def _read_reports(self, worker: Worker) -> None:
+        """Read the reports of a worker that have come."""
+        with contextlib.suppress(BlockingIOError):
+            while text := worker.reports.recv(READ_BYTES):
+                *lines, worker.rest = (worker.rest + text).split(b"\n")
+                for line in lines:
+                    self._take_report(worker, line[:1], line[1:].decode("utf-8", "replace"))
+            self._forget_reports(worker)  # their end would stay readable
+
+    def _forget_reports(self, worker: Worker) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(worker.reports)
+
+    def _take_report(self, worker: Worker, kind: bytes, text: str) -> None:
+        worker.told.add(kind)
+        if kind == REPORT_OPENED:
+            worker.websockets += 1
+        elif kind == REPORT_CLOSED:
+            worker.websockets -= 1
+            self._forsaken_at = 0.0  # the wait for another connection begins anew
+        elif kind == REPORT_BROKEN:
+            self._breakage = text
+        elif kind == REPORT_FAILED:
+            code, reason, story, framework, serves = json.loads(text)
+            failure = FrameworkNeeded(framework, serves) if framework else StartupError(reason)
+            failure.exit, failure.story = Exit(code), story
+            worker.failure = failure
+
     def _reap(self) -> None:
         """Reap every child that has ended, adopted ones too; forget the groups that are empty."""
         self._groups = [group for group in self._groups if signal_group(group, 0)]
@@ -7179,14 +7185,12 @@ class Supervisor:
 
     def _lose(self, worker: Worker, code: int) -> None:
         """Release a worker that has ended; tell the rest of its process group to end, too."""
-        worker.read_reports()
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(worker.reports)
+        self._read_reports(worker)
+        self._forget_reports(worker)
         worker.reports.close()
         self._shares[worker.slot].leave()
         if signal_group(worker.pid, signal.SIGTERM):
             self._groups.append(worker.pid)
-        self._breakage = worker.breakage or self._breakage
         if worker.websockets:
             self._breakage = f"worker {worker.pid} {how_it_ended(code)}"
         self._replace(worker, code)
@@ -7212,7 +7216,7 @@ class Supervisor:
         if self._served.has_own_start:  # the pod is this one process
             return self._fail(StartupError(why))
         for worker in self._workers.values():
-            worker.read_reports()  # its first answer may have come since the last look
+            self._read_reports(worker)  # its first answer may have come since the last look
         has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
         if self._deaths >= DEATHS_LIMIT and not has_answered:
             return self._fail(StartupError(
@@ -7228,20 +7232,12 @@ class Supervisor:
         A target never opens a lost connection again: the objects that it would send over that
         connection wait forever, and only the end of the pod tells the target of the failure.
         """
-        if not self._settings.is_pod:
-            return
-        has_opened = is_any_open = False
-        for worker in self._workers.values():
-            has_opened = has_opened or REPORT_OPENED in worker.told
-            is_any_open = is_any_open or worker.websockets > 0
-            worker.told.discard(REPORT_OPENED)
-            self._breakage, worker.breakage = worker.breakage or self._breakage, ""
-        if is_any_open or not self._breakage or self._deadline:
+        is_any_open = any(worker.websockets for worker in self._workers.values())
+        if is_any_open or not self._breakage or self._deadline or not self._settings.is_pod:
             self._forsaken_at = 0.0
-        elif not self._forsaken_at or has_opened:
+        elif not self._forsaken_at:
             self._forsaken_at = time.monotonic() + FORSAKEN_SECONDS
         elif time.monotonic() >= self._forsaken_at:
-            self._forsaken_at = 0.0
             self._fail(StartupError(
                 f"{self._breakage} (no WebSocket connection is left, "
                 f"and AIStore opens none again)"))
