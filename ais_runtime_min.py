@@ -7000,7 +7000,6 @@ class Supervisor:
         self._forsaken_at = 0.0  # when the pod ends because of that failure; 0.0 if it goes on
         self._stops = 0  # signals to stop, so far
         self._last_stop = 0.0  # when the last of them came
-        self._groups: List[int] = []  # process groups that have outlived their workers
         self._shares = Share.allot(self._count)
         self._is_announced = False
         self._waker = Waker()
@@ -7050,13 +7049,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # any handler has it wake the selector
 
     def _close(self) -> None:
-        """End the groups that are left, and release everything for a supervisor that may follow."""
-        def send(number: int) -> bool:
-            self._reap()
-            # a list, for any() would stop at the first group that is left
-            return any([signal_group(group, number) for group in self._groups])
-
-        end_all(send, CHILDREN_SECONDS)
+        """Release everything for a supervisor that may follow."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
@@ -7137,11 +7130,8 @@ class Supervisor:
                 *lines, worker.rest = (worker.rest + text).split(b"\n")
                 for line in lines:
                     self._take_report(worker, line[:1], line[1:].decode("utf-8", "replace"))
-            self._forget_reports(worker)  # their end would stay readable
-
-    def _forget_reports(self, worker: Worker) -> None:
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(worker.reports)
+            if worker.reports in self._selector.get_map():  # their end would stay readable
+                self._selector.unregister(worker.reports)
 
     def _take_report(self, worker: Worker, kind: bytes, text: str) -> None:
         worker.told.add(kind)
@@ -7159,8 +7149,7 @@ class Supervisor:
             worker.failure = failure
 
     def _reap(self) -> None:
-        """Reap every child that has ended, adopted ones too; forget the groups that are empty."""
-        self._groups = [group for group in self._groups if signal_group(group, 0)]
+        """Reap every child that has ended, adopted ones too."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -7173,13 +7162,13 @@ class Supervisor:
                 self._lose(worker, os.waitstatus_to_exitcode(status))
 
     def _lose(self, worker: Worker, code: int) -> None:
-        """Release a worker that has ended; tell the rest of its process group to end, too."""
+        """Release a worker that has ended; tell what is left of its process group to end, too."""
         self._read_reports(worker)
-        self._forget_reports(worker)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(worker.reports)
         worker.reports.close()
         self._shares[worker.slot].leave()
-        if signal_group(worker.pid, signal.SIGTERM):
-            self._groups.append(worker.pid)
+        signal_group(worker.pid, signal.SIGTERM)
         if worker.websockets:
             self._breakage = f"worker {worker.pid} {how_it_ended(code)}"
         self._replace(worker, code)
