@@ -60,7 +60,7 @@ if __name__ == "__main__":
     # not a second copy.
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
     # Imported modules stay: a search for garbage among them would take a sixth of the start-up
-    # time. `freeze_heap` enables the collector again.
+    # time. The supervisor enables the collector again before it forks workers.
     gc.disable()
 
     class LateModule(types.ModuleType):
@@ -1884,7 +1884,6 @@ REPORT_FAILED = b"F"  # the start has failed; text: the reason in JSON, from `re
 class Framework(NamedTuple):
     """A framework that a class may need."""
 
-    server: str  # the package that serves its applications; "" if this runtime serves them
     # requirements by module: a class imports the first module, the others serve its application
     modules: Mapping[str, str]
 
@@ -1894,10 +1893,10 @@ class Framework(NamedTuple):
 
 
 FRAMEWORKS: Mapping[str, Framework] = {  # the requirements are those of setup.cfg's extras
-    "fastapi": Framework("uvicorn", {
+    "fastapi": Framework({
         "fastapi": "fastapi>=0.110", "uvicorn": "uvicorn[standard]>=0.29",
         "websockets": "uvicorn[standard]>=0.29"}),
-    "flask": Framework("", {"flask": "flask>=3.0"}),
+    "flask": Framework({"flask": "flask>=3.0"}),
 }
 
 
@@ -6803,16 +6802,6 @@ def serve_instance(server: ListeningServer) -> None:
         raise StartupError(f"the server failed: {describe(error)}")
 
 
-def freeze_heap() -> None:
-    """Collect garbage from now on, but not among the objects that exist already.
-
-    A collection writes to each object that it examines, and forked processes share the memory of
-    an object only until one of them writes to it.
-    """
-    gc.freeze()
-    gc.enable()
-
-
 def reseed() -> None:
     """Give this worker random numbers of its own.
 
@@ -6865,7 +6854,6 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> None:
     threading.Thread(target=end_with_supervisor, name="life", daemon=True).start()
     settings = Current.settings or Settings()
     etl_class = load()
-    freeze_heap()
     reseed()
     name = etl_class.__name__
     server = construct(etl_class)
@@ -6935,16 +6923,8 @@ class Served(NamedTuple):
     """What the supervisor knows about the class that its workers serve."""
 
     name: str
-    base: str  # the SDK's base class
     server: str  # the framework that must serve it; "" if only its constructor can tell
     has_own_start: bool  # it overrides `start`, and so serves by itself, in one process
-
-    @classmethod
-    def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
-        """Describe a class that is loaded."""
-        base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
-        has_own_start = getattr(etl_class, "start") is not ListeningServer.start
-        return cls(etl_class.__name__, base, server, has_own_start)
 
 
 def how_it_ended(code: int) -> str:
@@ -6983,11 +6963,12 @@ class Supervisor:
     Workers notice the supervisor's own death by the end of the connection for their reports.
     """
 
-    def __init__(self, settings: Settings, served: Served,
-                 load: Callable[[], Type[ETLServer]]) -> None:
+    def __init__(self, settings: Settings, served: Served, load: Callable[[], Type[ETLServer]],
+                 announce: Callable[[str], None]) -> None:
         self._settings = settings
         self._served = served
         self._load = load
+        self._announce = announce  # called with the URL once a worker is ready
         self._count = 1 if served.has_own_start else settings.workers
         self._listener: Optional[socket.socket] = None
         self._workers: Dict[int, Worker] = {}  # by process id
@@ -7005,11 +6986,8 @@ class Supervisor:
         self._waker = Waker()
         self._selector = selectors.DefaultSelector()
 
-    def run(self, announce: Callable[[str], None]) -> int:
-        """Serve; return the exit code, or raise the StartupError that ends the pod.
-
-        `announce` is called with the URL once a worker is ready.
-        """
+    def run(self) -> int:
+        """Serve; return the exit code, or raise the StartupError that ends the pod."""
         if not self._served.has_own_start:
             self._listener = bind(self._settings.host, self._settings.port)
             self._settings = self._settings._replace(port=self._listener.getsockname()[1])
@@ -7024,7 +7002,6 @@ class Supervisor:
                     self._waker.take()
                 else:
                     self._read_reports(key.data)
-            self._announce(announce)
             self._reap()
             self._look_at_websockets()
             self._stop_in_time()
@@ -7108,19 +7085,6 @@ class Supervisor:
         finally:
             leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
 
-    def _announce(self, announce: Callable[[str], None]) -> None:
-        """Announce the URL once the first worker is ready."""
-        if self._has_begun:
-            return
-        ready = [REPORT_READY in worker.told for worker in self._workers.values()]
-        if all(ready) and len(ready) == self._count:
-            self._has_begun = True
-            logger.debug("all workers are ready")
-        if any(ready) and not (self._is_announced or self._deadline):
-            self._is_announced = True
-            listener = self._listener
-            announce(url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
-
     # -- watching --
 
     def _read_reports(self, worker: Worker) -> None:
@@ -7142,11 +7106,25 @@ class Supervisor:
             self._forsaken_at = 0.0  # the wait for another connection begins anew
         elif kind == REPORT_BROKEN:
             self._breakage = text
+        elif kind == REPORT_READY and not self._deadline:
+            self._note_ready()
         elif kind == REPORT_FAILED:
             code, reason, story, framework, serves = json.loads(text)
             failure = FrameworkNeeded(framework, serves) if framework else StartupError(reason)
             failure.exit, failure.story = Exit(code), story
             worker.failure = failure
+
+    def _note_ready(self) -> None:
+        """Announce the URL once a worker is ready; note when all of them are."""
+        if not self._is_announced:
+            self._is_announced = True
+            listener = self._listener
+            self._announce(
+                url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
+        ready = [worker for worker in self._workers.values() if REPORT_READY in worker.told]
+        if len(ready) == self._count:
+            self._has_begun = True
+            logger.debug("all workers are ready")
 
     def _reap(self) -> None:
         """Reap every child that has ended, adopted ones too."""
@@ -7162,19 +7140,16 @@ class Supervisor:
                 self._lose(worker, os.waitstatus_to_exitcode(status))
 
     def _lose(self, worker: Worker, code: int) -> None:
-        """Release a worker that has ended; tell what is left of its process group to end, too."""
+        """Replace a worker that has ended, or end the pod if the pod's start has failed."""
         self._read_reports(worker)
         with contextlib.suppress(KeyError):
             self._selector.unregister(worker.reports)
         worker.reports.close()
         self._shares[worker.slot].leave()
-        signal_group(worker.pid, signal.SIGTERM)
+        signal_group(worker.pid, signal.SIGTERM)  # what its class has started
+        why = f"worker {worker.pid} {worker.failure or how_it_ended(code)}"
         if worker.websockets:
-            self._breakage = f"worker {worker.pid} {how_it_ended(code)}"
-        self._replace(worker, code)
-
-    def _replace(self, worker: Worker, code: int) -> None:
-        """Replace a worker that has ended, or end the pod if the pod's start has failed."""
+            self._breakage = why
         if worker.failure is not None and not (self._has_begun or self._deadline):
             return self._fail(worker.failure)
         if worker.failure is not None and self._failure is None:
@@ -7183,7 +7158,6 @@ class Supervisor:
             return
         if REPORT_ANSWERED in worker.told:
             self._deaths = 0
-        why = f"worker {worker.pid} {worker.failure or how_it_ended(code)}"
         self._start_later(why)
 
     def _start_later(self, why: str) -> None:
@@ -7344,8 +7318,7 @@ class Job(NamedTuple):
     settings: Settings
     may_install: bool
     load: Callable[[], Type[ETLServer]]
-    # called with the class, the framework's server or "", and the URL
-    announce: Callable[[Served, str, str], None]
+    announce: Callable[[str, str], None]  # called with the class's name and the URL
 
     def run(self, start: Start, served: Optional[Served]) -> int:
         """Serve until SIGTERM, and return the exit code.
@@ -7372,20 +7345,23 @@ class Job(NamedTuple):
 
     def _serve(self, start: Start, served: Optional[Served]) -> int:
         """Load the class, unless the workers load it, and serve it."""
-        load, is_loaded_here = self.load, served is None
+        load = functools.lru_cache(maxsize=None)(self.load)  # once, for all workers forked later
+        is_loaded_here = served is None
         if served is None:
             etl_class = load()
-            load = lambda: etl_class  # noqa: E731  loaded once, for all workers
-            served = Served.of(etl_class, server_for(etl_class))
-        server, by = self.settings.server or served.server, ""
+            has_own_start = getattr(etl_class, "start") is not ListeningServer.start
+            served = Served(etl_class.__name__, server_for(etl_class), has_own_start)
+        server = self.settings.server or served.server
         if server in FRAMEWORKS:
             prepare_framework(server, serves=True, may_install=self.may_install)
-            by = FRAMEWORKS[server].server
         if is_loaded_here and not may_be_forked():
             start.over(served)
-        freeze_heap()
-        settings = self.settings._replace(server=server)
-        return Supervisor(settings, served, load).run(functools.partial(self.announce, served, by))
+        # Collect garbage from now on, but not among the objects that exist already: a collection
+        # writes to all that it examines, and processes share what none of them writes to.
+        gc.freeze()
+        gc.enable()
+        return Supervisor(self.settings._replace(server=server), served, load,
+                          functools.partial(self.announce, served.name)).run()
 
 
 def pod_job(environ: Mapping[str, str]) -> Job:
@@ -7393,13 +7369,7 @@ def pod_job(environ: Mapping[str, str]) -> Job:
     has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
     required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
     settings = Settings.from_env(environ, required)
-
-    def announce(served: Served, by: str, url: str) -> None:
-        is_one = settings.workers == 1 or served.has_own_start
-        count = "1 worker" if is_one else f"{settings.workers} workers"
-        logger.info("serving %s (%s%s) on %s with %s", served.name, served.base,
-                    by and f", by {by}", url, count)
-
+    announce = functools.partial(logger.info, "serving %s on %s")
     return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
 
@@ -7485,10 +7455,10 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
         threads=arguments.threads or settings.threads,
         fqn_roots=(os.path.realpath(folder),) if folder else ())
 
-    def announce(served: Served, by: str, url: str) -> None:
+    def announce(name: str, url: str) -> None:
         file = first_file(folder) if folder else ""
         get = f"'{url}/{quote(os.fsencode(file))}'" if file else f"{url}/health"
-        print(f"serving {served.name} from {arguments.file} on {url}",
+        print(f"serving {name} from {arguments.file} on {url}",
               f"  echo hello | curl -sS -T - {url}/bucket/object",
               f"  curl -sS {get}", sep="\n", flush=True)
 
