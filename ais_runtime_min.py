@@ -7427,20 +7427,6 @@ def class_from_file(text: str) -> Type[ETLServer]:
     return pick_class(module, wanted)
 
 
-def first_file(folder: str) -> str:
-    """Return the first readable file below a folder, as an object's name; "" if there is none."""
-    root = os.path.realpath(folder)
-    for where, subfolders, names in os.walk(root):
-        subfolders.sort()
-        for path in (os.path.join(where, name) for name in sorted(names)):
-            name = os.path.relpath(path, root)
-            can_be_read = os.path.isfile(path) and os.access(path, os.R_OK)
-            is_within = is_object_path(os.path.realpath(path), (root,))
-            if can_be_read and is_within and f"/{name}" not in PATH_METHODS:
-                return name
-    return ""
-
-
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
     """Return the job of the command `serve`, whose options replace some variables."""
     if arguments.target:
@@ -7456,11 +7442,9 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
         fqn_roots=(os.path.realpath(folder),) if folder else ())
 
     def announce(name: str, url: str) -> None:
-        file = first_file(folder) if folder else ""
-        get = f"'{url}/{quote(os.fsencode(file))}'" if file else f"{url}/health"
         print(f"serving {name} from {arguments.file} on {url}",
               f"  echo hello | curl -sS -T - {url}/bucket/object",
-              f"  curl -sS {get}", sep="\n", flush=True)
+              f"  curl -sS {url}/health", sep="\n", flush=True)
 
     return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
 

@@ -1,6 +1,5 @@
 """What users trip over: names, logs, packages and mistakes, and what the runtime says to them."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -502,27 +501,6 @@ def test_the_target_of_serve_is_there_for_the_class(
     words = ["serve", str(serve_file(tmp_path, source)), "--port", "0", "--target", str(tmp_path)]
     runtime = start_runtime(None, ALONE, words, bare_python)
     assert runtime.request("PUT", "/b/o", b"").body == b"file://%s" % str(tmp_path).encode()
-
-
-def test_the_line_to_try_names_a_file_that_can_be_had(
-    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
-) -> None:
-    file, folder = serve_file(tmp_path, IMPORT + UPPER), tmp_path / "folder"
-    folder.mkdir()
-    (folder / "a").symlink_to("/etc/hostname")
-    (folder / "b").symlink_to(tmp_path / "nothing")
-    os.mkfifo(folder / "c")
-    (folder / "ch").mkdir()
-    (folder / "ch" / os.fsdecode(b"\xff")).write_text("odd")
-    (folder / "d").write_text("hello")
-    words = ["serve", str(file), "--port", "0", "--target", str(folder)]
-    runtime = start_runtime(None, ALONE, words, bare_python)
-    runtime.wait_for_line(r"curl -sS '%s/d'" % re.escape(runtime.url))
-    assert runtime.request("GET", "/d").body == b"HELLO"
-    (folder / "d").rename(folder / "health")
-    runtime = start_runtime(None, ALONE, words, bare_python)
-    runtime.wait_for_line(r"curl -sS '%s/ch/%%FF'" % re.escape(runtime.url))
-    assert runtime.request("GET", "/ch/%FF").body == b"ODD"
 
 
 OWN_PROCESS = IMPORT.replace("\n", " as Base\n") + '''
