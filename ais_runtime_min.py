@@ -7374,23 +7374,19 @@ def pod_job(environ: Mapping[str, str]) -> Job:
 
 
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
-    """Return the class to serve from a file's module: the one named `wanted`, or the only one.
-
-    A class from which another class of the file derives does not count.
-    """
+    """Return the class to serve from a file's module: the one named `wanted`, or the only one."""
     names = vars(module)
-    if wanted:
-        if wanted not in names:
-            raise UsageError(f"{module.__file__} has no {wanted}")
-        return checked_class(names[wanted], f"{module.__file__}: {wanted}")
-    found = {value for value in names.values() if isinstance(value, type)
-             and issubclass(value, ETLServer) and value.__module__ == module.__name__}
-    leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
-    if len(leaves) != 1:
-        choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
-        raise UsageError(f"{module.__file__} must define one ETL class, or the argument must be "
-                         f"FILE:CLASS; the file defines {choice}")
-    return checked_class(leaves[0], f"{module.__file__}: {leaves[0].__name__}")
+    if not wanted:
+        found = {value: name for name, value in names.items() if isinstance(value, type)
+                 and issubclass(value, ETLServer) and value.__module__ == module.__name__}
+        if len(found) != 1:
+            choice = ", ".join(sorted(found.values())) or "none"
+            raise UsageError(f"{module.__file__} must define one ETL class, or the argument must "
+                             f"be FILE:CLASS; the file defines {choice}")
+        wanted, = found.values()
+    if wanted not in names:
+        raise UsageError(f"{module.__file__} has no {wanted}")
+    return checked_class(names[wanted], f"{module.__file__}: {wanted}")
 
 
 def split_file(text: str) -> Tuple[str, str]:

@@ -126,7 +126,7 @@ JSON = IMPORT + UPPER.replace("data.upper()", "__import__('json').dumps(data.dec
 
 @pytest.mark.parametrize("file, source, expected", [
     ("two.py:Lower", TWO, b"hello"),
-    ("family.py", IMPORT + UPPER + LOUDER, b"HELLO!"),  # the class is served, not its base
+    ("family.py:Louder", IMPORT + UPPER + LOUDER, b"HELLO!"),
     ("mine.py", "from neighbour import Upper\nclass Mine(Upper):\n    pass\n", b"HELLO"),
     ("json.py", JSON, b'"HELLO"'),  # beside Python's
     ("mine.py", "from ais_runtime_min import HTTPMultiThreadedServer\n" + UPPER, b"HELLO"),
