@@ -7427,12 +7427,11 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
     """Return the job of the command `serve`, whose options replace some variables."""
     if arguments.target:
         environ["AIS_TARGET_URL"] = arguments.target  # classes may read it, too
-    unread = re.compile("NUM_WORKERS|PORT|ETL_FQN_ROOTS|ETL_CLASS_PAYLOAD.*")
-    settings = Settings.from_env(
-        {name: text for name, text in environ.items() if not unread.fullmatch(name)})
+    settings = Settings.from_env(environ)
     is_folder = settings.target.startswith("file:")
     folder = unquote(urlsplit(settings.target).path) if is_folder else ""
     settings = settings._replace(
+        payload="", payload_file="",
         host=arguments.host, port=arguments.port, workers=arguments.workers,
         threads=arguments.threads or settings.threads,
         fqn_roots=(os.path.realpath(folder),) if folder else ())

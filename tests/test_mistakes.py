@@ -463,16 +463,6 @@ def serve_file(folder: Path, source: str, name: str = "mine.py") -> Path:
     return folder / name
 
 
-def test_serve_does_not_read_what_it_has_options_for(
-    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
-) -> None:
-    bad = {"NUM_WORKERS": "many", "PORT": "http", "ETL_CLASS_PAYLOAD_FILE": "/no/such",
-           "ETL_CLASS_PAYLOAD_7": "x", "ETL_FQN_ROOTS": "relative"}
-    file = serve_file(tmp_path, IMPORT + UPPER)
-    runtime = start_runtime(None, {**ALONE, **bad}, ["serve", str(file), "--port", "0"], bare_python)
-    assert runtime.request("PUT", "/b/o", b"hello").body == b"HELLO"
-
-
 @pytest.mark.parametrize("source, words, unwanted", [
     (IMPORT + "import msgspec\n" + UPPER, "No module named 'msgspec': pip install msgspec", "PACKAGES"),
     (IMPORT + "from aistore import Client\n" + UPPER, "'Client' from 'aistore'.*pip install aistore", "image"),
