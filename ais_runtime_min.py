@@ -6662,7 +6662,6 @@ def leave(code: int, seconds: float) -> NoReturn:
     end_multiprocessing = getattr(util, "_exit_function", lambda: None)
     atexit.unregister(end_multiprocessing)  # it waits for children, so it is called last, below
     attempt(atexit._run_exitfuncs)
-    attempt(flush_output)
     # for children that do not end by themselves
     start_timer(CHILDREN_SECONDS, attempt, end_children)
     attempt(end_multiprocessing)
@@ -6768,11 +6767,7 @@ def start_listening(listener: socket.socket) -> None:
     Before this call the system refuses connections, so a readiness probe fails at once and does
     not wait.
     """
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        port = listener.getsockname()[1]
-        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
+    listener.listen(BACKLOG)
     if Current.reports is None:
         logger.info("serving on %s", url_of(listener))
     report(REPORT_READY)
@@ -6852,19 +6847,12 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> None:
     `load` returns the class, and loads it if the supervisor has not.
     """
     threading.Thread(target=end_with_supervisor, name="life", daemon=True).start()
-    settings = Current.settings or Settings()
     etl_class = load()
     reseed()
-    name = etl_class.__name__
     server = construct(etl_class)
-    port = getattr(server, "port", settings.port)
     if Current.listener is None:
-        add_routes(server, settings)
-        if port == 8000:  # the SDK's default: PORT decides
-            server.port = settings.port
-    elif port != settings.port:
-        logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
-    call_user(f"{name}.start()", server.start)
+        add_routes(server, Current.settings or Settings())
+    call_user(f"{etl_class.__name__}.start()", server.start)
 
 
 # -- whether a process can be forked --
@@ -7246,14 +7234,6 @@ def prepare(settings: Settings, may_install: bool) -> None:
         install_python_packages(settings.packages)
 
 
-def current_folder() -> str:
-    """Return the current folder, or "" if it has been removed."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""
-
-
 class Start(NamedTuple):
     """How this process was started, recorded before the class can change any of that."""
 
@@ -7284,8 +7264,7 @@ class Start(NamedTuple):
                             Current.began])
         flush_output()
         try:
-            if current_folder() != self.folder:
-                os.chdir(self.folder)
+            os.chdir(self.folder)
             os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -7295,11 +7274,7 @@ class Start(NamedTuple):
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     """Read what `Start.over` has left for this program, and use its folder of packages."""
-    try:
-        served, folder, requirements, signals, writer, Current.began = json.loads(known)
-    except (ValueError, TypeError):
-        raise UsageError(f"{FRESH_START} is internal to this runtime and must not be "
-                         f"set") from None
+    served, folder, requirements, signals, writer, Current.began = json.loads(known)
     if folder:
         target_folder.take_over(folder, requirements)
         use_packages_of(folder, environ)
@@ -7454,21 +7429,11 @@ def give_up(error: StartupError) -> int:
         logger.error(error.story, extra=WITH_LINES)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
     Current.last_line = f"ais_runtime_min: {reason}"
-    if os.path.exists(TERMINATION_LOG):
-        try:
-            with open(TERMINATION_LOG, "wb") as file:
-                file.write(reason.encode("utf-8", "replace")[:TERMINATION_LOG_LIMIT_BYTES])
-        except OSError as problem:
-            logger.debug("%s cannot be written: %s", TERMINATION_LOG, problem)
+    # "r+b" makes no file where there is none
+    with contextlib.suppress(OSError), open(TERMINATION_LOG, "r+b") as file:
+        file.write(reason.encode("utf-8", "replace")[:TERMINATION_LOG_LIMIT_BYTES])
+        file.truncate()
     return error.exit
-
-
-def install(environ: Mapping[str, str]) -> int:
-    """Install what `OS_PACKAGES` and `PACKAGES` name; return the exit code."""
-    Current.settings = Settings.from_env(environ)
-    target_folder.may_be_made = False  # it would be removed before the image is complete
-    prepare(Current.settings, True)
-    return Exit.OK
 
 
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
@@ -7988,8 +7953,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--threads", help="transforms at once in one worker")
     add_pack(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command == "install":
-        raise UsageError("install stands alone; --help has the options")
     if os.path.isdir(getattr(arguments, "target", None) or ""):
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
     for variable in VARIABLES:  # an option is parsed as the variable for the same field
@@ -7997,9 +7960,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         try:
             setattr(arguments, variable.field, None if given is None else variable.parse(given))
         except ValueError as error:
-            what = "" if variable.secret else f"={given!r}"
-            also = "a folder that is there, or " if variable.field == "target" else ""
-            raise UsageError(f"--{variable.field}{what} must be {also}{error}") from None
+            raise UsageError(f"--{variable.field} must be {error}") from None
     return arguments
 
 
@@ -8013,10 +7974,8 @@ def terminate(number: int, _: Any) -> NoReturn:
 
 def own_command(arguments: Sequence[str]) -> List[str]:
     """Return the command that starts this program again, with the interpreter's options."""
-    original = getattr(sys, "orig_argv", ())  # Python 3.10 and later
-    count = len(original) - len(arguments)
-    if count > 0 and list(original[count:]) == list(arguments):
-        return [sys.executable, *original[1:]]
+    if hasattr(sys, "orig_argv"):  # Python 3.10 and later
+        return [sys.executable, *sys.orig_argv[1:]]
     import subprocess
 
     options = getattr(subprocess, "_args_from_interpreter_flags")()  # as multiprocessing does
@@ -8027,9 +7986,7 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     """Run the command that the arguments name; without arguments, serve as a pod."""
     known = environ.pop(FRESH_START, "")
     command = arguments[0] if arguments else ""
-    if arguments == ["install"]:
-        return install(environ)
-    start = Start(own_command(arguments), dict(environ), current_folder())
+    start = Start(own_command(arguments), dict(environ), os.getcwd())
     served = take_fresh_start(known, environ) if known else None
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # the background thread of pyarrow's allocator would not end before a fork
@@ -8039,7 +7996,13 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     if command == "pack":
         stdout, Current.output = Current.output, 2  # the result alone goes to stdout
         return pack(parse_arguments(arguments), environ, stdout)
-    job = serve_job(parse_arguments(arguments), environ) if command else pod_job(environ)
+    parsed = parse_arguments(arguments) if arguments else None
+    if parsed and parsed.command == "install":
+        Current.settings = Settings.from_env(environ)
+        target_folder.may_be_made = False  # it would be removed before the image is complete
+        prepare(Current.settings, True)
+        return Exit.OK
+    job = serve_job(parsed, environ) if parsed else pod_job(environ)
     Current.settings = job.settings
     return job.run(start, served)
 
