@@ -6863,7 +6863,7 @@ def trial_fork_ends() -> bool:
     import warnings
 
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
-    try:
+    with contextlib.suppress(OSError):  # as ChildProcessError, if the class ignores SIGCHLD
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of forks in a process with threads
             pid = os.fork()
@@ -6876,17 +6876,13 @@ def trial_fork_ends() -> bool:
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except OSError:  # waitpid raises ChildProcessError if the class ignores SIGCHLD
-        pass
     return False
 
 
 def has_threads() -> bool:
-    """Return whether this process has other threads, including those unknown to Python."""
-    try:
-        return len(os.listdir("/proc/self/task")) > 1
-    except OSError:  # not Linux
-        return threading.active_count() > 1
+    """Return whether this process has other threads; on Linux, also those unknown to Python."""
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) > 1 if os.path.isdir(tasks) else threading.active_count() > 1
 
 
 def may_be_forked() -> bool:
@@ -6919,8 +6915,7 @@ def how_it_ended(code: int) -> str:
     """Put the exit code of a process into words; a negative code is that of a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
-    is_known = -code in set(signal.Signals)
-    name = signal.Signals(-code).name if is_known else f"signal {-code}"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
     return f"was ended by {name}" + (" (probably out of memory)" if name == "SIGKILL" else "")
 
 
@@ -6995,10 +6990,9 @@ class Supervisor:
             self._stop_in_time()
         self._close()
         # a pod that is told to stop needs no framework any more: that is no failure
-        is_stopped = self._stops > 0 and isinstance(self._failure, FrameworkNeeded)
-        if self._failure is not None and not is_stopped:
-            raise self._failure
-        return Exit.OK
+        if not self._failure or (self._stops and isinstance(self._failure, FrameworkNeeded)):
+            return Exit.OK
+        raise self._failure
 
     def _take_signals(self) -> None:
         """Have signals wake the selector; the handlers only count."""
@@ -7224,11 +7218,9 @@ def prepare(settings: Settings, may_install: bool) -> None:
     configure_logging(settings)
     logging.captureWarnings(True)  # warnings may hold secrets, which the log hides
     threading.excepthook = log_failure
-    if settings.client_ca or settings.client_cert:
-        tls_context(settings)  # raises StartupError for files that are unusable
-    if settings.target.startswith("https:"):
-        # this loads the module before the fork, so that workers share it
-        logger.debug("TLS is provided by %s", ssl.OPENSSL_VERSION)
+    if settings.client_ca or settings.client_cert or settings.target.startswith("https:"):
+        # raises StartupError for unusable files, and loads `ssl` for all workers before the fork
+        tls_context(settings)
     if may_install:
         install_os_packages(settings.os_packages)
         install_python_packages(settings.packages)
@@ -7341,9 +7333,9 @@ class Job(NamedTuple):
 
 def pod_job(environ: Mapping[str, str]) -> Job:
     """Return the job that a pod's environment describes."""
-    has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
-    required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
-    settings = Settings.from_env(environ, required)
+    file = "ETL_CLASS_PAYLOAD_FILE"
+    payload = file if environ.get(file) else "ETL_CLASS_PAYLOAD"
+    settings = Settings.from_env(environ, (payload, "AIS_TARGET_URL"))
     announce = functools.partial(logger.info, "serving %s on %s")
     return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
@@ -7403,8 +7395,8 @@ def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) 
     if arguments.target:
         environ["AIS_TARGET_URL"] = arguments.target  # classes may read it, too
     settings = Settings.from_env(environ)
-    is_folder = settings.target.startswith("file:")
-    folder = unquote(urlsplit(settings.target).path) if is_folder else ""
+    url = urlsplit(settings.target)
+    folder = unquote(url.path) if url.scheme == "file" else ""
     settings = settings._replace(
         payload="", payload_file="",
         host=arguments.host, port=arguments.port, workers=arguments.workers,
