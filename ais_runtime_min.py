@@ -6761,30 +6761,25 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
         add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
 
 
-def start_listening(listener: socket.socket) -> None:
-    """Let clients connect.
-
-    Before this call the system refuses connections, so a readiness probe fails at once and does
-    not wait.
-    """
-    listener.listen(BACKLOG)
-    if Current.reports is None:
-        logger.info("serving on %s", url_of(listener))
-    report(REPORT_READY)
-
-
 def serve_instance(server: ListeningServer) -> None:
     """Serve an instance until SIGTERM, on the calling thread; raise StartupError on failure.
 
     A worker serves on the supervisor's socket. Any other process binds a socket of its own.
     """
+    def begin() -> None:
+        # until now the system refuses connections, so a readiness probe fails and does not wait
+        listener.listen(BACKLOG)
+        if Current.reports is None:
+            logger.info("serving on %s", url_of(listener))
+        report(REPORT_READY)
+
     settings = Current.settings or Settings()
     if Current.is_loading:
         raise ClassError("the file starts a server when it is imported: put that below "
                          "if __name__ == '__main__'")
     listener = Current.listener or bind(server.host, server.port)
     front = make_front(listener, server, settings)
-    front.ready = functools.partial(start_listening, listener)
+    front.ready = begin
     if threading.current_thread() is threading.main_thread():
         front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
     if Current.reports is not None:
