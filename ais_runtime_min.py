@@ -59,7 +59,7 @@ if __name__ == "__main__":
     # a class that imports this file by its name must get this module, with the same ETLServer
     sys.modules["ais_runtime_min"] = sys.modules["__main__"]
     # Imported modules stay: a search for garbage among them would take a sixth of the start-up
-    # time. `freeze_heap` enables the collector again.
+    # time. The supervisor enables the collector again before it forks workers.
     gc.disable()
 
     class LateModule(types.ModuleType):
@@ -1750,14 +1750,11 @@ class ConnectionPool:
 
 # A worker's report to the supervisor is a line: one of these bytes, and a text for some of them.
 REPORT_READY = b"R"  # the worker can serve
-REPORT_BEGUN = b"B"  # its first request has begun
 REPORT_ANSWERED = b"A"  # its first request is answered
 REPORT_OPENED = b"O"  # a WebSocket connection is open
 REPORT_CLOSED = b"C"  # a WebSocket connection is closed
 REPORT_BROKEN = b"X"  # a failed object has closed a WebSocket connection; text: the reason
-REPORT_NEEDS = b"N"  # text: a framework, a space, and 1 if it must serve the class, else 0
-REPORT_STORY = b"S"  # text: a line of the traceback for the REPORT_FAILED that follows
-REPORT_FAILED = b"F"  # the start has failed; text: an exit code, a space, and the reason
+REPORT_FAILED = b"F"  # the start has failed; text: the reason in JSON, from `report_failure`
 
 
 # The frameworks that a class may need, their modules, and the requirements for these, which are
@@ -1815,8 +1812,7 @@ class Current:
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
-    reports: Optional[int] = None  # in a worker: the pipe to the supervisor
-    gate: Optional[int] = None  # in a worker: a pipe whose end tells that the worker may serve
+    reports: Optional[int] = None  # in a worker: the socket to the supervisor
     share: Optional[Share] = None  # in a worker: its number of connections, for the others to see
     # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
@@ -1829,7 +1825,7 @@ def report(message: bytes) -> None:
     """Send a line to the supervisor, if there is one; cut a long line."""
     if Current.reports is not None:
         with contextlib.suppress(BrokenPipeError):  # without a supervisor, this worker ends soon
-            # a pipe takes up to 4096 bytes as a whole, so lines of several threads do not mix
+            # the socket takes a line this short as a whole, so lines of several threads do not mix
             os.write(Current.reports, message[:2000] + b"\n")
 
 
@@ -3501,7 +3497,7 @@ class Service:
         self.is_streaming = server.use_streaming  # whether objects are transformed in pieces
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS)
                         for retry in range(server.direct_put_retries)]
-        self._has_begun = self._has_answered = False
+        self._has_answered = False
 
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
         """Read an object by its path; return request and object as if it had come in the body.
@@ -3526,11 +3522,6 @@ class Service:
 
     def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
-        if not self._has_begun:
-            # before the flag is set: another thread that sees the flag calls the class, which may
-            # end the worker, and the supervisor must know by then that a request has begun
-            report(REPORT_BEGUN)
-            self._has_begun = True
         answer, error = attempt(self._answer, request, body)
         if not self._has_answered:
             report(REPORT_ANSWERED)
@@ -6189,7 +6180,6 @@ def leave(code: int, seconds: float) -> NoReturn:
     end_multiprocessing = getattr(util, "_exit_function", lambda: None)
     atexit.unregister(end_multiprocessing)  # it waits for children, so it is called last, below
     attempt(atexit._run_exitfuncs)
-    attempt(flush_output)
     # for children that do not end by themselves
     start_timer(CHILDREN_SECONDS, attempt, end_children)
     attempt(end_multiprocessing)
@@ -6210,13 +6200,14 @@ def drop_inherited_cleanup() -> None:
         getattr(sys.modules.get(f"multiprocessing.{name}"), attribute, set()).clear()
 
 
-def end_with_supervisor(life: int) -> None:
+def end_with_supervisor() -> None:
     """End this worker and its children when the supervisor ends.
 
-    `life` is a pipe that only the supervisor could write to. It never does: the read returns when
-    the pipe closes, together with the supervisor. A thread of each worker runs this.
+    The supervisor never writes to the socket that its reports come from: the read returns when the
+    supervisor ends, which closes the socket. A thread of each worker runs this.
     """
-    os.read(life, 1)
+    with contextlib.suppress(ConnectionResetError):  # the supervisor has not read all reports
+        os.read(cast(int, Current.reports), 1)
     attempt(end_children)
     os._exit(Exit.SOFTWARE)
 
@@ -6288,38 +6279,25 @@ def add_routes(server: ETLServer, settings: Settings) -> None:
         add(cast(Any, server), make_service(server, settings, ThreadSlots(settings.threads or 1)))
 
 
-def start_listening(listener: socket.socket) -> None:
-    """Let clients connect; return once the log says that the class is served.
-
-    In a worker, this function waits until the supervisor has logged that. Before this call the
-    system refuses connections, so a readiness probe fails at once and does not wait.
-    """
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        port = listener.getsockname()[1]
-        raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
-    if Current.reports is None:
-        logger.info("serving on %s", url_of(listener))
-    report(REPORT_READY)
-    gate, Current.gate = Current.gate, None
-    if gate is not None:
-        os.read(gate, 1)
-        os.close(gate)
-
-
 def serve_instance(server: ListeningServer) -> None:
     """Serve an instance until SIGTERM, on the calling thread; raise StartupError on failure.
 
     A worker serves on the supervisor's socket. Any other process binds a socket of its own.
     """
+    def begin() -> None:
+        # until now the system refuses connections, so a readiness probe fails and does not wait
+        listener.listen(BACKLOG)
+        if Current.reports is None:
+            logger.info("serving on %s", url_of(listener))
+        report(REPORT_READY)
+
     settings = Current.settings or Settings()
     if Current.is_loading:
         raise ClassError("the file starts a server when it is imported: put that below "
                          "if __name__ == '__main__'")
     listener = Current.listener or bind(server.host, server.port)
     front = make_front(listener, server, settings)
-    front.ready = functools.partial(start_listening, listener)
+    front.ready = begin
     if threading.current_thread() is threading.main_thread():
         front.drain_on(STOP_SIGNALS if Current.reports is None else (signal.SIGTERM,))
     if Current.reports is not None:
@@ -6330,16 +6308,6 @@ def serve_instance(server: ListeningServer) -> None:
     if error is not None:
         logger.error("the server failed", exc_info=error)
         raise StartupError(f"the server failed: {describe(error)}")
-
-
-def freeze_heap() -> None:
-    """Collect garbage from now on, but not among the objects that exist already.
-
-    A collection writes to each object that it examines, and forked processes share the memory of
-    an object only until one of them writes to it.
-    """
-    gc.freeze()
-    gc.enable()
 
 
 def reseed() -> None:
@@ -6358,19 +6326,23 @@ def reseed() -> None:
 
 def report_failure(error: BaseException) -> int:
     """Tell the supervisor why this worker ends; return the exit code."""
-    if isinstance(error, FrameworkNeeded):
-        report(b"%b%b %d" % (REPORT_NEEDS, error.framework.encode(), error.serves))
-        return error.exit
-    code, story = Exit.SYSTEM, ""
-    if isinstance(error, StartupError):
-        code, story = error.exit, error.story
-    # redact before `report` cuts a long line: half of a secret would not be recognized
+    code = error.exit if isinstance(error, StartupError) else Exit.SYSTEM
     redact = (Current.settings or Settings()).redact
-    for line in redact(story).splitlines():
-        report(REPORT_STORY + line.encode("utf-8", "replace"))
-    reason = redact(" ".join(describe(error).split()))
-    report(b"%b%d %b" % (REPORT_FAILED, code, reason.encode("utf-8", "replace")))
+    # redact before the cut: half of a secret would not be recognized
+    reason, story = (redact(text)[:ERROR_TEXT_LIMIT_BYTES]
+                     for text in (describe(error), getattr(error, "story", "")))
+    told = code, reason, story, getattr(error, "framework", ""), getattr(error, "serves", False)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(cast(int, Current.reports), REPORT_FAILED + json.dumps(told).encode() + b"\n")
     return code
+
+
+def reported_failure(text: str) -> StartupError:
+    """Return the failure that a worker has told by `report_failure`."""
+    code, reason, story, framework, serves = json.loads(text)
+    failure = FrameworkNeeded(framework, serves) if framework else StartupError(reason)
+    failure.exit, failure.story = Exit(code), story
+    return failure
 
 
 def call_user(what: str, function: Callable[[], T]) -> T:
@@ -6390,27 +6362,18 @@ def construct(etl_class: Type[ETLServer]) -> Any:
     return server
 
 
-def run_worker(load: Callable[[], Type[ETLServer]], life: int) -> None:
+def run_worker(load: Callable[[], Type[ETLServer]]) -> None:
     """Construct the class and serve it until SIGTERM; raise StartupError if that fails.
 
-    `load` returns the class, and loads it if the supervisor has not. `life` is the pipe that closes
-    when the supervisor ends.
+    `load` returns the class, and loads it if the supervisor has not.
     """
-    threading.Thread(target=end_with_supervisor, args=(life,), name="life", daemon=True).start()
-    settings = Current.settings or Settings()
+    threading.Thread(target=end_with_supervisor, name="life", daemon=True).start()
     etl_class = load()
-    freeze_heap()
     reseed()
-    name = etl_class.__name__
     server = construct(etl_class)
-    port = getattr(server, "port", settings.port)
     if Current.listener is None:
-        add_routes(server, settings)
-        if port == 8000:  # the SDK's default: PORT decides
-            server.port = settings.port
-    elif port != settings.port:
-        logger.warning("%s asks for port %d, but PORT decides: %d", name, port, settings.port)
-    call_user(f"{name}.start()", server.start)
+        add_routes(server, Current.settings or Settings())
+    call_user(f"{etl_class.__name__}.start()", server.start)
 
 
 # -- whether a process can be forked --
@@ -6421,7 +6384,7 @@ def trial_fork_ends() -> bool:
     import warnings
 
     deadline = time.monotonic() + TRIAL_FORK_SECONDS
-    try:
+    with contextlib.suppress(OSError):  # as ChildProcessError, if the class ignores SIGCHLD
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of forks in a process with threads
             pid = os.fork()
@@ -6434,17 +6397,13 @@ def trial_fork_ends() -> bool:
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    except OSError:  # waitpid raises ChildProcessError if the class ignores SIGCHLD
-        pass
     return False
 
 
 def has_threads() -> bool:
-    """Return whether this process has other threads, including those unknown to Python."""
-    try:
-        return len(os.listdir("/proc/self/task")) > 1
-    except OSError:  # not Linux
-        return threading.active_count() > 1
+    """Return whether this process has other threads; on Linux, also those unknown to Python."""
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) > 1 if os.path.isdir(tasks) else threading.active_count() > 1
 
 
 def may_be_forked() -> bool:
@@ -6469,72 +6428,29 @@ class Served(NamedTuple):
     """What the supervisor knows about the class that its workers serve."""
 
     name: str
-    base: str  # the SDK's base class
     server: str  # the framework that must serve it; "" if only its constructor can tell
     has_own_start: bool  # it overrides `start`, and so serves by itself, in one process
-
-    @classmethod
-    def of(cls, etl_class: Type[ETLServer], server: str) -> Served:
-        """Describe a class that is loaded."""
-        base = next(each.__name__ for each in etl_class.__mro__ if each in (*INTERNALS, ETLServer))
-        has_own_start = getattr(etl_class, "start") is not ListeningServer.start
-        return cls(etl_class.__name__, base, server, has_own_start)
 
 
 def how_it_ended(code: int) -> str:
     """Put the exit code of a process into words; a negative code is that of a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
-    is_known = -code in set(signal.Signals)
-    name = signal.Signals(-code).name if is_known else f"signal {-code}"
+    name = next((each.name for each in signal.Signals if each == -code), f"signal {-code}")
     return f"was ended by {name}" + (" (probably out of memory)" if name == "SIGKILL" else "")
 
 
 class Worker:
     """The supervisor's record of one worker process."""
 
-    def __init__(self, pid: int, reports: int, slot: int) -> None:
+    def __init__(self, pid: int, reports: socket.socket, slot: int) -> None:
         self.pid = pid
-        self.reports = reports  # the reading end of the pipe for its reports
+        self.reports = reports  # the supervisor's end of the connection for its reports
         self.slot = slot  # the lowest number that no other worker has
         self.told: Set[bytes] = set()  # the kinds of reports that have come
         self.websockets = 0  # connections that are open
-        self.breakage = ""  # the last failure of an object that has closed a connection
         self.failure: Optional[StartupError] = None
-        self._story: List[str] = []  # the lines of the failure's traceback
-        self._rest = b""  # the beginning of a report whose end has not come yet
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the worker serves and has never had a request."""
-        return REPORT_READY in self.told and REPORT_BEGUN not in self.told
-
-    def read_reports(self) -> bool:
-        """Read the reports that have come; return False if no more will come."""
-        try:
-            text = os.read(self.reports, READ_BYTES)
-        except BlockingIOError:
-            return True
-        *lines, self._rest = (self._rest + text).split(b"\n")
-        for line in lines:
-            self._take_report(line[:1], line[1:].decode("utf-8", "replace"))
-        return bool(text)
-
-    def _take_report(self, kind: bytes, text: str) -> None:
-        self.told.add(kind)
-        if kind in (REPORT_OPENED, REPORT_CLOSED):
-            self.websockets += 1 if kind == REPORT_OPENED else -1
-        elif kind == REPORT_BROKEN:
-            self.breakage = text
-        elif kind == REPORT_STORY:
-            self._story.append(text)
-        elif kind == REPORT_NEEDS:
-            name, _, serves = text.partition(" ")
-            self.failure = FrameworkNeeded(name, serves == "1")
-        elif kind == REPORT_FAILED:
-            code, _, reason = text.partition(" ")
-            self.failure = StartupError(reason)
-            self.failure.exit, self.failure.story = Exit(int(code)), "\n".join(self._story)
+        self.rest = b""  # the beginning of a report whose end has not come yet
 
 
 class Supervisor:
@@ -6548,14 +6464,15 @@ class Supervisor:
     signals, whose handlers only count. A dead worker is replaced after a delay that doubles with
     each death in a row. The death of a worker that had answered a request begins a new row. After
     DEATHS_LIMIT deaths in a row the pod ends, unless a living worker has answered a request.
-    Workers notice the supervisor's own death by a pipe whose writing end closes.
+    Workers notice the supervisor's own death by the end of the connection for their reports.
     """
 
-    def __init__(self, settings: Settings, served: Served,
-                 load: Callable[[], Type[ETLServer]]) -> None:
+    def __init__(self, settings: Settings, served: Served, load: Callable[[], Type[ETLServer]],
+                 announce: Callable[[str], None]) -> None:
         self._settings = settings
         self._served = served
         self._load = load
+        self._announce = announce  # called with the URL once a worker is ready
         self._count = 1 if served.has_own_start else settings.workers
         self._listener: Optional[socket.socket] = None
         self._workers: Dict[int, Worker] = {}  # by process id
@@ -6568,18 +6485,13 @@ class Supervisor:
         self._forsaken_at = 0.0  # when the pod ends because of that failure; 0.0 if it goes on
         self._stops = 0  # signals to stop, so far
         self._last_stop = 0.0  # when the last of them came
-        self._groups: List[int] = []  # process groups that have outlived their workers
         self._shares = Share.allot(self._count)
-        self._life = os.pipe()  # its writing end closes when the supervisor ends
-        self._gate = os.pipe()  # its writing end closes when workers may serve; -1 from then on
+        self._is_announced = False
         self._waker = Waker()
         self._selector = selectors.DefaultSelector()
 
-    def run(self, announce: Callable[[str], None]) -> int:
-        """Serve; return the exit code, or raise the StartupError that ends the pod.
-
-        `announce` is called with the URL once a worker is ready, before any request is answered.
-        """
+    def run(self) -> int:
+        """Serve; return the exit code, or raise the StartupError that ends the pod."""
         if not self._served.has_own_start:
             self._listener = bind(self._settings.host, self._settings.port)
             self._settings = self._settings._replace(port=self._listener.getsockname()[1])
@@ -6592,18 +6504,16 @@ class Supervisor:
             for key, _ in self._selector.select(seconds):
                 if key.data is None:
                     self._waker.take()
-                elif not key.data.read_reports():
-                    self._selector.unregister(key.fd)  # a closed pipe would stay readable
-            self._announce(announce)
+                else:
+                    self._read_reports(key.data)
             self._reap()
             self._look_at_websockets()
             self._stop_in_time()
         self._close()
         # a pod that is told to stop needs no framework any more: that is no failure
-        is_stopped = self._stops > 0 and isinstance(self._failure, FrameworkNeeded)
-        if self._failure is not None and not is_stopped:
-            raise self._failure
-        return Exit.OK
+        if not self._failure or (self._stops and isinstance(self._failure, FrameworkNeeded)):
+            return Exit.OK
+        raise self._failure
 
     def _take_signals(self) -> None:
         """Have signals wake the selector; the handlers only count."""
@@ -6619,21 +6529,12 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)  # any handler has it wake the selector
 
     def _close(self) -> None:
-        """End the groups that are left, and release everything for a supervisor that may follow."""
-        def send(number: int) -> bool:
-            self._reap()
-            # a list, for any() would stop at the first group that is left
-            return any([signal_group(group, number) for group in self._groups])
-
-        end_all(send, CHILDREN_SECONDS)
+        """Release everything for a supervisor that may follow."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
         self._selector.close()
-        for end in (*self._life, *self._gate):
-            if end >= 0:
-                os.close(end)
 
     # -- starting --
 
@@ -6646,24 +6547,25 @@ class Supervisor:
 
     def _start_worker(self) -> None:
         slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
-        ends: List[int] = []
+        ends: List[socket.socket] = []
         try:
-            ends += os.pipe()
+            ends += socket.socketpair()
             flush_output()
             pid = os.fork()  # no signal reaches our handlers in the child: see Waker
             if not pid:
                 self._become_worker(slot, *ends)
         except OSError as error:  # memory, processes or files are used up, perhaps for a moment
             for end in ends:
-                os.close(end)
+                end.close()
             return self._start_later(f"a worker cannot be started: {error.strerror}")
         reports, reporter = ends
-        os.close(reporter)
-        os.set_blocking(reports, False)
+        reporter.close()
+        reports.setblocking(False)
         self._workers[pid] = Worker(pid, reports, slot)
         self._selector.register(reports, selectors.EVENT_READ, self._workers[pid])
 
-    def _become_worker(self, slot: int, reports: int, reporter: int) -> NoReturn:
+    def _become_worker(self, slot: int, reports: socket.socket,
+                       reporter: socket.socket) -> NoReturn:
         """Release what belongs to the supervisor, serve, and end; runs in the forked child."""
         code: int = Exit.SOFTWARE
         try:
@@ -6674,44 +6576,58 @@ class Supervisor:
             signal.signal(signal.SIGINT, lambda *_: None)
             self._waker.signals = frozenset()  # its hooks for forks stay, and now do nothing
             self._selector.close()
-            others = [worker.reports for worker in self._workers.values()]
-            for end in (self._life[1], self._gate[1], reports, *others):
-                if end >= 0:
-                    os.close(end)
+            for end in (reports, *[worker.reports for worker in self._workers.values()]):
+                end.close()
             if Current.output >= 0:
                 os.close(Current.output)  # the supervisor writes the last line
             drop_inherited_cleanup()
-            Current.reports, Current.listener = reporter, self._listener
-            Current.gate, Current.share = self._gate[0], self._shares[slot]
-            error = attempt(run_worker, self._load, self._life[0]).error
+            Current.reports, Current.listener = reporter.fileno(), self._listener
+            Current.share = self._shares[slot]
+            error = attempt(run_worker, self._load).error
             code = Exit.OK if error is None else report_failure(error)
         finally:
             leave(code, GRACE_SECONDS if code == Exit.OK else LEAVE_SECONDS)
 
-    def _announce(self, announce: Callable[[str], None]) -> None:
-        """Announce the URL and let workers serve, once the first of them is ready."""
-        if self._has_begun:
-            return
-        ready = [REPORT_READY in worker.told for worker in self._workers.values()]
-        if all(ready) and len(ready) == self._count:
-            self._has_begun = True
-            logger.debug("all workers are ready")
-        if any(ready) and self._gate[1] >= 0:
-            listener = self._listener
-            announce(url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
-            self._open_gate()
-
-    def _open_gate(self) -> None:
-        """Let the workers serve that wait in `start_listening`, now or later."""
-        if self._gate[1] >= 0:
-            os.close(self._gate[1])
-            self._gate = (self._gate[0], -1)
-
     # -- watching --
 
+    def _read_reports(self, worker: Worker) -> None:
+        """Read the reports of a worker that have come."""
+        with contextlib.suppress(BlockingIOError):
+            while text := worker.reports.recv(READ_BYTES):
+                *lines, worker.rest = (worker.rest + text).split(b"\n")
+                for line in lines:
+                    self._take_report(worker, line[:1], line[1:].decode("utf-8", "replace"))
+            if worker.reports in self._selector.get_map():  # their end would stay readable
+                self._selector.unregister(worker.reports)
+
+    def _take_report(self, worker: Worker, kind: bytes, text: str) -> None:
+        worker.told.add(kind)
+        if kind == REPORT_OPENED:
+            worker.websockets += 1
+        elif kind == REPORT_CLOSED:
+            worker.websockets -= 1
+            self._forsaken_at = 0.0  # the wait for another connection begins anew
+        elif kind == REPORT_BROKEN:
+            self._breakage = text
+        elif kind == REPORT_READY and not self._deadline:
+            self._note_ready()
+        elif kind == REPORT_FAILED:
+            worker.failure = reported_failure(text)
+
+    def _note_ready(self) -> None:
+        """Announce the URL once a worker is ready; note when all of them are."""
+        if not self._is_announced:
+            self._is_announced = True
+            listener = self._listener
+            self._announce(
+                url_of(listener) if listener else f"http://0.0.0.0:{self._settings.port}")
+        ready = [worker for worker in self._workers.values() if REPORT_READY in worker.told]
+        if len(ready) == self._count:
+            self._has_begun = True
+            logger.debug("all workers are ready")
+
     def _reap(self) -> None:
-        """Reap every child that has ended, adopted ones too; forget the groups that are empty."""
-        self._groups = [group for group in self._groups if signal_group(group, 0)]
+        """Reap every child that has ended, adopted ones too."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -6724,21 +6640,16 @@ class Supervisor:
                 self._lose(worker, os.waitstatus_to_exitcode(status))
 
     def _lose(self, worker: Worker, code: int) -> None:
-        """Release a worker that has ended; tell the rest of its process group to end, too."""
-        worker.read_reports()
+        """Replace a worker that has ended, or end the pod if the pod's start has failed."""
+        self._read_reports(worker)
         with contextlib.suppress(KeyError):
             self._selector.unregister(worker.reports)
-        os.close(worker.reports)
+        worker.reports.close()
         self._shares[worker.slot].leave()
-        if signal_group(worker.pid, signal.SIGTERM):
-            self._groups.append(worker.pid)
-        self._breakage = worker.breakage or self._breakage
+        signal_group(worker.pid, signal.SIGTERM)  # what its class has started
+        why = f"worker {worker.pid} {worker.failure or how_it_ended(code)}"
         if worker.websockets:
-            self._breakage = f"worker {worker.pid} {how_it_ended(code)}"
-        self._replace(worker, code)
-
-    def _replace(self, worker: Worker, code: int) -> None:
-        """Replace a worker that has ended, or end the pod if the pod's start has failed."""
+            self._breakage = why
         if worker.failure is not None and not (self._has_begun or self._deadline):
             return self._fail(worker.failure)
         if worker.failure is not None and self._failure is None:
@@ -6747,16 +6658,15 @@ class Supervisor:
             return
         if REPORT_ANSWERED in worker.told:
             self._deaths = 0
-        why = f"worker {worker.pid} {worker.failure or how_it_ended(code)}"
-        self._start_later(why, code == -signal.SIGKILL and worker.is_idle)
+        self._start_later(why)
 
-    def _start_later(self, why: str, was_idle: bool = False) -> None:
+    def _start_later(self, why: str) -> None:
         """Start a worker after the delay that the deaths in a row demand, or end the pod."""
         self._deaths += 1
-        if was_idle:  # neither the class nor an object killed the worker: no reason to give up
-            self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
         if self._served.has_own_start:  # the pod is this one process
             return self._fail(StartupError(why))
+        for worker in self._workers.values():
+            self._read_reports(worker)  # its first answer may have come since the last look
         has_answered = any(REPORT_ANSWERED in worker.told for worker in self._workers.values())
         if self._deaths >= DEATHS_LIMIT and not has_answered:
             return self._fail(StartupError(
@@ -6772,20 +6682,12 @@ class Supervisor:
         A target never opens a lost connection again: the objects that it would send over that
         connection wait forever, and only the end of the pod tells the target of the failure.
         """
-        if not self._settings.is_pod:
-            return
-        has_opened = is_any_open = False
-        for worker in self._workers.values():
-            has_opened = has_opened or REPORT_OPENED in worker.told
-            is_any_open = is_any_open or worker.websockets > 0
-            worker.told.discard(REPORT_OPENED)
-            self._breakage, worker.breakage = worker.breakage or self._breakage, ""
-        if is_any_open or not self._breakage or self._deadline:
+        is_any_open = any(worker.websockets for worker in self._workers.values())
+        if is_any_open or not self._breakage or self._deadline or not self._settings.is_pod:
             self._forsaken_at = 0.0
-        elif not self._forsaken_at or has_opened:
+        elif not self._forsaken_at:
             self._forsaken_at = time.monotonic() + FORSAKEN_SECONDS
         elif time.monotonic() >= self._forsaken_at:
-            self._forsaken_at = 0.0
             self._fail(StartupError(
                 f"{self._breakage} (no WebSocket connection is left, "
                 f"and AIStore opens none again)"))
@@ -6813,7 +6715,6 @@ class Supervisor:
         """Refuse connections, and tell the workers to finish the requests that they have begun."""
         self._deadline = time.monotonic() + GRACE_SECONDS
         self._due.clear()
-        self._open_gate()
         if self._listener is not None:
             self._listener.close()
         for pid in self._workers:
@@ -6835,22 +6736,12 @@ def prepare(settings: Settings, may_install: bool) -> None:
     configure_logging(settings)
     logging.captureWarnings(True)  # warnings may hold secrets, which the log hides
     threading.excepthook = log_failure
-    if settings.client_ca or settings.client_cert:
-        tls_context(settings)  # raises StartupError for files that are unusable
-    if settings.target.startswith("https:"):
-        # this loads the module before the fork, so that workers share it
-        logger.debug("TLS is provided by %s", ssl.OPENSSL_VERSION)
+    if settings.client_ca or settings.client_cert or settings.target.startswith("https:"):
+        # raises StartupError for unusable files, and loads `ssl` for all workers before the fork
+        tls_context(settings)
     if may_install:
         install_os_packages(settings.os_packages)
         install_python_packages(settings.packages)
-
-
-def current_folder() -> str:
-    """Return the current folder, or "" if it has been removed."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""
 
 
 class Start(NamedTuple):
@@ -6883,8 +6774,7 @@ class Start(NamedTuple):
                             Current.began])
         flush_output()
         try:
-            if current_folder() != self.folder:
-                os.chdir(self.folder)
+            os.chdir(self.folder)
             os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -6894,11 +6784,7 @@ class Start(NamedTuple):
 
 def take_fresh_start(known: str, environ: MutableMapping[str, str]) -> Served:
     """Read what `Start.over` has left for this program, and use its folder of packages."""
-    try:
-        served, folder, requirements, signals, writer, Current.began = json.loads(known)
-    except (ValueError, TypeError):
-        raise UsageError(f"{FRESH_START} is internal to this runtime and must not be "
-                         f"set") from None
+    served, folder, requirements, signals, writer, Current.began = json.loads(known)
     if folder:
         target_folder.take_over(folder, requirements)
         use_packages_of(folder, environ)
@@ -6917,8 +6803,7 @@ class Job(NamedTuple):
     settings: Settings
     may_install: bool
     load: Callable[[], Type[ETLServer]]
-    # called with the class, the framework's server or "", and the URL
-    announce: Callable[[Served, str, str], None]
+    announce: Callable[[str, str], None]  # called with the class's name and the URL
 
     def run(self, start: Start, served: Optional[Served]) -> int:
         """Serve until SIGTERM, and return the exit code.
@@ -6945,55 +6830,48 @@ class Job(NamedTuple):
 
     def _serve(self, start: Start, served: Optional[Served]) -> int:
         """Load the class, unless the workers load it, and serve it."""
-        load, is_loaded_here = self.load, served is None
+        load = functools.lru_cache(maxsize=None)(self.load)  # once, for all workers forked later
+        is_loaded_here = served is None
         if served is None:
             etl_class = load()
-            load = lambda: etl_class  # noqa: E731  loaded once, for all workers
-            served = Served.of(etl_class, server_for(etl_class))
-        server, by = self.settings.server or served.server, ""
+            has_own_start = getattr(etl_class, "start") is not ListeningServer.start
+            served = Served(etl_class.__name__, server_for(etl_class), has_own_start)
+        server = self.settings.server or served.server
         if server in FRAMEWORKS:
             prepare_framework(server, serves=True, may_install=self.may_install)
-            by = "uvicorn" if server == "fastapi" else ""
         if is_loaded_here and not may_be_forked():
             start.over(served)
-        freeze_heap()
-        settings = self.settings._replace(server=server)
-        return Supervisor(settings, served, load).run(functools.partial(self.announce, served, by))
+        # Collect garbage from now on, but not among the objects that exist already: a collection
+        # writes to all that it examines, and processes share what none of them writes to.
+        gc.freeze()
+        gc.enable()
+        return Supervisor(self.settings._replace(server=server), served, load,
+                          functools.partial(self.announce, served.name)).run()
 
 
 def pod_job(environ: Mapping[str, str]) -> Job:
     """Return the job that a pod's environment describes."""
-    has_file = bool(environ.get("ETL_CLASS_PAYLOAD_FILE"))
-    required = ("AIS_TARGET_URL",) if has_file else ("ETL_CLASS_PAYLOAD", "AIS_TARGET_URL")
-    settings = Settings.from_env(environ, required)
-
-    def announce(served: Served, by: str, url: str) -> None:
-        is_one = settings.workers == 1 or served.has_own_start
-        count = "1 worker" if is_one else f"{settings.workers} workers"
-        logger.info("serving %s (%s%s) on %s with %s", served.name, served.base,
-                    by and f", by {by}", url, count)
-
+    file = "ETL_CLASS_PAYLOAD_FILE"
+    payload = file if environ.get(file) else "ETL_CLASS_PAYLOAD"
+    settings = Settings.from_env(environ, (payload, "AIS_TARGET_URL"))
+    announce = functools.partial(logger.info, "serving %s on %s")
     return Job(settings, True, functools.partial(load_etl_class, settings), announce)
 
 
 def pick_class(module: types.ModuleType, wanted: str) -> Type[ETLServer]:
-    """Return the class to serve from a file's module: the one named `wanted`, or the only one.
-
-    A class from which another class of the file derives does not count.
-    """
+    """Return the class to serve from a file's module: the one named `wanted`, or the only one."""
     names = vars(module)
-    if wanted:
-        if wanted not in names:
-            raise UsageError(f"{module.__file__} has no {wanted}")
-        return checked_class(names[wanted], f"{module.__file__}: {wanted}")
-    found = {value for value in names.values() if isinstance(value, type)
-             and issubclass(value, ETLServer) and value.__module__ == module.__name__}
-    leaves = [cls for cls in found if found.isdisjoint(cls.__subclasses__())]
-    if len(leaves) != 1:
-        choice = ", ".join(sorted(cls.__name__ for cls in leaves)) or "none"
-        raise UsageError(f"{module.__file__} must define one ETL class, or the argument must be "
-                         f"FILE:CLASS; the file defines {choice}")
-    return checked_class(leaves[0], f"{module.__file__}: {leaves[0].__name__}")
+    if not wanted:
+        found = {value: name for name, value in names.items() if isinstance(value, type)
+                 and issubclass(value, ETLServer) and value.__module__ == module.__name__}
+        if len(found) != 1:
+            choice = ", ".join(sorted(found.values())) or "none"
+            raise UsageError(f"{module.__file__} must define one ETL class, or the argument must "
+                             f"be FILE:CLASS; the file defines {choice}")
+        wanted, = found.values()
+    if wanted not in names:
+        raise UsageError(f"{module.__file__} has no {wanted}")
+    return checked_class(names[wanted], f"{module.__file__}: {wanted}")
 
 
 def split_file(text: str) -> Tuple[str, str]:
@@ -7030,40 +6908,23 @@ def class_from_file(text: str) -> Type[ETLServer]:
     return pick_class(module, wanted)
 
 
-def first_file(folder: str) -> str:
-    """Return the first readable file below a folder, as an object's name; "" if there is none."""
-    root = os.path.realpath(folder)
-    for where, subfolders, names in os.walk(root):
-        subfolders.sort()
-        for path in (os.path.join(where, name) for name in sorted(names)):
-            name = os.path.relpath(path, root)
-            can_be_read = os.path.isfile(path) and os.access(path, os.R_OK)
-            is_within = is_object_path(os.path.realpath(path), (root,))
-            if can_be_read and is_within and f"/{name}" not in PATH_METHODS:
-                return name
-    return ""
-
-
 def serve_job(arguments: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
     """Return the job of the command `serve`, whose options replace some variables."""
     if arguments.target:
         environ["AIS_TARGET_URL"] = arguments.target  # classes may read it, too
-    unread = re.compile("NUM_WORKERS|PORT|ETL_FQN_ROOTS|ETL_CLASS_PAYLOAD.*")
-    settings = Settings.from_env(
-        {name: text for name, text in environ.items() if not unread.fullmatch(name)})
-    is_folder = settings.target.startswith("file:")
-    folder = unquote(urlsplit(settings.target).path) if is_folder else ""
+    settings = Settings.from_env(environ)
+    url = urlsplit(settings.target)
+    folder = unquote(url.path) if url.scheme == "file" else ""
     settings = settings._replace(
+        payload="", payload_file="",
         host=arguments.host, port=arguments.port, workers=arguments.workers,
         threads=arguments.threads or settings.threads,
         fqn_roots=(os.path.realpath(folder),) if folder else ())
 
-    def announce(served: Served, by: str, url: str) -> None:
-        file = first_file(folder) if folder else ""
-        get = f"'{url}/{quote(os.fsencode(file))}'" if file else f"{url}/health"
-        print(f"serving {served.name} from {arguments.file} on {url}",
+    def announce(name: str, url: str) -> None:
+        print(f"serving {name} from {arguments.file} on {url}",
               f"  echo hello | curl -sS -T - {url}/bucket/object",
-              f"  curl -sS {get}", sep="\n", flush=True)
+              f"  curl -sS {url}/health", sep="\n", flush=True)
 
     return Job(settings, False, functools.partial(class_from_file, arguments.file), announce)
 
@@ -7078,21 +6939,11 @@ def give_up(error: StartupError) -> int:
         logger.error(error.story, extra=WITH_LINES)
     reason = " ".join((Current.settings or Settings()).redact(str(error)).split())
     Current.last_line = f"ais_runtime_min: {reason}"
-    if os.path.exists(TERMINATION_LOG):
-        try:
-            with open(TERMINATION_LOG, "wb") as file:
-                file.write(reason.encode("utf-8", "replace")[:2048])  # the kubelet keeps no more
-        except OSError as problem:
-            logger.debug("%s cannot be written: %s", TERMINATION_LOG, problem)
+    # "r+b" makes no file where there is none
+    with contextlib.suppress(OSError), open(TERMINATION_LOG, "r+b") as file:
+        file.write(reason.encode("utf-8", "replace")[:2048])  # the kubelet keeps no more
+        file.truncate()
     return error.exit
-
-
-def install(environ: Mapping[str, str]) -> int:
-    """Install what `OS_PACKAGES` and `PACKAGES` name; return the exit code."""
-    Current.settings = Settings.from_env(environ)
-    target_folder.may_be_made = False  # it would be removed before the image is complete
-    prepare(Current.settings, True)
-    return Exit.OK
 
 
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
@@ -7255,26 +7106,27 @@ def try_payload(payload: str, requirements: Sequence[str], server: str,
                            f"{pip_command(missing)}")
     with contextlib.ExitStack() as stack:
         site, empty = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
-        reports = stack.enter_context(tempfile.TemporaryFile()).fileno()
+        # a file, since nobody reads while the trial writes
+        reports = stack.enter_context(tempfile.TemporaryFile())
         lend_packages(requirements, site)
         path = os.path.join(site, "payload")
         with open(path, "w", encoding="ascii") as file:
             file.write(payload)
         # -S leaves out the packages that are installed here
-        command = [sys.executable, "-S", __file__, "prove", site, str(reports), server]
+        command = [sys.executable, "-S", __file__, "prove", site, str(reports.fileno()), server]
         # a pod always has AIS_TARGET_URL; nothing answers at this one
         env = {**environ, "ETL_CLASS_PAYLOAD_FILE": path, "AIS_TARGET_URL": "http://127.0.0.1:9"}
         process = start_in_group(stack, CHILDREN_SECONDS, command, cwd=empty, env=env, stdout=2,
-                                 pass_fds=[reports])
+                                 pass_fds=[reports.fileno()])
         process.wait()
-        os.lseek(reports, 0, os.SEEK_SET)  # a file, since nobody reads while the trial writes
-        worker = Worker(process.pid, reports, 0)
-        while worker.read_reports():
-            pass
-    if REPORT_READY in worker.told:
-        return None
-    return worker.failure or ClassError(f"the process that loads and constructs the class "
-                                        f"{how_it_ended(process.returncode)}")
+        reports.seek(0)
+        for line in reports.read().splitlines():
+            if line == REPORT_READY:
+                return None
+            if line.startswith(REPORT_FAILED):
+                return reported_failure(line[1:].decode())
+    return ClassError(f"the process that loads and constructs the class "
+                      f"{how_it_ended(process.returncode)}")
 
 
 def prove_payload(payload: str, etl_class: Type[ETLServer], environ: Mapping[str, str]) -> None:
@@ -7462,8 +7314,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     serve.add_argument("--threads", help="transforms at once in one worker")
     add_pack(commands)
     arguments = parser.parse_args(argv)
-    if arguments.command == "install":
-        raise UsageError("install stands alone; --help has the options")
     if os.path.isdir(getattr(arguments, "target", None) or ""):
         arguments.target = "file://" + quote(os.fsencode(os.path.abspath(arguments.target)))
     for variable in VARIABLES:  # an option is parsed as the variable for the same field
@@ -7471,9 +7321,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         try:
             setattr(arguments, variable.field, None if given is None else variable.parse(given))
         except ValueError as error:
-            what = "" if variable.secret else f"={given!r}"
-            also = "a folder that is there, or " if variable.field == "target" else ""
-            raise UsageError(f"--{variable.field}{what} must be {also}{error}") from None
+            raise UsageError(f"--{variable.field} must be {error}") from None
     return arguments
 
 
@@ -7487,10 +7335,8 @@ def terminate(number: int, _: Any) -> NoReturn:
 
 def own_command(arguments: Sequence[str]) -> List[str]:
     """Return the command that starts this program again, with the interpreter's options."""
-    original = getattr(sys, "orig_argv", ())  # Python 3.10 and later
-    count = len(original) - len(arguments)
-    if count > 0 and list(original[count:]) == list(arguments):
-        return [sys.executable, *original[1:]]
+    if hasattr(sys, "orig_argv"):  # Python 3.10 and later
+        return [sys.executable, *sys.orig_argv[1:]]
     import subprocess
 
     options = getattr(subprocess, "_args_from_interpreter_flags")()  # as multiprocessing does
@@ -7501,9 +7347,7 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     """Run the command that the arguments name; without arguments, serve as a pod."""
     known = environ.pop(FRESH_START, "")
     command = arguments[0] if arguments else ""
-    if arguments == ["install"]:
-        return install(environ)
-    start = Start(own_command(arguments), dict(environ), current_folder())
+    start = Start(own_command(arguments), dict(environ), os.getcwd())
     served = take_fresh_start(known, environ) if known else None
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # the background thread of pyarrow's allocator would not end before a fork
@@ -7513,7 +7357,13 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     if command == "pack":
         stdout, Current.output = Current.output, 2  # the result alone goes to stdout
         return pack(parse_arguments(arguments), environ, stdout)
-    job = serve_job(parse_arguments(arguments), environ) if command else pod_job(environ)
+    parsed = parse_arguments(arguments) if arguments else None
+    if parsed and parsed.command == "install":
+        Current.settings = Settings.from_env(environ)
+        target_folder.may_be_made = False  # it would be removed before the image is complete
+        prepare(Current.settings, True)
+        return Exit.OK
+    job = serve_job(parsed, environ) if parsed else pod_job(environ)
     Current.settings = job.settings
     return job.run(start, served)
 

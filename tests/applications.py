@@ -16,7 +16,6 @@ from harness import Environ, Response, Runtime, Server, interpreter, make_payloa
 
 SOON_SECONDS = 20.0
 # who serves a class, as the line tells it that says "serving"
-BY = {"fastapi": "FastAPIServer, by uvicorn", "flask": "FlaskServer"}
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi stream": "FastStream", "flask stream": "FlaskStream",
            "fastapi plain": "Prepares", "flask plain": "RegistersRoutes",

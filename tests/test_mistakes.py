@@ -1,10 +1,7 @@
 """What users trip over: names, logs, packages and mistakes, and what the runtime says to them."""
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -304,43 +301,6 @@ def test_a_pod_that_is_stopped_as_its_last_worker_becomes_ready_ends_well() -> N
     assert done.code == Exit.OK and "Traceback" not in "\n".join(done.lines)
 
 
-@pytest.mark.parametrize("workers, text", [(1, "1 worker"), (3, "3 workers")])
-def test_health_is_answered_no_sooner_than_the_line_is_written(
-    tmp_path: Path, workers: int, text: str
-) -> None:
-    more = """
-    def __init__(self):
-        super().__init__()
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(%r)
-            os.kill(os.getppid(), signal.SIGSTOP)  # so that it cannot write
-""" % str(tmp_path / "is stopped")
-    payload = simple(more=more, before="import contextlib, os, signal\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    python = interpreter("slim")
-    env = {"ETL_CLASS_PAYLOAD": payload, "NUM_WORKERS": str(workers), "PORT": str(port)}
-    with Server([python, str(RUNTIME)], exact_environment(python, env)) as server:
-        server.port = port
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                client = server.connect()
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-        with client:
-            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            client.settimeout(1)
-            with pytest.raises(socket.timeout):
-                client.recv(1000)
-            assert "serving" not in server.log()
-            os.kill(server.pid, signal.SIGCONT)
-            client.settimeout(20)
-            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
-        server.wait_for_line(" with %s$" % text)
-
-
 def test_a_worker_that_cannot_come_up_keeps_no_other_from_serving(tmp_path: Path) -> None:
     more = ("    def __init__(self):\n        super().__init__()\n"
             "        try:\n            os.mkdir(%r)\n"
@@ -496,16 +456,6 @@ def serve_file(folder: Path, source: str, name: str = "mine.py") -> Path:
     return folder / name
 
 
-def test_serve_does_not_read_what_it_has_options_for(
-    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
-) -> None:
-    bad = {"NUM_WORKERS": "many", "PORT": "http", "ETL_CLASS_PAYLOAD_FILE": "/no/such",
-           "ETL_CLASS_PAYLOAD_7": "x", "ETL_FQN_ROOTS": "relative"}
-    file = serve_file(tmp_path, IMPORT + UPPER)
-    runtime = start_runtime(None, {**ALONE, **bad}, ["serve", str(file), "--port", "0"], bare_python)
-    assert runtime.request("PUT", "/b/o", b"hello").body == b"HELLO"
-
-
 @pytest.mark.parametrize("source, words, unwanted", [
     (IMPORT + "import msgspec\n" + UPPER, "No module named 'msgspec': pip install msgspec", "PACKAGES"),
     (IMPORT + "from aistore import Client\n" + UPPER, "'Client' from 'aistore'.*pip install aistore", "image"),
@@ -534,27 +484,6 @@ def test_the_target_of_serve_is_there_for_the_class(
     words = ["serve", str(serve_file(tmp_path, source)), "--port", "0", "--target", str(tmp_path)]
     runtime = start_runtime(None, ALONE, words, bare_python)
     assert runtime.request("PUT", "/b/o", b"").body == b"file://%s" % str(tmp_path).encode()
-
-
-def test_the_line_to_try_names_a_file_that_can_be_had(
-    start_runtime: StartRuntime, bare_python: str, tmp_path: Path  # noqa: F811
-) -> None:
-    file, folder = serve_file(tmp_path, IMPORT + UPPER), tmp_path / "folder"
-    folder.mkdir()
-    (folder / "a").symlink_to("/etc/hostname")
-    (folder / "b").symlink_to(tmp_path / "nothing")
-    os.mkfifo(folder / "c")
-    (folder / "ch").mkdir()
-    (folder / "ch" / os.fsdecode(b"\xff")).write_text("odd")
-    (folder / "d").write_text("hello")
-    words = ["serve", str(file), "--port", "0", "--target", str(folder)]
-    runtime = start_runtime(None, ALONE, words, bare_python)
-    runtime.wait_for_line(r"curl -sS '%s/d'" % re.escape(runtime.url))
-    assert runtime.request("GET", "/d").body == b"HELLO"
-    (folder / "d").rename(folder / "health")
-    runtime = start_runtime(None, ALONE, words, bare_python)
-    runtime.wait_for_line(r"curl -sS '%s/ch/%%FF'" % re.escape(runtime.url))
-    assert runtime.request("GET", "/ch/%FF").body == b"ODD"
 
 
 OWN_PROCESS = IMPORT.replace("\n", " as Base\n") + '''

@@ -148,16 +148,14 @@ def assert_told(done: Finished, code: int, *words: str) -> None:
 # == What is served ==
 
 
-@pytest.mark.parametrize("name, base", [
-    ("Threaded", "HTTPMultiThreadedServer"), ("FastAPI", "FastAPIServer"), ("Flask", "FlaskServer"),
-])
+@pytest.mark.parametrize("name", ["Threaded", "FastAPI", "Flask"])
 def test_a_payload_of_the_real_sdk_is_served(
-    start_runtime: StartRuntime, payloads: Dict[str, str], name: str, base: str
+    start_runtime: StartRuntime, payloads: Dict[str, str], name: str
 ) -> None:
     runtime = start_runtime(payloads[name], {"NUM_WORKERS": "2"})
     response = runtime.request("PUT", "/bucket/object", b"hello")
     assert (response.status, response.body) == (200, b"HELLO!")
-    runtime.wait_for_line(r"serving %s \(%s\) on http://\S+:\d+ with 2 workers" % (name, base), timeout=5)
+    runtime.wait_for_line(r"serving %s on http://\S+:\d+$" % name, timeout=5)
     assert runtime.terminate() == Exit.OK
 
 

@@ -293,16 +293,6 @@ def test_processes_do_not_outlive_the_supervisor(start_runtime: StartRuntime, ki
     wait_for_end(pids)
 
 
-def test_a_process_that_is_deaf_ends_with_the_pod_when_its_worker_was_killed(start_runtime: StartRuntime) -> None:
-    runtime = start(start_runtime, "deaf_program", workers=1)
-    pids = started_by(runtime)
-    worker, = children_of(runtime.pid)
-    os.kill(worker, signal.SIGKILL)
-    runtime.wait_for_line("starting another")
-    assert runtime.terminate() == Exit.OK
-    wait_for_end(pids)
-
-
 def test_a_class_that_cannot_be_constructed_leaves_nothing_behind() -> None:
     done = run_to_end(env={"ETL_CLASS_PAYLOAD": make_payload(SOURCE, "Vain"), "KIND": "process", "NUM_WORKERS": "1",
                            "AIS_TARGET_URL": "http://127.0.0.1:9/v1"}, timeout=20)

@@ -31,7 +31,7 @@ import cloudpickle
 
 SECONDS = 60.0  # for any one thing that the pod does, on a machine that builds
 UNCHECKED_HASH = (1).to_bytes(4, "little")  # the flags of bytecode that holds for its source without a look at it
-SERVING = re.compile(r"serving .* on http://\S+:([0-9]+) ")
+SERVING = re.compile(r"serving .* on http://\S+:([0-9]+)$")
 OF_THE_BUILD = ("PYTHONDONTWRITEBYTECODE", "OS_PACKAGES", "PACKAGES")  # what the pod must not have
 EXTRAS = [name for name in os.environ.get("EXTRAS", "").split(",") if name]
 HANDSHAKE = (b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
