@@ -4165,7 +4165,7 @@ class Next(enum.Enum):
 class Connection:
     """One connection, served by one thread at a time.
 
-    Methods to override:  attend, work, expire, dismiss; let_go, pause and close where the defaults
+    Methods to override:  attend, work, expire, dismiss; hold_up, pause and close where the defaults
                           do not fit
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
@@ -4204,13 +4204,8 @@ class Connection:
         """Return whether the connection may be closed because the pod stops."""
         raise NotImplementedError
 
-    def let_go(self) -> bool:
-        """Call the class no more in this turn.
-
-        Returns whether another thread can go on with the connection now.
-        """
-        self._calls_until = 0.0
-        return False
+    def hold_up(self) -> None:
+        """Release what must not wait for the call of the class that holds up `attend`."""
 
     def pause(self) -> bool:
         """Return whether the connection still has to pause."""
@@ -4761,8 +4756,7 @@ class ObjectExchange:
     with the object's bytes. The object is *pending* until its reply is sent.
 
     One thread at a time passes messages to `take`. That thread answers an object itself if it may
-    call the class and no other object is pending. If the call takes long, `let_go` allows another
-    thread to pass the messages behind the object. All other objects are answered on other threads,
+    call the class and no other object is pending. All other objects are answered on other threads,
     by `submit(function, argument)`.
 
     `send(replies, waits)` is called in the order of the objects, on any thread but never on two at
@@ -4789,9 +4783,8 @@ class ObjectExchange:
         self._awaited: Optional[ETLRequest] = None  # the object whose bytes come next
         self._is_broken = False  # whether a failure ends the connection; later objects are lost
         self.pending: Deque[PendingObject] = collections.deque()
-        self._is_inline = False  # whether the thread of `take` answers the only pending object
         self._is_sending = False
-        self._lock = threading.Lock()  # of the three above
+        self._lock = threading.Lock()  # of the two above
 
     @property
     def is_between_objects(self) -> bool:
@@ -4811,22 +4804,24 @@ class ObjectExchange:
         """The name, for log lines, of the object that the next message belongs to."""
         return "a control message" if self._awaited is None else self._awaited.name
 
-    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
-        """Take a message; if it completes an object, have the object answered.
-
-        Returns False if `let_go` was called meanwhile: another thread passes messages now.
-        """
+    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> None:
+        """Take a message; if it completes an object, have the object answered."""
         taken = self.pair(message)
         if taken is None:
-            return True
+            return
         request = taken.request
         if may_call and len(self.pending) == 1 and not request.pipeline:
             loaded = self._service.load(request) if request.fqn else (request, taken.body)
             if loaded is not None:
                 taken.request, taken.body = loaded
-                return self._answer_inline(taken)
-        self._hand_over(taken)
-        return True
+                reply = self._reply_to(taken)
+                with self._lock:
+                    self.pending.popleft()
+                return self._send([reply], False)
+        try:
+            self._submit(self.answer, taken)
+        except (RuntimeError, MemoryError):  # the system has no other thread
+            self.answer(taken)
 
     def pair(self, message: Union[bytes, ReceivedObject]) -> Optional[PendingObject]:
         """Take a message; return the object that it completes, for `answer`, or None.
@@ -4854,41 +4849,12 @@ class ObjectExchange:
             self.pending.append(taken)
         return taken
 
-    def let_go(self) -> bool:
-        """Let another thread call `take`; return False if `take` is not answering an object."""
-        with self._lock:
-            was_inline, self._is_inline = self._is_inline, False
-        return was_inline
-
-    def _answer_inline(self, taken: PendingObject) -> bool:
-        """Answer the only pending object; return False if `let_go` was called meanwhile."""
-        self._is_inline = True
-        reply = self._reply_to(taken)
-        with self._lock:
-            is_inline, self._is_inline = self._is_inline, False
-            if is_inline:
-                self.pending.popleft()
-        if is_inline:
-            self._send([reply], False)
-        else:  # another thread sends the reply, as this one must not wait for the client
-            taken.reply = reply
-            self._hand_over(taken)
-        return is_inline
-
-    def _hand_over(self, taken: PendingObject) -> None:
-        """Have another thread answer an object, or this thread if the system has no other."""
-        try:
-            self._submit(self.answer, taken)
-        except (RuntimeError, MemoryError):
-            self.answer(taken)
-
     def answer(self, taken: PendingObject) -> None:
         """Answer an object; send all replies that no unanswered object precedes.
 
         If another thread is sending, that thread sends these replies as well.
         """
-        # `_answer_inline` may have made the reply
-        taken.reply = taken.reply or self._reply_to(taken)
+        taken.reply = self._reply_to(taken)
         while True:
             with self._lock:
                 ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
@@ -5032,10 +4998,9 @@ class WebSocketConnection(Connection):
         code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
         return self._end(self._breaking_frames(code, reason))
 
-    def let_go(self) -> bool:
-        """Let another thread take messages if this one is held up by a call of the class."""
-        super().let_go()
-        return self._objects.let_go()
+    def hold_up(self) -> None:
+        """Send the replies that this turn has made before the call that takes long."""
+        self._flush(socket.MSG_DONTWAIT)
 
     def pause(self) -> bool:
         """Pause until replies are sent; return False if there is no need for that any more."""
@@ -5074,8 +5039,7 @@ class WebSocketConnection(Connection):
                 return Next.READ if self._flush(flags) else Next.THREAD
             if isinstance(message, Frame):
                 return Next.THREAD if flags else self._take_large(message)
-            if not self._objects.take(message, time.monotonic() < self._calls_until):
-                return Next.NOTHING
+            self._objects.take(message, time.monotonic() < self._calls_until)
             if self._size >= WRITE_BYTES and not self._flush(flags):
                 return Next.THREAD
         self._flush(flags)  # replies must not wait for what is pending
@@ -5419,10 +5383,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     continue
                 held = self._current
                 term = self._take_lead()
-                self._pace.hand_over(LEAD_SECONDS, time.monotonic())
-                goes_on = held is not None and held.let_go()  # the lock keeps its turn from ending
-            if goes_on:
-                self.settle(cast(Connection, held), Next.THREAD)
+            self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+            if held is not None:
+                held.hold_up()
             error = attempt(self._lead, term, True).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)
