@@ -163,8 +163,6 @@ HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes; room for ma
 HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
 READ_BYTES = 64 << 10  # of one receive: a small object usually comes together with its head
 WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
-DRAIN_LIMIT_BYTES = 1 << 20  # of a body, read on after an error; beyond this, closing is cheaper
-LINGER_LIMIT_BYTES = 64 << 20  # read before closing, so that a client still sending gets the answer
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # of a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore cuts far earlier
 # a smaller answer of the next stage is read to its end before our answer begins: if that fails, a
@@ -182,7 +180,7 @@ RESULT_UNREAD_SECONDS = 60.0  # until a result that the client does not read is 
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two searches for connections that have timed out
 DRAIN_LOOK_SECONDS = 0.2  # the same while the pod stops
-DRAIN_SECONDS = 5.0  # for a client to stop sending after an error
+DRAIN_SECONDS = 5.0  # for a client to stop sending after an early error, so that it gets the answer
 CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
@@ -1287,11 +1285,6 @@ class MessageBody(BodyStream):
         while self.failure is None and self.read(READ_BYTES):
             pass
         super().finish()
-
-    def drain(self, limit: int, deadline: float) -> None:
-        """Read the rest and drop it, up to `limit` bytes or a time of time.monotonic()."""
-        while not (self.is_at_end or self.failure or limit <= 0 or time.monotonic() >= deadline):
-            limit -= len(self.read(READ_BYTES) or b"")
 
     def _call(self, read: Callable[..., Any], *args: Any) -> Any:
         """Call a method of the input; turn its errors into those of a body cut short."""
@@ -4006,6 +3999,12 @@ class Service:
 # not wait, or a thread of the server's pool.
 
 
+@functools.lru_cache(maxsize=32)
+def options_of(value: str) -> FrozenSet[str]:
+    """Return the options that a field's value lists, in lower case."""
+    return frozenset(option.strip().lower() for option in value.split(","))
+
+
 class Head(NamedTuple):
     """The head of a request, parsed; field names are in lower case."""
 
@@ -4017,16 +4016,8 @@ class Head(NamedTuple):
     @property
     def wants_close(self) -> bool:
         """Whether this is the last request of its connection (RFC 9112, 9.3)."""
-        connection = self.fields.get("connection")
-        if connection is None:
-            return self.is_http_1_0
-        options = {option.strip().lower() for option in connection.split(",")}
+        options = options_of(self.fields.get("connection", ""))
         return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
-
-
-# stands for a head that cannot be parsed; it closes the connection, since nobody can tell where the
-# next request begins
-UNKNOWN_HEAD = Head("unknown", "request", False, {"connection": "close"})
 
 
 def parse_head(data: bytes) -> Head:
@@ -4065,8 +4056,9 @@ def body_of(head: Head, source: ConnectionInput) -> MessageBody:
     return ChunkedReader(source)
 
 
-BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-METHOD_BEGINNING = re.compile(TOKEN + rb"(?: |\Z)")
+# a method, or a part of one, then lines that end in CRLF; a lone CR may begin an empty line, which is
+# skipped; other bytes may be TLS
+HEAD_BEGINNING = re.compile(rb"\r|%b(?: [^\n]*(?:(?<=\r)\n[^\n]*)*)?" % TOKEN)
 
 
 def check_partial_head(source: ConnectionInput) -> None:
@@ -4074,11 +4066,7 @@ def check_partial_head(source: ConnectionInput) -> None:
     if source.ahead >= HEAD_LIMIT_BYTES:
         is_in_request_line = source.find(b"\n", HEAD_LIMIT_BYTES) < 0
         raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
-    beginning = source.peek(HEAD_LIMIT_BYTES)
-    if BARE_LINE_FEED.search(beginning):
-        raise UnframedRequest("a line of the head does not end in CRLF")
-    # a lone CR may begin an empty line, which is skipped; bytes that begin no method can be TLS
-    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):
+    if not HEAD_BEGINNING.fullmatch(source.peek(HEAD_LIMIT_BYTES)):
         raise UnframedRequest("this is not HTTP")
 
 
@@ -4134,13 +4122,11 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
     import hashlib
 
     upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-    options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
-    protocols = {protocol.strip().lower() for protocol in fields.get("upgrade", "").split(",")}
-    if "websocket" not in protocols or "upgrade" not in options:
-        raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED, upgrade)
-    if fields.get("sec-websocket-version") != "13":
-        raise RequestError("only version 13 of WebSocket is spoken here",
-                           HTTPStatus.UPGRADE_REQUIRED, {"Sec-WebSocket-Version": "13", **upgrade})
+    if not ("websocket" in options_of(fields.get("upgrade", ""))
+            and "upgrade" in options_of(fields.get("connection", ""))
+            and fields.get("sec-websocket-version") == "13"):
+        raise RequestError("/ws is for WebSocket alone, version 13", HTTPStatus.UPGRADE_REQUIRED,
+                           {"Sec-WebSocket-Version": "13", **upgrade})
     key = fields.get("sec-websocket-key", "")
     if not WEBSOCKET_KEY.fullmatch(key):
         raise BadRequest("the Sec-WebSocket-Key is malformed")
@@ -4165,7 +4151,7 @@ class Next(enum.Enum):
 class Connection:
     """One connection, served by one thread at a time.
 
-    Methods to override:  attend, work, expire, dismiss; hold_up, pause and close where the defaults
+    Methods to override:  attend, work, expire; dismiss, hold_up, pause and close where the defaults
                           do not fit
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
@@ -4201,8 +4187,8 @@ class Connection:
         raise NotImplementedError
 
     def dismiss(self) -> bool:
-        """Return whether the connection may be closed because the pod stops."""
-        raise NotImplementedError
+        """Return whether the connection may be closed because the pod stops: nothing has come."""
+        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
     def hold_up(self) -> None:
         """Release what must not wait for the call of the class that holds up `attend`."""
@@ -4235,13 +4221,12 @@ class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
     To close it at once would reset it, and the client might lose the answer. So the connection
-    reads and discards what comes, for `DRAIN_SECONDS` and up to `LINGER_LIMIT_BYTES`.
+    reads and discards what comes, for `DRAIN_SECONDS`.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
         source.take(source.ahead)
-        self._bytes_left = LINGER_LIMIT_BYTES
         self._deadline = self.since + DRAIN_SECONDS
         with contextlib.suppress(OSError):  # `attend` finds out that the client is gone
             connection.shutdown(socket.SHUT_WR)
@@ -4249,19 +4234,16 @@ class LingeringConnection(Connection):
     def attend(self, now: float, may_call: bool) -> Next:
         """Read and discard what has come."""
         is_open = self.receive()
-        self._bytes_left -= len(self.input.take(self.input.ahead))
-        return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
+        self.input.take(self.input.ahead)
+        return Next.READ if is_open else Next.CLOSE
 
     def expire(self, now: float) -> Next:
-        """Close the connection if the client goes on sending for too long."""
-        return Next.CLOSE if now > self._deadline or self.server.is_late else Next.READ
+        """Close the connection if the client goes on sending for too long.
 
-    def dismiss(self) -> bool:
-        """Return whether the client sends nothing now.
-
-        It need not have closed its end: AIStore never closes a connection that has failed.
+        While the pod stops, `dismiss` does not wait for the client to close its end: AIStore never
+        closes a connection that has failed.
         """
-        return not is_ready(self.socket, select.POLLIN)
+        return Next.CLOSE if now > self._deadline else Next.READ
 
 
 HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
@@ -4323,10 +4305,6 @@ class HTTPConnection(Connection):
         self._may_wait, self._todo = False, self._refused(error)
         return self._serve_all()
 
-    def dismiss(self) -> bool:
-        """Return whether no request has begun to arrive."""
-        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
-
     def _serve_all(self) -> Next:
         """Answer the requests that have come, one by one; the leader stops before it must wait."""
         while self._wish is Next.READ and not self._unsent:
@@ -4373,7 +4351,9 @@ class HTTPConnection(Connection):
         """Return a stand-in for a request that cannot be framed, and log the error."""
         logger.warning("request of %s: %s", peer_of(self.socket), error)
         answer = error_answer(error.status, str(error), error.headers)
-        return HTTPRequest(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
+        # a body that is never at its end: nobody can tell where the next request begins
+        body = BoundedReader(self.input, 1)
+        return HTTPRequest(Head("unknown", "request", False, {}), body, answer)
 
     def _understand(self, head: Head, body: MessageBody) -> Any:
         """Return what a request asks for, or its answer if that needs no call of the class."""
@@ -4398,13 +4378,12 @@ class HTTPConnection(Connection):
 
     def _respond_at_once(self, request: HTTPRequest) -> bool:
         """Answer a request on the leader; return False if that would have to wait."""
-        body, asked = request.body, request.asked
-        if body.size is None or body.size > self.input.ahead:
-            return False
+        asked, size = request.asked, request.body.size
         if isinstance(asked, Answer):
             self._respond(request)
             return True
-        may_call = body.size <= READ_BYTES and time.monotonic() <= self._calls_until
+        is_small = size is not None and size <= min(READ_BYTES, self.input.ahead)
+        may_call = is_small and time.monotonic() <= self._calls_until
         # the leader does not wait for another node: not for a pipeline's hop, nor for the target
         if not may_call or not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
@@ -4421,7 +4400,12 @@ class HTTPConnection(Connection):
 
     def _respond(self, request: HTTPRequest,
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
-        """Answer one request; `loaded` is the object if it has been read already."""
+        """Answer one request; `loaded` is the object if it has been read already.
+
+        If the body was not read to its end, the answer is an early error, and the connection ends:
+        the rest may be a whole object, and a client that expects "100 Continue" may or may not
+        send it (RFC 9110, 10.1.1).
+        """
         (head, body, asked), began = request, time.monotonic()
         if isinstance(asked, ETLRequest):
             self._serving = asked.name
@@ -4429,41 +4413,22 @@ class HTTPConnection(Connection):
         else:
             self._serving = head.target.partition("?")[0]
             answer = asked if isinstance(asked, Answer) else asked(body)
+        is_upgrade = answer.status == HTTPStatus.SWITCHING_PROTOCOLS
         with answer:
-            if isinstance(answer.body, bytes) and not body.is_at_end:
-                self._drain(body)
-            keeps = self._keeps(answer, head, body)
+            keeps = not head.wants_close and (is_upgrade or not self.server.is_draining)
+            if isinstance(answer.body, bytes):  # pieces read the body to its end, or are cut
+                keeps = keeps and body.is_at_end
+            else:
+                keeps = keeps and not head.is_http_1_0
             size = self._write(answer, head, keeps)
         if logger.isEnabledFor(logging.DEBUG):
             log_request(head.method, self._serving, answer.status, size, began)
-        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+        if is_upgrade:
             self._wish = Next.UPGRADE
-        elif not (keeps and body.is_at_end):  # an application may have left some of the body
-            has_all = body.is_at_end and head is not UNKNOWN_HEAD
-            self._wish = Next.CLOSE if has_all else Next.LINGER
-
-    def _drain(self, body: MessageBody) -> None:
-        """Discard the rest of a small body after an error, so that the connection can be kept."""
-        if self.input.invite is not None or (body.size or 0) > DRAIN_LIMIT_BYTES:
-            return
-        set_timeout(self.socket, socket.SO_RCVTIMEO, DRAIN_SECONDS)
-        with contextlib.suppress(RequestError):  # the body keeps it as its `failure`
-            body.drain(DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
-        set_timeout(self.socket, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
-
-    def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
-        """Return whether the connection can serve another request after this answer.
-
-        If the body was not read to its end, the answer is an early error, and the connection ends:
-        the rest may be a whole object, and a client that expects "100 Continue" may or may not
-        send it (RFC 9110, 10.1.1).
-        """
-        is_upgrade = answer.status == HTTPStatus.SWITCHING_PROTOCOLS
-        if head.wants_close or (self.server.is_draining and not is_upgrade):
-            return False
-        if isinstance(answer.body, bytes):
-            return body.is_at_end and body.failure is None
-        return not head.is_http_1_0  # pieces read the request's body to its end, or are cut
+        elif not body.is_at_end:  # an application may have left some of the body
+            self._wish = Next.LINGER
+        elif not keeps:
+            self._wish = Next.CLOSE
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> int:
         """Send an answer; return the number of bytes in its body.
@@ -4958,8 +4923,7 @@ class WebSocketConnection(Connection):
 
     def dismiss(self) -> bool:
         """Send a close frame and return True, unless an object has begun to come or is pending."""
-        is_busy = self._is_within_object or self._objects.pending
-        if is_busy or is_ready(self.socket, select.POLLIN):
+        if self._is_within_object or self._objects.pending or not super().dismiss():
             return False
         self._put([close_frame(CLOSE_GOING_AWAY)])
         self._flush(socket.MSG_DONTWAIT)
