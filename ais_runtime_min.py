@@ -4016,8 +4016,7 @@ class Head(NamedTuple):
     @property
     def wants_close(self) -> bool:
         """Whether this is the last request of its connection (RFC 9112, 9.3)."""
-        options = options_of(self.fields.get("connection", ""))
-        return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
+        return self.is_http_1_0 or "close" in options_of(self.fields.get("connection", ""))
 
 
 def parse_head(data: bytes) -> Head:
@@ -4064,8 +4063,7 @@ HEAD_BEGINNING = re.compile(rb"\r|%b(?: [^\n]*(?:(?<=\r)\n[^\n]*)*)?" % TOKEN)
 def check_partial_head(source: ConnectionInput) -> None:
     """Raise UnframedRequest if the buffered bytes cannot become a head, or are too long for one."""
     if source.ahead >= HEAD_LIMIT_BYTES:
-        is_in_request_line = source.find(b"\n", HEAD_LIMIT_BYTES) < 0
-        raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
+        raise UnframedRequest("the head is too long", 431)
     if not HEAD_BEGINNING.fullmatch(source.peek(HEAD_LIMIT_BYTES)):
         raise UnframedRequest("this is not HTTP")
 
@@ -4366,7 +4364,7 @@ class HTTPConnection(Connection):
             return HEALTHY
         if request.raw_path != "/ws":
             return request
-        if head.is_http_1_0 or body.size != 0 or head.wants_close:
+        if body.size != 0 or head.wants_close:
             raise BadRequest("a handshake is of HTTP/1.1, has no body, and keeps its connection")
         answer = upgrade_answer(head.fields)
         if not self.server.may_upgrade():
@@ -4418,8 +4416,6 @@ class HTTPConnection(Connection):
             keeps = not head.wants_close and (is_upgrade or not self.server.is_draining)
             if isinstance(answer.body, bytes):  # pieces read the body to its end, or are cut
                 keeps = keeps and body.is_at_end
-            else:
-                keeps = keeps and not head.is_http_1_0
             size = self._write(answer, head, keeps)
         if logger.isEnabledFor(logging.DEBUG):
             log_request(head.method, self._serving, answer.status, size, began)
@@ -4437,8 +4433,8 @@ class HTTPConnection(Connection):
         """
         is_chunked = answer.is_open and not head.is_http_1_0
         fields = [*answer.headers, *answer.framing(is_chunked)]
-        if not keeps or head.is_http_1_0:
-            fields.append(("Connection", "keep-alive" if keeps else "close"))
+        if not keeps:
+            fields.append(("Connection", "close"))
         text, last = answer_head(answer.status, fields), b"0\r\n\r\n" if is_chunked else b""
         size = 0
         if head.method == "HEAD":

@@ -139,7 +139,7 @@ class Framed(NamedTuple):
     def wants_close(self) -> bool:
         """Whether the client said that it is the last one."""
         options = [option.strip().lower() for name, value in self.fields if name == b"connection" for option in value.split(b",")]
-        return b"close" in options or (self.version == b"1.0" and b"keep-alive" not in options)
+        return b"close" in options or self.version == b"1.0"
 
 
 class Refused(Exception):
