@@ -5152,31 +5152,22 @@ class ThreadPool:
         self._jobs: queue.SimpleQueue[Tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
-        self._is_short = False  # whether the last thread could not be started
         self.busy = 0  # jobs that run or wait
 
     def submit(self, function: Callable[[Any], None], argument: Any) -> None:
         """Take a job; raise RuntimeError or MemoryError if there is no thread to do it."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
-                self._start_thread()
+                try:
+                    threading.Thread(target=self._serve, name="etl", daemon=True).start()
+                    self._threads += 1
+                except (RuntimeError, MemoryError) as error:
+                    logger.error("%d threads serve connections, and another cannot be started: %s",
+                                 self._threads, error)
+                    if not self._threads:
+                        raise
             self.busy += 1
             self._jobs.put((function, argument))
-
-    def _start_thread(self) -> None:
-        """Start another thread; if that fails, raise only if there is no thread at all."""
-        try:
-            threading.Thread(target=self._serve, name="etl", daemon=True).start()
-        except (RuntimeError, MemoryError) as error:
-            if not self._is_short:
-                logger.error("%d threads serve connections, and another cannot be started: %s",
-                             self._threads, error)
-            self._is_short = True
-            if not self._threads:
-                raise
-        else:
-            self._is_short = False
-            self._threads += 1
 
     def _serve(self) -> None:
         while True:
@@ -5262,6 +5253,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self, listener: socket.socket, service: Service,
                  main_thread: Optional[MainThread] = None) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], cast(Any, None))
+        self.socket = listener  # `server_close` closes it
         self.service = service
         self.application: Any = None  # a WSGIApplication, if the class has one
         self.is_draining = False  # whether the pod is stopping: only begun requests are answered
@@ -5270,7 +5262,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends the process if the main thread is still held up at the end
         self.leave: Callable[[], object] = lambda: None
-        self._listener: Optional[socket.socket] = listener
         self._main = main_thread or MainThread()  # the thread that calls `serve_forever`
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
@@ -5297,9 +5288,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._publish()  # a worker that seems absent would leave its first connection to others
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
         self.ready()
-        listener = cast(socket.socket, self._listener)
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ)
+        self.socket.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ)
         self._main.wake = self._waker.wake
         with contextlib.suppress(RuntimeError):  # without a deputy, slow calls hold others up
             threading.Thread(target=self._watch, name="deputy", daemon=True).start()
@@ -5314,7 +5304,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Whether the server has drained, or the time for that is over."""
         if not self._drain_began:
             return False
-        has_drained = self._listener is None and not self.connections
+        has_drained = self.socket.fileno() < 0 and not self.connections
         return has_drained or time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
 
     def _take_lead(self) -> int:
@@ -5468,9 +5458,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             at_once = struct.pack("ii", True, 0)
             with contextlib.suppress(OSError):  # the client may be gone
                 connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-            self.close_request(connection.socket)
-        else:
-            self.shutdown_request(connection.socket)
+        close = self.close_request if connection.is_cut else self.shutdown_request
+        close(connection.socket)
         if self.is_draining:
             self._waker.wake()  # it may have been the last
 
@@ -5508,9 +5497,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
             if self._waker.readable in ready and self._waker.take():
                 self.is_draining = True
-        if self.is_draining and not self._drain_began:
+            begins_to_drain = self.is_draining and not self._drain_began
+            if begins_to_drain:
+                self._drain_began = time.monotonic()
+        if begins_to_drain:
             self._begin_drain(term)
-        elif self._listener in ready:
+        elif self.socket in ready:
             self._accept_some(EXCESS_LIMIT if len(events) > CROWD_LIMIT // 2 else 0, term)
         now = time.monotonic()
         if now >= self._next_sweep:
@@ -5519,13 +5511,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _sweep(self, now: float, term: int) -> None:
         """End connections whose time is over and, during a drain, those that are idle."""
-        late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
-        if self.is_draining and not self.is_late and now > late:
-            self.is_late = True
-            for connection in self._websockets():
-                # a thread that waits for the client then reads the end of the input
-                with contextlib.suppress(OSError):  # the client may be gone
-                    connection.socket.shutdown(socket.SHUT_RD)
+        self.is_late = self.is_draining and now > self._drain_began + WEBSOCKET_DRAIN_SECONDS
+        for connection in self._websockets() if self.is_late else ():
+            # a thread that waits for the client then reads the end of the input
+            with contextlib.suppress(OSError):  # the client may be gone
+                connection.socket.shutdown(socket.SHUT_RD)
         for connection in self._registered():
             if not self._take_turn(connection, term, connection.expire, now):
                 self._next_sweep = 0.0  # the thread that leads now sweeps instead
@@ -5550,29 +5540,18 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _accept(self, term: int) -> bool:
         """Accept a connection; return False if none waits or none can be accepted."""
-        listener = self._listener
-        if listener is None:  # another thread leads now, and has begun to drain
-            return False
         try:
-            connection, _ = listener.accept()
-        except BlockingIOError:  # another worker was faster
-            return False
+            connection = HTTPConnection(self.socket.accept()[0], self)
         except OSError as error:
-            if error.errno == errno.EBADF:  # another thread has just closed the listener
-                return False
-            logger.error("a connection could not be accepted: %s", error)
+            # another worker was faster, or another thread leads now and has closed the listener
+            if error.errno not in (errno.EAGAIN, errno.EBADF):
+                logger.error("a connection could not be accepted: %s", error)
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client has gone already
                 self._make_room(term)
             return False
-        try:
-            made = HTTPConnection(connection, self)
-        except OSError as error:
-            logger.debug("a connection was gone at once: %s", error)
-            connection.close()
-            return True
-        self.connections.add(made)
+        self.connections.add(connection)
         self._publish()
-        self.settle(made, Next.READ)
+        self.settle(connection, Next.READ)
         return True
 
     def _make_room(self, term: int) -> None:
@@ -5580,14 +5559,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
         If none is idle, wait a moment, since the listener stays readable.
         """
-        def retire(connection: Connection) -> Next:  # READ if a request has come meanwhile
-            return Next.CLOSE if connection.dismiss() else Next.READ
-
         idle = [connection for connection in self._registered()
                 if isinstance(connection, HTTPConnection) and connection.dismiss()]
         idle.sort(key=lambda connection: connection.since)
         for connection in idle[:min(CROWD_LIMIT, len(idle) // 4 + 1)]:
-            self._take_turn(connection, term, retire, connection)
+            self._take_turn(connection, term, lambda: Next.CLOSE)
         if not idle:
             time.sleep(0.05)
 
@@ -5605,27 +5581,16 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.is_draining = True
         self._waker.wake()
 
-    def server_close(self) -> None:
-        """Close the listening socket."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-
     def _begin_drain(self, term: int) -> None:
         """Accept the connections that the kernel has let in, then close the listener."""
-        with self._lock:
-            if self._drain_began:  # a former leader was faster
-                return
-            self._drain_began = time.monotonic()
         self._patience, self._next_sweep = DRAIN_LOOK_SECONDS, 0.0
         self._share.leave()
-        if self._listener is not None:
-            for _ in range(BACKLOG):
-                if not self._accept(term):
-                    break
-            with self._lock:
-                self._selector.unregister(self._listener)
-            self.server_close()
+        for _ in range(BACKLOG):
+            if not self._accept(term):
+                break
+        with self._lock:
+            self._selector.unregister(self.socket)
+        self.server_close()
         # if another thread leads by now, it may be selecting with the old patience
         self._waker.wake()
 
