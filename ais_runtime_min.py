@@ -4165,8 +4165,8 @@ class Connection:
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
         # The Server of section 16. Subclasses use its service, application, settle, submit,
-        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late. For each call of the class
-        # within `attend` they add one to its `turn`.
+        # may_upgrade, is_crowded, is_draining and is_late. For each call of the class within
+        # `attend` they add one to its `turn`.
         self.server = server
         self.input = source
         self.since = time.monotonic()  # when it became idle, or its first buffered byte came
@@ -4652,8 +4652,7 @@ class MessageStream(BodyStream):
                 return 0
             self._read_head()
         view = memoryview(buffer)[:self._left]
-        # MSG_WAITALL saves system calls; but a text is checked as its bytes come
-        count = self._source.readinto(view, 0 if self._decoder else socket.MSG_WAITALL)
+        count = self._source.readinto(view, socket.MSG_WAITALL)
         if not count:
             raise ShortBody("a message ended early")
         unmask = fastest_unmasking() if count > UNMASK_BYTES else unmask_by_numbers
@@ -4668,11 +4667,9 @@ class MessageStream(BodyStream):
     def _read_head(self) -> None:
         """Read the head of the next fragment, or a whole control frame that precedes it."""
         source = self._source
-        frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
-        while frame is None:
+        while (frame := parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))) is None:
             if not source.fill():
                 raise ShortBody("a message ended early")
-            frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
         source.take(frame.head_size)
         if frame.opcode >= OP_CLOSE:
             if not source.need(frame.size):
@@ -4742,7 +4739,6 @@ class ObjectExchange:
         self._submit = submit
         self._told = told
         self._awaited: Optional[ETLRequest] = None  # the object whose bytes come next
-        self._is_broken = False  # whether a failure ends the connection; later objects are lost
         self.pending: Deque[PendingObject] = collections.deque()
         self._is_sending = False
         self._lock = threading.Lock()  # of the two above
@@ -4822,9 +4818,7 @@ class ObjectExchange:
                 if self._is_sending or not ready:
                     break
                 self._is_sending = True
-            replies = [cast(Reply, each.reply) for each in ready]
-            self._is_broken = self._is_broken or any(each.opcode == OP_CLOSE for each in replies)
-            self._send(replies, True)
+            self._send([cast(Reply, each.reply) for each in ready], True)
             with self._lock:
                 self._is_sending = False
                 for _ in ready:
@@ -4839,8 +4833,6 @@ class ObjectExchange:
     def _answer(self, request: ETLRequest, body: ReceivedObject) -> Reply:
         began = time.monotonic()
         with body:
-            if self._is_broken:
-                return Reply(OP_CLOSE, b"")
             answer, content = self._service.answer_message(request, body)
         if logger.isEnabledFor(logging.DEBUG):
             log_request("/ws", request.name, answer.status, len(content), began)
@@ -4881,7 +4873,8 @@ class WebSocketConnection(Connection):
     together.
 
     The connection ends if the client closes it or, as AIStore does, just goes away; after an object
-    has failed; or when the pod stops. The objects that have come before are answered first.
+    has failed; or when the pod stops. The objects that have come before are answered first. If the
+    client sends nothing after the frames that tell a failure, the next sweep ends the connection.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -4980,9 +4973,8 @@ class WebSocketConnection(Connection):
     @property
     def _must_pause(self) -> bool:
         """Whether replies must be sent before the connection takes messages again, or ends."""
-        if not self._objects.pending:
-            return False
-        return self._ending is not None or self._objects.is_full or self.server.is_crowded()
+        return bool(self._objects.pending) and (
+            self._ending is not None or self._objects.is_full or self.server.is_crowded())
 
     def _end(self, ending: Sequence[bytes] = ()) -> Next:
         """Read nothing more; have `work` send the last frames once no object is pending."""
@@ -4994,7 +4986,7 @@ class WebSocketConnection(Connection):
     def _take_messages(self, flags: int = 0) -> Next:
         """Take the messages that have come; with MSG_DONTWAIT, up to a large one."""
         while not (self.is_over or self._must_pause):
-            message = self._next_message()
+            message = self._next_message(flags)
             if message is None:
                 return Next.READ if self._flush(flags) else Next.THREAD
             if isinstance(message, Frame):
@@ -5005,7 +4997,7 @@ class WebSocketConnection(Connection):
         self._flush(flags)  # replies must not wait for what is pending
         return self._end() if self.is_over else Next.PAUSE
 
-    def _next_message(self) -> Union[bytes, Frame, None]:
+    def _next_message(self, flags: int) -> Union[bytes, Frame, None]:
         """Take the next small message, or return the head of a large one, or None.
 
         A small message is one binary frame of at most `UNMASK_BYTES`. Every other message counts as
@@ -5025,7 +5017,7 @@ class WebSocketConnection(Connection):
             payload = unmasked(source.take(end)[frame.head_size:], frame.mask)
             if frame.opcode == OP_BINARY:
                 return payload
-            self._take_control(frame.opcode, payload)
+            self._take_control(frame.opcode, payload, flags)
         return None
 
     def _take_large(self, frame: Frame) -> Next:
@@ -5049,23 +5041,17 @@ class WebSocketConnection(Connection):
         self._objects.answer(taken)
         return Next.NOTHING
 
-    def _take_control(self, opcode: int, payload: bytes) -> None:
-        """Queue the answer to a ping; raise CloseConnection for a close frame.
+    def _take_control(self, opcode: int, payload: bytes, flags: int = 0) -> None:
+        """Answer a ping by a pong; raise CloseConnection for a close frame.
 
-        The answer, a pong, is sent at once if that is possible without waiting. While much is
-        queued for a client that does not read, a pong replaces the one before it (RFC 6455, 5.5.3).
-        A client's own pong needs no answer.
+        With MSG_DONTWAIT, pongs may stay queued. Since no more is received until they are sent,
+        they take little memory. A client's own pong needs no answer.
         """
         if opcode == OP_CLOSE:
             raise CloseConnection("", parse_close(payload))
         if opcode == OP_PING:
-            pong = [frame_head(OP_PONG, len(payload)), payload]
-            with self._lock:
-                is_full = len(self._queue) > BATCH_LIMIT_PARTS
-                if is_full and bytes(self._queue[-2][:1]) == pong[0][:1]:
-                    del self._queue[-2:]
-                self._queue += pong
-            self._flush(socket.MSG_DONTWAIT)
+            self._put([frame_head(OP_PONG, len(payload)), payload])
+            self._flush(flags)
 
     # -- sending --
 
@@ -5096,15 +5082,13 @@ class WebSocketConnection(Connection):
         return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
 
     def _go_on(self) -> None:
-        """Go on after a pause, or end, now that an object has been answered."""
+        """Go on after a pause if there is no need for it any more."""
         with self._lock:
             goes_on = self._is_paused and not self._must_pause
             if goes_on:
                 self._is_paused = False
         if goes_on:
             self.server.settle(self, Next.THREAD)
-        elif self.is_over:
-            self.server.sweep_soon()
 
     def _put(self, parts: Sequence[bytes]) -> None:
         """Queue whole frames."""
@@ -5422,9 +5406,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             connection.since = time.monotonic()
             with self._lock:
                 self._selector.register(connection.socket, selectors.EVENT_READ, connection)
-            # a sweep does not see a connection that ends while it is not registered
-            if connection.is_over:
-                self.sweep_soon()
         elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
             try:
                 self.process_request(connection, None)
@@ -5460,18 +5441,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         close = self.close_request if connection.is_cut else self.shutdown_request
         close(connection.socket)
-        if self.is_draining:
-            self._waker.wake()  # it may have been the last
 
     def _publish(self) -> None:
         """Tell the other workers how many connections this one has."""
         if not self._drain_began:
             self._share.publish(len(self.connections))
-
-    def sweep_soon(self) -> None:
-        """Have the leader look at once for connections that are over."""
-        self._next_sweep = 0.0
-        self._waker.wake()
 
     def may_upgrade(self) -> bool:
         """Return whether one more connection may become a WebSocket connection."""
