@@ -4156,7 +4156,6 @@ class Connection:
     connection wants next. An exception ends the connection. Times are those of time.monotonic().
     """
 
-    is_over = False  # whether the next sweep must end it, even if nothing more comes
     # whether an answer that is not chunked is incomplete: the connection must then end by a reset,
     # since the client could take the answer for whole
     is_cut = False
@@ -4883,6 +4882,7 @@ class WebSocketConnection(Connection):
         with contextlib.suppress(OSError):  # raised by macOS if the client is gone
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
+        self.is_over = False  # whether the next sweep must end it, even if nothing more comes
         # the frames that end the connection; once they are set, nothing more is read
         self._ending: Optional[Sequence[bytes]] = None
         self._is_paused = False
@@ -5317,9 +5317,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                     continue
                 held = self._current
                 term = self._take_lead()
-            self._pace.hand_over(LEAD_SECONDS, time.monotonic())
-            if held is not None:
-                held.hold_up()
+                self._pace.hand_over(LEAD_SECONDS, time.monotonic())
+                if held is not None:  # the lock keeps its turn from ending
+                    held.hold_up()
             error = attempt(self._lead, term, True).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)

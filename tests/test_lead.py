@@ -92,7 +92,7 @@ class Scripted(Connection):
         return True
 
     def expire(self, now: float) -> Next:
-        return Next.CLOSE if self.is_over else Next.READ
+        return Next.READ
 
     def pause(self) -> bool:
         return True
