@@ -5142,16 +5142,20 @@ class ThreadPool:
         """Take a job; raise RuntimeError or MemoryError if there is no thread to do it."""
         with self._lock:
             if self._threads < min(self.busy + 1, self._limit):
-                try:
-                    threading.Thread(target=self._serve, name="etl", daemon=True).start()
-                    self._threads += 1
-                except (RuntimeError, MemoryError) as error:
-                    logger.error("%d threads serve connections, and another cannot be started: %s",
-                                 self._threads, error)
-                    if not self._threads:
-                        raise
+                self._start_thread()
             self.busy += 1
             self._jobs.put((function, argument))
+
+    def _start_thread(self) -> None:
+        """Start another thread; if that fails, raise only if there is no thread at all."""
+        try:
+            threading.Thread(target=self._serve, name="etl", daemon=True).start()
+            self._threads += 1
+        except (RuntimeError, MemoryError) as error:
+            logger.error("%d threads serve connections, and another cannot be started: %s",
+                         self._threads, error)
+            if not self._threads:
+                raise
 
     def _serve(self) -> None:
         while True:
