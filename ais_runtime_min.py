@@ -180,7 +180,7 @@ RESULT_UNREAD_SECONDS = 60.0  # until a result that the client does not read is 
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two searches for connections that have timed out
 DRAIN_LOOK_SECONDS = 0.2  # the same while the pod stops
-DRAIN_SECONDS = 5.0  # for a client to stop sending after an early error, so that it gets the answer
+DRAIN_SECONDS = 5.0  # for a client to stop sending after an early error, and read the answer
 CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
@@ -4055,8 +4055,8 @@ def body_of(head: Head, source: ConnectionInput) -> MessageBody:
     return ChunkedReader(source)
 
 
-# a method, or a part of one, then lines that end in CRLF; a lone CR may begin an empty line, which is
-# skipped; other bytes may be TLS
+# a method, or a part of one, then lines that end in CRLF; a lone CR may begin an empty line, which
+# is skipped; other bytes may be TLS
 HEAD_BEGINNING = re.compile(rb"\r|%b(?: [^\n]*(?:(?<=\r)\n[^\n]*)*)?" % TOKEN)
 
 
