@@ -5364,8 +5364,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
         # `_take_turn` adds 1 to `self.turn`, and each call of the class adds 1 more
         calls = self.turn - turn
-        if may_call and has_lead and calls:
-            now = time.monotonic()
+        now = time.monotonic()
+        if may_call and not has_lead:  # the next calls may take as long: what is behind is read
+            self._pace.hand_over(LEAD_SECONDS, now)
+        elif may_call and calls:
             self._pace.note((now - began) / calls, now)
         return has_lead
 
