@@ -159,7 +159,6 @@ HEAD_LIMIT_BYTES = 64 << 10  # more than AIStore's own server takes; room for ma
 HEAD_LIMIT_FIELDS = 100  # as in http.client; real requests have fewer than ten
 READ_BYTES = 64 << 10  # of one receive: a small object usually comes together with its head
 WRITE_BYTES = 1 << 20  # of one send: TLS fails on pieces of several GiB
-DRAIN_LIMIT_BYTES = 1 << 20  # of a body, read on after an error; beyond this, closing is cheaper
 CHUNK_LINE_LIMIT_BYTES = 4 << 10  # of a chunk's size and its extensions, which nobody sends
 ERROR_TEXT_LIMIT_BYTES = 64 << 10  # of another node's error text, which AIStore cuts far earlier
 WAITING_LIMIT_BYTES = 256 << 20  # of all bodies in a worker's memory that wait for a transform
@@ -173,7 +172,7 @@ RESULT_UNREAD_SECONDS = 60.0  # until a result that the client does not read is 
 IDLE_SECONDS = 600.0  # until a connection without requests is closed
 SWEEP_SECONDS = 5.0  # between two searches for connections that have timed out
 DRAIN_LOOK_SECONDS = 0.2  # the same while the pod stops
-DRAIN_SECONDS = 5.0  # for a client to stop sending after an error
+DRAIN_SECONDS = 5.0  # for a client to stop sending after an early error, and read the answer
 CONNECT_SECONDS = 5.0  # to connect to another node, which is near
 HOP_SILENCE_SECONDS = 300.0  # until a silent node is given up: it may be computing
 HOP_IDLE_SECONDS = 20.0  # to keep an idle connection to a node: AIStore closes it after 30 s
@@ -1212,11 +1211,6 @@ class MessageBody(BodyStream):
         """Read to the end, to notice a lost client even if the class has read less."""
         while self.read(READ_BYTES):
             pass
-
-    def drain(self, limit: int, deadline: float) -> None:
-        """Read the rest and drop it, up to `limit` bytes or a time of time.monotonic()."""
-        while not (self.is_at_end or self.failure or limit <= 0 or time.monotonic() >= deadline):
-            limit -= len(self.read(READ_BYTES) or b"")
 
     def _call(self, read: Callable[..., Any], *args: Any) -> Any:
         """Call a method of the input; turn its errors into those of a body cut short."""
@@ -3628,6 +3622,12 @@ class Service:
 # not wait, or a thread of the server's pool.
 
 
+@functools.lru_cache(maxsize=32)
+def options_of(value: str) -> FrozenSet[str]:
+    """Return the options that a field's value lists, in lower case."""
+    return frozenset(option.strip().lower() for option in value.split(","))
+
+
 class Head(NamedTuple):
     """The head of a request, parsed; field names are in lower case."""
 
@@ -3639,16 +3639,7 @@ class Head(NamedTuple):
     @property
     def wants_close(self) -> bool:
         """Whether this is the last request of its connection (RFC 9112, 9.3)."""
-        connection = self.fields.get("connection")
-        if connection is None:
-            return self.is_http_1_0
-        options = {option.strip().lower() for option in connection.split(",")}
-        return "close" in options or (self.is_http_1_0 and "keep-alive" not in options)
-
-
-# stands for a head that cannot be parsed; it closes the connection, since nobody can tell where the
-# next request begins
-UNKNOWN_HEAD = Head("unknown", "request", False, {"connection": "close"})
+        return self.is_http_1_0 or "close" in options_of(self.fields.get("connection", ""))
 
 
 def parse_head(data: bytes) -> Head:
@@ -3687,20 +3678,16 @@ def body_of(head: Head, source: ConnectionInput) -> MessageBody:
     return ChunkedReader(source)
 
 
-BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-METHOD_BEGINNING = re.compile(TOKEN + rb"(?: |\Z)")
+# a method, or a part of one, then lines that end in CRLF; a lone CR may begin an empty line, which
+# is skipped; other bytes may be TLS
+HEAD_BEGINNING = re.compile(rb"\r|%b(?: [^\n]*(?:(?<=\r)\n[^\n]*)*)?" % TOKEN)
 
 
 def check_partial_head(source: ConnectionInput) -> None:
     """Raise UnframedRequest if the buffered bytes cannot become a head, or are too long for one."""
     if source.ahead >= HEAD_LIMIT_BYTES:
-        is_in_request_line = source.find(b"\n", HEAD_LIMIT_BYTES) < 0
-        raise UnframedRequest("the head is too long", 414 if is_in_request_line else 431)
-    beginning = source.peek(HEAD_LIMIT_BYTES)
-    if BARE_LINE_FEED.search(beginning):
-        raise UnframedRequest("a line of the head does not end in CRLF")
-    # a lone CR may begin an empty line, which is skipped; bytes that begin no method can be TLS
-    if beginning != b"\r" and not METHOD_BEGINNING.match(beginning):
+        raise UnframedRequest("the head is too long", 431)
+    if not HEAD_BEGINNING.fullmatch(source.peek(HEAD_LIMIT_BYTES)):
         raise UnframedRequest("this is not HTTP")
 
 
@@ -3756,13 +3743,11 @@ def upgrade_answer(fields: Mapping[str, str]) -> Answer:
     import hashlib
 
     upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-    options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
-    protocols = {protocol.strip().lower() for protocol in fields.get("upgrade", "").split(",")}
-    if "websocket" not in protocols or "upgrade" not in options:
-        raise RequestError("/ws is for WebSocket alone", HTTPStatus.UPGRADE_REQUIRED, upgrade)
-    if fields.get("sec-websocket-version") != "13":
-        raise RequestError("only version 13 of WebSocket is spoken here",
-                           HTTPStatus.UPGRADE_REQUIRED, {"Sec-WebSocket-Version": "13", **upgrade})
+    if not ("websocket" in options_of(fields.get("upgrade", ""))
+            and "upgrade" in options_of(fields.get("connection", ""))
+            and fields.get("sec-websocket-version") == "13"):
+        raise RequestError("/ws is for WebSocket alone, version 13", HTTPStatus.UPGRADE_REQUIRED,
+                           {"Sec-WebSocket-Version": "13", **upgrade})
     key = fields.get("sec-websocket-key", "")
     if not WEBSOCKET_KEY.fullmatch(key):
         raise BadRequest("the Sec-WebSocket-Key is malformed")
@@ -3787,14 +3772,13 @@ class Next(enum.Enum):
 class Connection:
     """One connection, served by one thread at a time.
 
-    Methods to override:  attend, work, expire, dismiss; let_go, pause and close where the defaults
+    Methods to override:  attend, work, expire; dismiss, hold_up, pause and close where the defaults
                           do not fit
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
     connection wants next. An exception ends the connection. Times are those of time.monotonic().
     """
 
-    is_over = False  # whether the next sweep must end it, even if nothing more comes
     # whether an answer that is not chunked is incomplete: the connection must then end by a reset,
     # since the client could take the answer for whole
     is_cut = False
@@ -3803,8 +3787,8 @@ class Connection:
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
         # The Server of section 16. Subclasses use its service, application, settle, submit,
-        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late. For each call of the class
-        # within `attend` they add one to its `turn`.
+        # may_upgrade, is_crowded, is_draining and is_late. For each call of the class within
+        # `attend` they add one to its `turn`.
         self.server = server
         self.input = source
         self.since = time.monotonic()  # when it became idle, or its first buffered byte came
@@ -3823,16 +3807,11 @@ class Connection:
         raise NotImplementedError
 
     def dismiss(self) -> bool:
-        """Return whether the connection may be closed because the pod stops."""
-        raise NotImplementedError
+        """Return whether the connection may be closed because the pod stops: nothing has come."""
+        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
-    def let_go(self) -> bool:
-        """Call the class no more in this turn.
-
-        Returns whether another thread can go on with the connection now.
-        """
-        self._calls_until = 0.0
-        return False
+    def hold_up(self) -> None:
+        """Release what must not wait for the call of the class that holds up `attend`."""
 
     def pause(self) -> bool:
         """Return whether the connection still has to pause."""
@@ -3862,13 +3841,12 @@ class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
     To close it at once would reset it, and the client might lose the answer. So the connection
-    reads and discards what comes, for `DRAIN_SECONDS` and up to 64 MiB.
+    reads and discards what comes, for `DRAIN_SECONDS`.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         super().__init__(connection, server, source)
         source.take(source.ahead)
-        self._bytes_left = 64 << 20
         self._deadline = self.since + DRAIN_SECONDS
         with contextlib.suppress(OSError):  # `attend` finds out that the client is gone
             connection.shutdown(socket.SHUT_WR)
@@ -3876,19 +3854,16 @@ class LingeringConnection(Connection):
     def attend(self, now: float, may_call: bool) -> Next:
         """Read and discard what has come."""
         is_open = self.receive()
-        self._bytes_left -= len(self.input.take(self.input.ahead))
-        return Next.READ if is_open and self._bytes_left > 0 else Next.CLOSE
+        self.input.take(self.input.ahead)
+        return Next.READ if is_open else Next.CLOSE
 
     def expire(self, now: float) -> Next:
-        """Close the connection if the client goes on sending for too long."""
-        return Next.CLOSE if now > self._deadline or self.server.is_late else Next.READ
+        """Close the connection if the client goes on sending for too long.
 
-    def dismiss(self) -> bool:
-        """Return whether the client sends nothing now.
-
-        It need not have closed its end: AIStore never closes a connection that has failed.
+        While the pod stops, `dismiss` does not wait for the client to close its end: AIStore never
+        closes a connection that has failed.
         """
-        return not is_ready(self.socket, select.POLLIN)
+        return Next.CLOSE if now > self._deadline else Next.READ
 
 
 HEALTHY = Answer(HTTPStatus.OK, b"Running", (("Content-Type", "text/plain"),))
@@ -3950,10 +3925,6 @@ class HTTPConnection(Connection):
         self._may_wait, self._todo = False, self._refused(error)
         return self._serve_all()
 
-    def dismiss(self) -> bool:
-        """Return whether no request has begun to arrive."""
-        return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
-
     def _serve_all(self) -> Next:
         """Answer the requests that have come, one by one; the leader stops before it must wait."""
         while self._wish is Next.READ and not self._unsent:
@@ -4000,7 +3971,9 @@ class HTTPConnection(Connection):
         """Return a stand-in for a request that cannot be framed, and log the error."""
         logger.warning("request of %s: %s", peer_of(self.socket), error)
         answer = error_answer(error.status, str(error), error.headers)
-        return HTTPRequest(UNKNOWN_HEAD, BoundedReader(self.input, 0), answer)
+        # a body that is never at its end: nobody can tell where the next request begins
+        body = BoundedReader(self.input, 1)
+        return HTTPRequest(Head("unknown", "request", False, {}), body, answer)
 
     def _understand(self, head: Head, body: MessageBody) -> Any:
         """Return what a request asks for, or its answer if that needs no call of the class."""
@@ -4013,7 +3986,7 @@ class HTTPConnection(Connection):
             return HEALTHY
         if request.raw_path != "/ws":
             return request
-        if head.is_http_1_0 or body.size != 0 or head.wants_close:
+        if body.size != 0 or head.wants_close:
             raise BadRequest("a handshake is of HTTP/1.1, has no body, and keeps its connection")
         answer = upgrade_answer(head.fields)
         if not self.server.may_upgrade():
@@ -4025,13 +3998,12 @@ class HTTPConnection(Connection):
 
     def _respond_at_once(self, request: HTTPRequest) -> bool:
         """Answer a request on the leader; return False if that would have to wait."""
-        body, asked = request.body, request.asked
-        if body.size is None or body.size > self.input.ahead:
-            return False
+        asked, size = request.asked, request.body.size
         if isinstance(asked, Answer):
             self._respond(request)
             return True
-        may_call = body.size <= READ_BYTES and time.monotonic() <= self._calls_until
+        is_small = size is not None and size <= min(READ_BYTES, self.input.ahead)
+        may_call = is_small and time.monotonic() <= self._calls_until
         # the leader does not wait for another node: not for a pipeline's hop, nor for the target
         if not may_call or not isinstance(asked, ETLRequest) or asked.pipeline or asked.latest:
             return False
@@ -4048,7 +4020,12 @@ class HTTPConnection(Connection):
 
     def _respond(self, request: HTTPRequest,
                  loaded: Optional[Tuple[ETLRequest, ReceivedObject]] = None) -> None:
-        """Answer one request; `loaded` is the object if it has been read already."""
+        """Answer one request; `loaded` is the object if it has been read already.
+
+        If the body was not read to its end, the answer is an early error, and the connection ends:
+        the rest may be a whole object, and a client that expects "100 Continue" may or may not
+        send it (RFC 9110, 10.1.1).
+        """
         (head, body, asked), began = request, time.monotonic()
         if isinstance(asked, ETLRequest):
             self._serving = asked.name
@@ -4056,41 +4033,20 @@ class HTTPConnection(Connection):
         else:
             self._serving = head.target.partition("?")[0]
             answer = asked if isinstance(asked, Answer) else asked(body)
+        is_upgrade = answer.status == HTTPStatus.SWITCHING_PROTOCOLS
         with answer:
-            if isinstance(answer.body, bytes) and not body.is_at_end:
-                self._drain(body)
-            keeps = self._keeps(answer, head, body)
+            keeps = not head.wants_close and (is_upgrade or not self.server.is_draining)
+            if isinstance(answer.body, bytes):  # pieces read the body to its end, or are cut
+                keeps = keeps and body.is_at_end
             size = self._write(answer, head, keeps)
         if logger.isEnabledFor(logging.DEBUG):
             log_request(head.method, self._serving, answer.status, size, began)
-        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+        if is_upgrade:
             self._wish = Next.UPGRADE
-        elif not (keeps and body.is_at_end):  # an application may have left some of the body
-            has_all = body.is_at_end and head is not UNKNOWN_HEAD
-            self._wish = Next.CLOSE if has_all else Next.LINGER
-
-    def _drain(self, body: MessageBody) -> None:
-        """Discard the rest of a small body after an error, so that the connection can be kept."""
-        if self.input.invite is not None or (body.size or 0) > DRAIN_LIMIT_BYTES:
-            return
-        set_timeout(self.socket, socket.SO_RCVTIMEO, DRAIN_SECONDS)
-        with contextlib.suppress(RequestError):  # the body keeps it as its `failure`
-            body.drain(DRAIN_LIMIT_BYTES, time.monotonic() + DRAIN_SECONDS)
-        set_timeout(self.socket, socket.SO_RCVTIMEO, BODY_PAUSE_SECONDS)
-
-    def _keeps(self, answer: Answer, head: Head, body: MessageBody) -> bool:
-        """Return whether the connection can serve another request after this answer.
-
-        If the body was not read to its end, the answer is an early error, and the connection ends:
-        the rest may be a whole object, and a client that expects "100 Continue" may or may not
-        send it (RFC 9110, 10.1.1).
-        """
-        is_upgrade = answer.status == HTTPStatus.SWITCHING_PROTOCOLS
-        if head.wants_close or (self.server.is_draining and not is_upgrade):
-            return False
-        if isinstance(answer.body, bytes):
-            return body.is_at_end and body.failure is None
-        return not head.is_http_1_0  # pieces read the request's body to its end, or are cut
+        elif not body.is_at_end:  # an application may have left some of the body
+            self._wish = Next.LINGER
+        elif not keeps:
+            self._wish = Next.CLOSE
 
     def _write(self, answer: Answer, head: Head, keeps: bool) -> int:
         """Send an answer; return the number of bytes in its body.
@@ -4099,8 +4055,8 @@ class HTTPConnection(Connection):
         """
         is_chunked = answer.is_open and not head.is_http_1_0
         fields = [*answer.headers, *answer.framing(is_chunked)]
-        if not keeps or head.is_http_1_0:
-            fields.append(("Connection", "keep-alive" if keeps else "close"))
+        if not keeps:
+            fields.append(("Connection", "close"))
         text, last = answer_head(answer.status, fields), b"0\r\n\r\n" if is_chunked else b""
         size = 0
         if head.method == "HEAD":
@@ -4318,8 +4274,7 @@ class MessageStream(BodyStream):
                 return 0
             self._read_head()
         view = memoryview(buffer)[:self._left]
-        # MSG_WAITALL saves system calls; but a text is checked as its bytes come
-        count = self._source.readinto(view, 0 if self._decoder else socket.MSG_WAITALL)
+        count = self._source.readinto(view, socket.MSG_WAITALL)
         if not count:
             raise ShortBody("a message ended early")
         unmask = fastest_unmasking() if count > UNMASK_BYTES else unmask_by_numbers
@@ -4334,11 +4289,9 @@ class MessageStream(BodyStream):
     def _read_head(self) -> None:
         """Read the head of the next fragment, or a whole control frame that precedes it."""
         source = self._source
-        frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
-        while frame is None:
+        while (frame := parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))) is None:
             if not source.fill():
                 raise ShortBody("a message ended early")
-            frame = parse_frame(source.peek(FRAME_HEAD_LIMIT_BYTES))
         source.take(frame.head_size)
         if frame.opcode >= OP_CLOSE:
             if not source.need(frame.size):
@@ -4383,8 +4336,7 @@ class ObjectExchange:
     with the object's bytes. The object is *pending* until its reply is sent.
 
     One thread at a time passes messages to `take`. That thread answers an object itself if it may
-    call the class and no other object is pending. If the call takes long, `let_go` allows another
-    thread to pass the messages behind the object. All other objects are answered on other threads,
+    call the class and no other object is pending. All other objects are answered on other threads,
     by `submit(function, argument)`.
 
     `send(replies, waits)` is called in the order of the objects, on any thread but never on two at
@@ -4409,11 +4361,9 @@ class ObjectExchange:
         self._submit = submit
         self._told = told
         self._awaited: Optional[ETLRequest] = None  # the object whose bytes come next
-        self._is_broken = False  # whether a failure ends the connection; later objects are lost
         self.pending: Deque[PendingObject] = collections.deque()
-        self._is_inline = False  # whether the thread of `take` answers the only pending object
         self._is_sending = False
-        self._lock = threading.Lock()  # of the three above
+        self._lock = threading.Lock()  # of the two above
 
     @property
     def is_between_objects(self) -> bool:
@@ -4433,22 +4383,24 @@ class ObjectExchange:
         """The name, for log lines, of the object that the next message belongs to."""
         return "a control message" if self._awaited is None else self._awaited.name
 
-    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
-        """Take a message; if it completes an object, have the object answered.
-
-        Returns False if `let_go` was called meanwhile: another thread passes messages now.
-        """
+    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> None:
+        """Take a message; if it completes an object, have the object answered."""
         taken = self.pair(message)
         if taken is None:
-            return True
+            return
         request = taken.request
         if may_call and len(self.pending) == 1 and not request.pipeline:
             loaded = self._service.load(request) if request.fqn else (request, taken.body)
             if loaded is not None:
                 taken.request, taken.body = loaded
-                return self._answer_inline(taken)
-        self._hand_over(taken)
-        return True
+                reply = self._reply_to(taken)
+                with self._lock:
+                    self.pending.popleft()
+                return self._send([reply], False)
+        try:
+            self._submit(self.answer, taken)
+        except (RuntimeError, MemoryError):  # the system has no other thread
+            self.answer(taken)
 
     def pair(self, message: Union[bytes, ReceivedObject]) -> Optional[PendingObject]:
         """Take a message; return the object that it completes, for `answer`, or None.
@@ -4476,50 +4428,19 @@ class ObjectExchange:
             self.pending.append(taken)
         return taken
 
-    def let_go(self) -> bool:
-        """Let another thread call `take`; return False if `take` is not answering an object."""
-        with self._lock:
-            was_inline, self._is_inline = self._is_inline, False
-        return was_inline
-
-    def _answer_inline(self, taken: PendingObject) -> bool:
-        """Answer the only pending object; return False if `let_go` was called meanwhile."""
-        self._is_inline = True
-        reply = self._reply_to(taken)
-        with self._lock:
-            is_inline, self._is_inline = self._is_inline, False
-            if is_inline:
-                self.pending.popleft()
-        if is_inline:
-            self._send([reply], False)
-        else:  # another thread sends the reply, as this one must not wait for the client
-            taken.reply = reply
-            self._hand_over(taken)
-        return is_inline
-
-    def _hand_over(self, taken: PendingObject) -> None:
-        """Have another thread answer an object, or this thread if the system has no other."""
-        try:
-            self._submit(self.answer, taken)
-        except (RuntimeError, MemoryError):
-            self.answer(taken)
-
     def answer(self, taken: PendingObject) -> None:
         """Answer an object; send all replies that no unanswered object precedes.
 
         If another thread is sending, that thread sends these replies as well.
         """
-        # `_answer_inline` may have made the reply
-        taken.reply = taken.reply or self._reply_to(taken)
+        taken.reply = self._reply_to(taken)
         while True:
             with self._lock:
                 ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
                 if self._is_sending or not ready:
                     break
                 self._is_sending = True
-            replies = [cast(Reply, each.reply) for each in ready]
-            self._is_broken = self._is_broken or any(each.opcode == OP_CLOSE for each in replies)
-            self._send(replies, True)
+            self._send([cast(Reply, each.reply) for each in ready], True)
             with self._lock:
                 self._is_sending = False
                 for _ in ready:
@@ -4534,8 +4455,6 @@ class ObjectExchange:
     def _answer(self, request: ETLRequest, body: ReceivedObject) -> Reply:
         began = time.monotonic()
         with body:
-            if self._is_broken:
-                return Reply(OP_CLOSE, b"")
             answer, content = self._service.answer_message(request, body)
         if logger.isEnabledFor(logging.DEBUG):
             log_request("/ws", request.name, answer.status, len(content), began)
@@ -4576,7 +4495,8 @@ class WebSocketConnection(Connection):
     together.
 
     The connection ends if the client closes it or, as AIStore does, just goes away; after an object
-    has failed; or when the pod stops. The objects that have come before are answered first.
+    has failed; or when the pod stops. The objects that have come before are answered first. If the
+    client sends nothing after the frames that tell a failure, the next sweep ends the connection.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -4585,6 +4505,7 @@ class WebSocketConnection(Connection):
         with contextlib.suppress(OSError):  # raised by macOS if the client is gone
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
+        self.is_over = False  # whether the next sweep must end it, even if nothing more comes
         # the frames that end the connection; once they are set, nothing more is read
         self._ending: Optional[Sequence[bytes]] = None
         self._is_paused = False
@@ -4614,8 +4535,7 @@ class WebSocketConnection(Connection):
 
     def dismiss(self) -> bool:
         """Send a close frame and return True, unless an object has begun to come or is pending."""
-        is_busy = self._is_within_object or self._objects.pending
-        if is_busy or is_ready(self.socket, select.POLLIN):
+        if self._is_within_object or self._objects.pending or not super().dismiss():
             return False
         self._put([close_frame(CLOSE_GOING_AWAY)])
         self._flush(socket.MSG_DONTWAIT)
@@ -4654,10 +4574,9 @@ class WebSocketConnection(Connection):
         code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
         return self._end(self._breaking_frames(code, reason))
 
-    def let_go(self) -> bool:
-        """Let another thread take messages if this one is held up by a call of the class."""
-        super().let_go()
-        return self._objects.let_go()
+    def hold_up(self) -> None:
+        """Send the replies that this turn has made before the call that takes long."""
+        self._flush(socket.MSG_DONTWAIT)
 
     def pause(self) -> bool:
         """Pause until replies are sent; return False if there is no need for that any more."""
@@ -4677,9 +4596,8 @@ class WebSocketConnection(Connection):
     @property
     def _must_pause(self) -> bool:
         """Whether replies must be sent before the connection takes messages again, or ends."""
-        if not self._objects.pending:
-            return False
-        return self._ending is not None or self._objects.is_full or self.server.is_crowded()
+        return bool(self._objects.pending) and (
+            self._ending is not None or self._objects.is_full or self.server.is_crowded())
 
     def _end(self, ending: Sequence[bytes] = ()) -> Next:
         """Read nothing more; have `work` send the last frames once no object is pending."""
@@ -4691,19 +4609,18 @@ class WebSocketConnection(Connection):
     def _take_messages(self, flags: int = 0) -> Next:
         """Take the messages that have come; with MSG_DONTWAIT, up to a large one."""
         while not (self.is_over or self._must_pause):
-            message = self._next_message()
+            message = self._next_message(flags)
             if message is None:
                 return Next.READ if self._flush(flags) else Next.THREAD
             if isinstance(message, Frame):
                 return Next.THREAD if flags else self._take_large(message)
-            if not self._objects.take(message, time.monotonic() < self._calls_until):
-                return Next.NOTHING
+            self._objects.take(message, time.monotonic() < self._calls_until)
             if self._size >= WRITE_BYTES and not self._flush(flags):
                 return Next.THREAD
         self._flush(flags)  # replies must not wait for what is pending
         return self._end() if self.is_over else Next.PAUSE
 
-    def _next_message(self) -> Union[bytes, Frame, None]:
+    def _next_message(self, flags: int) -> Union[bytes, Frame, None]:
         """Take the next small message, or return the head of a large one, or None.
 
         A small message is one binary frame of at most `UNMASK_BYTES`. Every other message counts as
@@ -4723,7 +4640,7 @@ class WebSocketConnection(Connection):
             payload = unmasked(source.take(end)[frame.head_size:], frame.mask)
             if frame.opcode == OP_BINARY:
                 return payload
-            self._take_control(frame.opcode, payload)
+            self._take_control(frame.opcode, payload, flags)
         return None
 
     def _take_large(self, frame: Frame) -> Next:
@@ -4747,23 +4664,17 @@ class WebSocketConnection(Connection):
         self._objects.answer(taken)
         return Next.NOTHING
 
-    def _take_control(self, opcode: int, payload: bytes) -> None:
-        """Queue the answer to a ping; raise CloseConnection for a close frame.
+    def _take_control(self, opcode: int, payload: bytes, flags: int = 0) -> None:
+        """Answer a ping by a pong; raise CloseConnection for a close frame.
 
-        The answer, a pong, is sent at once if that is possible without waiting. While much is
-        queued for a client that does not read, a pong replaces the one before it (RFC 6455, 5.5.3).
-        A client's own pong needs no answer.
+        With MSG_DONTWAIT, pongs may stay queued. Since no more is received until they are sent,
+        they take little memory. A client's own pong needs no answer.
         """
         if opcode == OP_CLOSE:
             raise CloseConnection("", parse_close(payload))
         if opcode == OP_PING:
-            pong = [frame_head(OP_PONG, len(payload)), payload]
-            with self._lock:
-                is_full = len(self._queue) > BATCH_LIMIT_PARTS
-                if is_full and bytes(self._queue[-2][:1]) == pong[0][:1]:
-                    del self._queue[-2:]
-                self._queue += pong
-            self._flush(socket.MSG_DONTWAIT)
+            self._put([frame_head(OP_PONG, len(payload)), payload])
+            self._flush(flags)
 
     # -- sending --
 
@@ -4794,15 +4705,13 @@ class WebSocketConnection(Connection):
         return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
 
     def _go_on(self) -> None:
-        """Go on after a pause, or end, now that an object has been answered."""
+        """Go on after a pause if there is no need for it any more."""
         with self._lock:
             goes_on = self._is_paused and not self._must_pause
             if goes_on:
                 self._is_paused = False
         if goes_on:
             self.server.settle(self, Next.THREAD)
-        elif self.is_over:
-            self.server.sweep_soon()
 
     def _put(self, parts: Sequence[bytes]) -> None:
         """Queue whole frames."""
@@ -4850,7 +4759,6 @@ class ThreadPool:
         self._jobs: queue.SimpleQueue[Tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
-        self._is_short = False  # whether the last thread could not be started
         self.busy = 0  # jobs that run or wait
 
     def submit(self, function: Callable[[Any], None], argument: Any) -> None:
@@ -4865,16 +4773,12 @@ class ThreadPool:
         """Start another thread; if that fails, raise only if there is no thread at all."""
         try:
             threading.Thread(target=self._serve, name="etl", daemon=True).start()
+            self._threads += 1
         except (RuntimeError, MemoryError) as error:
-            if not self._is_short:
-                logger.error("%d threads serve connections, and another cannot be started: %s",
-                             self._threads, error)
-            self._is_short = True
+            logger.error("%d threads serve connections, and another cannot be started: %s",
+                         self._threads, error)
             if not self._threads:
                 raise
-        else:
-            self._is_short = False
-            self._threads += 1
 
     def _serve(self) -> None:
         while True:
@@ -4960,6 +4864,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def __init__(self, listener: socket.socket, service: Service,
                  main_thread: Optional[MainThread] = None) -> None:
         socketserver.BaseServer.__init__(self, listener.getsockname()[:2], cast(Any, None))
+        self.socket = listener  # `server_close` closes it
         self.service = service
         self.application: Any = None  # a WSGIApplication, if the class has one
         self.is_draining = False  # whether the pod is stopping: only begun requests are answered
@@ -4968,7 +4873,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.ready: Callable[[], object] = lambda: None  # called before the first request
         # ends the process if the main thread is still held up at the end
         self.leave: Callable[[], object] = lambda: None
-        self._listener: Optional[socket.socket] = listener
         self._main = main_thread or MainThread()  # the thread that calls `serve_forever`
         self._pace = Pace()
         self._pool = ThreadPool(THREAD_LIMIT)
@@ -4995,9 +4899,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self._publish()  # a worker that seems absent would leave its first connection to others
         self._selector.register(self._waker.readable, selectors.EVENT_READ)
         self.ready()
-        listener = cast(socket.socket, self._listener)
-        listener.setblocking(False)
-        self._selector.register(listener, selectors.EVENT_READ)
+        self.socket.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ)
         self._main.wake = self._waker.wake
         with contextlib.suppress(RuntimeError):  # without a deputy, slow calls hold others up
             threading.Thread(target=self._watch, name="deputy", daemon=True).start()
@@ -5012,7 +4915,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Whether the server has drained, or the time for that is over."""
         if not self._drain_began:
             return False
-        has_drained = self._listener is None and not self.connections
+        has_drained = self.socket.fileno() < 0 and not self.connections
         return has_drained or time.monotonic() > self._drain_began + WORKER_GRACE_SECONDS
 
     def _take_lead(self) -> int:
@@ -5042,9 +4945,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 held = self._current
                 term = self._take_lead()
                 self._pace.hand_over(LEAD_SECONDS, time.monotonic())
-                goes_on = held is not None and held.let_go()  # the lock keeps its turn from ending
-            if goes_on:
-                self.settle(cast(Connection, held), Next.THREAD)
+                if held is not None:  # the lock keeps its turn from ending
+                    held.hold_up()
             error = attempt(self._lead, term, True).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)
@@ -5085,8 +4987,10 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
         # `_take_turn` adds 1 to `self.turn`, and each call of the class adds 1 more
         calls = self.turn - turn
-        if may_call and has_lead and calls:
-            now = time.monotonic()
+        now = time.monotonic()
+        if may_call and not has_lead:  # the next calls may take as long: what is behind is read
+            self._pace.hand_over(LEAD_SECONDS, now)
+        elif may_call and calls:
             self._pace.note((now - began) / calls, now)
         return has_lead
 
@@ -5131,9 +5035,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             connection.since = time.monotonic()
             with self._lock:
                 self._selector.register(connection.socket, selectors.EVENT_READ, connection)
-            # a sweep does not see a connection that ends while it is not registered
-            if connection.is_over:
-                self.sweep_soon()
         elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
             try:
                 self.process_request(connection, None)
@@ -5167,21 +5068,13 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             at_once = struct.pack("ii", True, 0)
             with contextlib.suppress(OSError):  # the client may be gone
                 connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-            self.close_request(connection.socket)
-        else:
-            self.shutdown_request(connection.socket)
-        if self.is_draining:
-            self._waker.wake()  # it may have been the last
+        close = self.close_request if connection.is_cut else self.shutdown_request
+        close(connection.socket)
 
     def _publish(self) -> None:
         """Tell the other workers how many connections this one has."""
         if not self._drain_began:
             self._share.publish(len(self.connections))
-
-    def sweep_soon(self) -> None:
-        """Have the leader look at once for connections that are over."""
-        self._next_sweep = 0.0
-        self._waker.wake()
 
     def may_upgrade(self) -> bool:
         """Return whether one more connection may become a WebSocket connection."""
@@ -5207,9 +5100,12 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 return
             if self._waker.readable in ready and self._waker.take():
                 self.is_draining = True
-        if self.is_draining and not self._drain_began:
+            begins_to_drain = self.is_draining and not self._drain_began
+            if begins_to_drain:
+                self._drain_began = time.monotonic()
+        if begins_to_drain:
             self._begin_drain(term)
-        elif self._listener in ready:
+        elif self.socket in ready:
             # another worker may be as busy as this one
             self._accept_some(8 if len(events) > CROWD_LIMIT // 2 else 0, term)
         now = time.monotonic()
@@ -5219,13 +5115,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _sweep(self, now: float, term: int) -> None:
         """End connections whose time is over and, during a drain, those that are idle."""
-        late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
-        if self.is_draining and not self.is_late and now > late:
-            self.is_late = True
-            for connection in self._websockets():
-                # a thread that waits for the client then reads the end of the input
-                with contextlib.suppress(OSError):  # the client may be gone
-                    connection.socket.shutdown(socket.SHUT_RD)
+        self.is_late = self.is_draining and now > self._drain_began + WEBSOCKET_DRAIN_SECONDS
+        for connection in self._websockets() if self.is_late else ():
+            # a thread that waits for the client then reads the end of the input
+            with contextlib.suppress(OSError):  # the client may be gone
+                connection.socket.shutdown(socket.SHUT_RD)
         for connection in self._registered():
             if not self._take_turn(connection, term, connection.expire, now):
                 self._next_sweep = 0.0  # the thread that leads now sweeps instead
@@ -5250,29 +5144,18 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _accept(self, term: int) -> bool:
         """Accept a connection; return False if none waits or none can be accepted."""
-        listener = self._listener
-        if listener is None:  # another thread leads now, and has begun to drain
-            return False
         try:
-            connection, _ = listener.accept()
-        except BlockingIOError:  # another worker was faster
-            return False
+            connection = HTTPConnection(self.socket.accept()[0], self)
         except OSError as error:
-            if error.errno == errno.EBADF:  # another thread has just closed the listener
-                return False
-            logger.error("a connection could not be accepted: %s", error)
+            # another worker was faster, or another thread leads now and has closed the listener
+            if error.errno not in (errno.EAGAIN, errno.EBADF):
+                logger.error("a connection could not be accepted: %s", error)
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client has gone already
                 self._make_room(term)
             return False
-        try:
-            made = HTTPConnection(connection, self)
-        except OSError as error:
-            logger.debug("a connection was gone at once: %s", error)
-            connection.close()
-            return True
-        self.connections.add(made)
+        self.connections.add(connection)
         self._publish()
-        self.settle(made, Next.READ)
+        self.settle(connection, Next.READ)
         return True
 
     def _make_room(self, term: int) -> None:
@@ -5280,14 +5163,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
         If none is idle, wait a moment, since the listener stays readable.
         """
-        def retire(connection: Connection) -> Next:  # READ if a request has come meanwhile
-            return Next.CLOSE if connection.dismiss() else Next.READ
-
         idle = [connection for connection in self._registered()
                 if isinstance(connection, HTTPConnection) and connection.dismiss()]
         idle.sort(key=lambda connection: connection.since)
         for connection in idle[:min(CROWD_LIMIT, len(idle) // 4 + 1)]:
-            self._take_turn(connection, term, retire, connection)
+            self._take_turn(connection, term, lambda: Next.CLOSE)
         if not idle:
             time.sleep(0.05)
 
@@ -5305,27 +5185,16 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.is_draining = True
         self._waker.wake()
 
-    def server_close(self) -> None:
-        """Close the listening socket."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-
     def _begin_drain(self, term: int) -> None:
         """Accept the connections that the kernel has let in, then close the listener."""
-        with self._lock:
-            if self._drain_began:  # a former leader was faster
-                return
-            self._drain_began = time.monotonic()
         self._patience, self._next_sweep = DRAIN_LOOK_SECONDS, 0.0
         self._share.leave()
-        if self._listener is not None:
-            for _ in range(BACKLOG):
-                if not self._accept(term):
-                    break
-            with self._lock:
-                self._selector.unregister(self._listener)
-            self.server_close()
+        for _ in range(BACKLOG):
+            if not self._accept(term):
+                break
+        with self._lock:
+            self._selector.unregister(self.socket)
+        self.server_close()
         # if another thread leads by now, it may be selecting with the old patience
         self._waker.wake()
 
