@@ -1580,7 +1580,7 @@ class NodeConnection(ConnectionInput):
                 self._set_sending(False)
 
     def read_head(self) -> Tuple[int, Fields]:
-        """Return the answer's status and fields; raise ConnectionError if they do not come whole."""
+        """Return the answer's status and fields; raise ConnectionError if they are not whole."""
         while True:
             end = self.find(b"\r\n\r\n", HEAD_LIMIT_BYTES)
             if end >= 0:
@@ -1720,7 +1720,8 @@ class ConnectionPool:
             on_failure.pop_all()
         # a request that cannot be repeated opens a new connection: kept ones would pile up
         can_stay = request.is_repeatable and "close" not in fields.get("Connection", "").lower()
-        return NodeBody(connection, status, fields, self._keep if can_stay else NodeConnection.close)
+        release = self._keep if can_stay else NodeConnection.close
+        return NodeBody(connection, status, fields, release)
 
     def _keep(self, connection: NodeConnection) -> None:
         with self._lock:
@@ -2793,7 +2794,8 @@ def open_object_file(path: str, roots: Roots) -> Union[ObjectFile, ReceivedObjec
         if not is_whole(descriptor, status.st_size):
             return None
         if status.st_size <= READ_BYTES:
-            return ReceivedObject(read_whole(functools.partial(os.read, descriptor), status.st_size))
+            read = functools.partial(os.read, descriptor)
+            return ReceivedObject(read_whole(read, status.st_size))
         is_kept = True
         return ObjectFile(descriptor, status.st_size)
     finally:
@@ -3376,14 +3378,9 @@ class Deliveries:
         counted = CountingIterator(cast(Any, output))
         body = iter(counted) if whole is None else whole
         try:
-            if self._by_class:
-                answer = self._server.client_put(to.url, cast(Any, body), dict(to.headers))
-            else:
-                request = NodeRequest(
-                    "PUT", to.hop, path_of(to.url), to.headers, body, connect_seconds)
-                answer = self._read_answer(to, self._pool.open(request))
-                if isinstance(answer, Answer):
-                    return answer
+            answer = self._put(to, body, connect_seconds)
+            if isinstance(answer, Answer):
+                return answer
             if to.is_final and answer.status_code < 300 and getattr(answer, "is_early", False):
                 raise BadGateway("the target answered before it had the object")
             size = counted.bytes_sent if whole is None else len(whole)
@@ -3394,8 +3391,15 @@ class Deliveries:
             kind = BadGateway if is_refusal(error) else HopLost
             raise kind(f"the next hop was lost: {describe(error)}") from None
 
-    def _read_answer(self, to: Destination, body: NodeBody) -> Union[Answer, NodeAnswer]:
-        """Read the hop's answer; return ours if it is a stage's large content, to be passed on."""
+    def _put(self, to: Destination, output: Any, connect_seconds: float) -> Any:
+        """Put an output, by the class's method if it has one; return the hop's whole answer.
+
+        If the answer is a stage's large content, return our answer, which passes it on.
+        """
+        if self._by_class:
+            return self._server.client_put(to.url, output, dict(to.headers))
+        body = self._pool.open(NodeRequest(
+            "PUT", to.hop, path_of(to.url), to.headers, output, connect_seconds))
         is_content = body.status == HTTPStatus.OK and not to.is_final
         # a small answer is read to its end before ours begins: a status can tell if that fails
         if is_content and (body.size is None or body.size > 64 << 10):
@@ -4274,7 +4278,8 @@ class MessageStream(BodyStream):
                 return 0
             self._read_head()
         view = memoryview(buffer)[:self._left]
-        count = self._source.readinto(view, socket.MSG_WAITALL)
+        # MSG_WAITALL saves system calls; but a text is checked as its bytes come
+        count = self._source.readinto(view, 0 if self._decoder else socket.MSG_WAITALL)
         if not count:
             raise ShortBody("a message ended early")
         unmask = fastest_unmasking() if count > UNMASK_BYTES else unmask_by_numbers
@@ -4759,6 +4764,7 @@ class ThreadPool:
         self._jobs: queue.SimpleQueue[Tuple[Callable[[Any], None], Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
+        self._is_short = False  # whether the last thread could not be started
         self.busy = 0  # jobs that run or wait
 
     def submit(self, function: Callable[[Any], None], argument: Any) -> None:
@@ -4773,10 +4779,12 @@ class ThreadPool:
         """Start another thread; if that fails, raise only if there is no thread at all."""
         try:
             threading.Thread(target=self._serve, name="etl", daemon=True).start()
-            self._threads += 1
+            self._threads, self._is_short = self._threads + 1, False
         except (RuntimeError, MemoryError) as error:
-            logger.error("%d threads serve connections, and another cannot be started: %s",
-                         self._threads, error)
+            if not self._is_short:  # the log tells of each shortage once
+                logger.error("%d threads serve connections, and another cannot be started: %s",
+                             self._threads, error)
+            self._is_short = True
             if not self._threads:
                 raise
 
@@ -5167,7 +5175,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 if isinstance(connection, HTTPConnection) and connection.dismiss()]
         idle.sort(key=lambda connection: connection.since)
         for connection in idle[:min(CROWD_LIMIT, len(idle) // 4 + 1)]:
-            self._take_turn(connection, term, lambda: Next.CLOSE)
+            # a request may have come meanwhile
+            self._take_turn(connection, term, lambda each=connection: (
+                Next.CLOSE if each.dismiss() else Next.READ))
         if not idle:
             time.sleep(0.05)
 
@@ -6816,8 +6826,8 @@ def give_up(error: StartupError) -> int:
 
 
 # -- pack: a class in a file becomes a payload, a spec, or the variables of a container --
-# `pack` imports the file and pickles the class. Before it prints anything, a new process, which runs
-# `prove`, loads and constructs the class. That process is to `pack` what a worker is to the
+# `pack` imports the file and pickles the class. Before it prints anything, a new process, which
+# runs `prove`, loads and constructs the class. That process is to `pack` what a worker is to the
 # supervisor: it reports a failure, or the framework that it needs.
 
 VARIABLE_LIMIT_BYTES = 128 << 10  # of "NAME=text" and a zero byte: Linux, MAX_ARG_STRLEN
