@@ -693,15 +693,6 @@ def start_in_group(stack: contextlib.ExitStack, stop_seconds: float, command: Se
     return process
 
 
-def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait up to some seconds for a child to end; return whether it has."""
-    import subprocess
-
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    return process.returncode is not None
-
-
 def last_lines(output: int) -> List[str]:
     """Return the last whole lines of an installer's output file, without credentials."""
     start = max(0, os.fstat(output).st_size - TOOL_OUTPUT_BYTES)
@@ -742,9 +733,11 @@ def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> Li
         except OSError as error:
             raise PackageError(f"{why}: {name} cannot be run: {error.strerror}") from None
         began = time.monotonic()
-        while not has_ended(process, TOOL_PROGRESS_SECONDS):
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TOOL_PROGRESS_SECONDS)
             seconds = time.monotonic() - began
-            if seconds >= TOOL_SECONDS:
+            if process.returncode is not None or seconds >= TOOL_SECONDS:
                 break
             last = "".join(f": {line.strip()}" for line in last_lines(output)[-1:])
             logger.info("%s has been running for %.0f s%s", name, seconds, last)
@@ -1050,9 +1043,7 @@ class ConnectionInput:
 
     def fill(self, flags: int = 0) -> bool:
         """Receive once more; return False at the end of the connection."""
-        return self._add(self._connection.recv(READ_BYTES, flags))
-
-    def _add(self, data: bytes) -> bool:
+        data = self._connection.recv(READ_BYTES, flags)
         self._buffer = self._buffer[self._start:] + data if self.ahead else data
         self._start = 0
         self.ahead = len(self._buffer)
@@ -1545,10 +1536,6 @@ class NodeConnection(ConnectionInput):
         self._set_sending(True)
         self._send_some()
 
-    def _set_sending(self, is_sending: bool) -> None:
-        self._is_sending = is_sending
-        self._connection.settimeout(0 if is_sending else self._silence_seconds)
-
     def fill(self, flags: int = 0) -> bool:
         """Receive once more, and send until something comes; return False at the end."""
         while self._is_sending:
@@ -1609,6 +1596,10 @@ class NodeConnection(ConnectionInput):
             self.stop()
         finally:
             self._connection.close()
+
+    def _set_sending(self, is_sending: bool) -> None:
+        self._is_sending = is_sending
+        self._connection.settimeout(0 if is_sending else self._silence_seconds)
 
 
 class NodeBody(BodyStream):
@@ -3073,12 +3064,6 @@ class Room:
         self._taken: Dict[object, int] = {}  # bytes by body, in the order in which bodies came
         self._change = threading.Condition()
 
-    def check(self, size: int) -> None:
-        """Raise ObjectTooLarge if the container's memory cannot hold so many bytes."""
-        if size > self._memory:
-            raise ObjectTooLarge(
-                f"the object has more bytes than the container's memory, {self._memory}")
-
     def take(self, body: object, count: int) -> None:
         """Wait until there is room for `count` more bytes of a body, then take the room.
 
@@ -3092,6 +3077,12 @@ class Room:
                                   or body is next(iter(self._taken)))
             self._total += count
             self._taken[body] += count
+
+    def check(self, size: int) -> None:
+        """Raise ObjectTooLarge if the container's memory cannot hold so many bytes."""
+        if size > self._memory:
+            raise ObjectTooLarge(
+                f"the object has more bytes than the container's memory, {self._memory}")
 
     def leave(self, body: object) -> None:
         """Give back all the room of a body; may be called more than once."""
@@ -4127,15 +4118,11 @@ def frame_head(opcode: int, size: int, is_last: bool = True) -> bytes:
     return struct.pack("!BBQ", first, 127, size)
 
 
-def cut_reason(reason: str) -> str:
-    """Return as many whole characters of a reason as fit into a close frame."""
-    return reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore")
-
-
 def close_frame(code: int, reason: str = "") -> bytes:
     """Return a close frame; with CLOSE_NO_CODE and no reason it has no payload."""
     payload = b"" if code == CLOSE_NO_CODE else struct.pack("!H", code)
-    payload += cut_reason(reason).encode()
+    text = reason.encode("utf-8", "replace")[:CONTROL_LIMIT_BYTES - 2]
+    payload += text.decode("utf-8", "ignore").encode()  # whole characters alone
     return frame_head(OP_CLOSE, len(payload)) + payload
 
 
@@ -5088,9 +5075,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Return whether one more connection may become a WebSocket connection."""
         return not self.is_draining and len(self._websockets()) < WEBSOCKET_LIMIT
 
-    def _websockets(self) -> List[Connection]:
-        return [each for each in list(self.connections) if isinstance(each, WebSocketConnection)]
-
     def is_crowded(self) -> bool:
         """Return whether more than half of the threads are busy.
 
@@ -5133,6 +5117,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 self._next_sweep = 0.0  # the thread that leads now sweeps instead
                 return
         self.service.close_idle()
+
+    def _websockets(self) -> List[Connection]:
+        return [each for each in list(self.connections) if isinstance(each, WebSocketConnection)]
 
     def _registered(self) -> List[Connection]:
         with self._lock:
