@@ -495,15 +495,16 @@ def join_payload(environ: Mapping[str, str], values: Dict[str, Any]) -> List[str
 
     A large payload comes in pieces, since Linux takes at most 128 KiB in one variable.
     """
-    further = sorted(name for name, text in environ.items()
-                     if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name))
+    further = [name for name, text in environ.items()
+               if text and re.fullmatch("ETL_CLASS_PAYLOAD_[0-9]+", name)]
     names = [f"ETL_CLASS_PAYLOAD_{number}" for number in range(2, 2 + len(further))]
     names.insert(0, "ETL_CLASS_PAYLOAD")
     values["payload"] = "".join(environ.get(name, "") for name in names)
     if values["payload"] and values.get("payload_file"):
         return ["ETL_CLASS_PAYLOAD and ETL_CLASS_PAYLOAD_FILE are both set"]
-    return [f"{name} is not set, but there are further pieces of the payload, {', '.join(further)}"
-            for name in names if further and not environ.get(name)]
+    missing = [name for name in names if further and not environ.get(name)]
+    last = max(further, key=lambda name: int(name.rpartition("_")[2]), default="")
+    return [f"{', '.join(missing)} is not set, but {last} is"] if missing else []
 
 
 class Settings(NamedTuple):
@@ -703,17 +704,20 @@ def last_lines(output: int) -> List[str]:
 
 
 def last_words(lines: Sequence[str]) -> str:
-    """Return the last error in an installer's last lines or, without any, the last line."""
+    """Return the errors in an installer's last lines or, without any, the last line."""
     text = "\n".join(map(str.strip, lines))
-    # of apt-get, apk or pip; if the line ends in a colon, the next line belongs to it
-    errors = re.findall(r"(?im)^(?:E:|error\b(?!.*subprocess-exited)).*(?:(?<=:)\n.*)*", text)
-    words: str = errors[-1].replace("\n", " ") if errors else text.rpartition("\n")[2]
+    errors = re.findall("(?m)^E: (.*)", text)  # all of apt-get's
+    if not errors:
+        # the last error of apk or pip; if its line ends in a colon, the next line belongs to it
+        errors = re.findall(r"(?im)^error\b(?!.*subprocess-exited).*(?:(?<=:)\n.*)*", text)[-1:]
+    words = "; ".join(errors).replace("\n", " ") or text.rpartition("\n")[2]
     if "No matching distribution" in words and "connection broken by" in text:
         words += "; the package index cannot be reached"  # pip treats it as an empty index
     return words or "it printed no reason"
 
 
-def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> List[str]:
+def run_tool(why: str, packages: Sequence[str], command: Sequence[str],
+             environ: Mapping[str, str]) -> List[str]:
     """Run an installer to its end and return its last lines; log that it still runs.
 
     Raise PackageError, whose text begins with `why`, if the tool cannot be run, fails or takes too
@@ -748,7 +752,10 @@ def run_tool(why: str, command: Sequence[str], environ: Mapping[str, str]) -> Li
     how = f"did not end within {TOOL_SECONDS:.0f} s"
     if code is not None:
         how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-    raise PackageError(f"{why}: {name} {how}: {last_words(lines)}")
+    listed = hide_credentials(" ".join(packages))
+    if len(listed) > 200:
+        listed = listed[:200].rpartition(" ")[0] + " …"
+    raise PackageError(f"{why}: {name} {how} for {listed}: {last_words(lines)}")
 
 
 def has_os_package(tool: str, name: str, environ: Mapping[str, str]) -> bool:
@@ -803,7 +810,7 @@ def install_os_packages(text: str, environ: Mapping[str, str] = os.environ) -> N
             "apt-get", "install", "-q", "-y", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0",
             "-o", "APT::Cmd::Pattern-Only=true", *missing]]
     for command in commands:
-        for line in run_tool("OS_PACKAGES", command, environ):
+        for line in run_tool("OS_PACKAGES", missing, command, environ):
             if re.match("[EW]: ", line):  # apt-get succeeds even if it could not fetch a list
                 logger.warning("%s %s: %s", *command[:2], line)
 
@@ -956,7 +963,7 @@ def install_python_packages(text: str, why: str = "PACKAGES",
     variables = {**environ, **elsewhere, "PIP_USER": "0", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check",
                "--progress-bar=off", *arguments]
-    run_tool(why, command, variables)
+    run_tool(why, requirements, command, variables)
     use_packages_of(folder, environ)
     lost = hide_credentials(" ".join(lacking(requirements)))
     if lost:
@@ -1236,7 +1243,8 @@ class BoundedReader(MessageBody):
         view = memoryview(buffer)[:self._left]
         count: int = self._call(self._source.readinto, view, self.receive_flags)
         if not count:
-            raise self._cut(f"ended {self._left} bytes early")
+            raise self._cut("ended early" if self.size is None
+                            else f"ended {self._left} bytes early")
         self._left -= count
         self.is_at_end = self._left == 0 and self.size is not None
         return count
@@ -1311,7 +1319,7 @@ def parse_etl_pipeline(pipeline_header: str) -> Tuple[str, str]:
 
     Both are "" if there is no pipeline. Raise InvalidPipelineError if an entry is empty.
     """
-    first, comma, rest = map(str.strip, pipeline_header.partition(","))
+    first, comma, rest = map(str.strip, (pipeline_header or "").partition(","))
     if comma and not all(map(str.strip, pipeline_header.split(","))):
         # a class that uses the installed SDK catches the SDK's own error
         module = sys.modules.get("aistore.sdk.errors")
@@ -1410,7 +1418,8 @@ class NodeRequest(NamedTuple):
         if self.is_repeatable:
             body = cast(bytes, self.body or b"")
             yield head + body[:READ_BYTES]
-            yield memoryview(body)[READ_BYTES:]
+            if len(body) > READ_BYTES:  # an idle connection would keep an empty rest, and the body
+                yield memoryview(body)[READ_BYTES:]
         else:
             with contextlib.closing(cast(Any, self.body)) as pieces:
                 yield head
@@ -2105,8 +2114,13 @@ class CountingIterator:
             yield piece
 
 
-class ThreadedHTTPServer(http.server.ThreadingHTTPServer):
+class ThreadedHTTPServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """The SDK's server, for payloads that refer to it; this runtime does not use it."""
+
+    def __init__(self, server_address: Tuple[str, int], handler_class: Any,
+                 etl_server: ETLServer) -> None:
+        super().__init__(server_address, handler_class)
+        self.etl_server = etl_server
 
 
 # == 8. Loading the class ==
@@ -2189,9 +2203,12 @@ def serialize_class(cls: Type[ETLServer], encoding: str = "utf-8") -> str:
 
 
 def is_here(package: str) -> bool:
-    """Return whether a package is installed; a folder that has no `__init__.py` does not count."""
+    """Return whether a package is installed.
+
+    A folder named `aistore` that has no `__init__.py` does not count.
+    """
     spec = importlib.machinery.PathFinder.find_spec(package)
-    return spec is not None and spec.origin is not None
+    return spec is not None and (package != "aistore" or spec.origin is not None)
 
 
 WEBSERVER = "aistore.sdk.etl.webserver"
@@ -2237,8 +2254,11 @@ class SDKNames:
         """Return None, so that the import system makes an ordinary module."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Fill a module with its names."""
-        vars(module).update(SDK_MODULES[module.__name__])
+        """Fill a module with its names; looking up any other name tells how to get the SDK."""
+        def missing(name: str) -> NoReturn:
+            raise AttributeError(f"{module.__name__}.{name} is not here: {how_to_get('aistore')}")
+
+        vars(module).update(SDK_MODULES[module.__name__], __getattr__=missing)
 
 
 def install_sdk_names() -> None:
@@ -2640,6 +2660,23 @@ class ObjectFile(io.FileIO):
             raise OSError(errno.EIO, f"the object's file ends before its {self.size} bytes")
 
 
+class SpoolFile(ObjectFile):
+    """A temporary file whose path a class gets; `close` removes the file."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        descriptor, self.path = tempfile.mkstemp(prefix="etl-")
+        super().__init__(descriptor, 0)  # of size 0, so that it never counts as cut
+
+    def close(self) -> None:
+        """Close and remove the file."""
+        if not self.closed:
+            super().close()
+            with contextlib.suppress(FileNotFoundError):  # the class may have moved it away
+                os.unlink(self.path)
+
+
 class ReceivedObject(io.BytesIO):
     """An object in memory: a small file, or a body that was read and waits for its transform.
 
@@ -2817,16 +2854,15 @@ def require_identity(body: NodeBody, what: str) -> NodeBody:
 def spool(stream: ObjectStream) -> Source:
     """Copy an object to a temporary file, for a class that wants a path; close the object."""
     import shutil
-    import tempfile
 
     with stream, contextlib.ExitStack() as on_failure:
-        file = on_failure.enter_context(tempfile.NamedTemporaryFile(prefix="etl-", buffering=0))
+        file = on_failure.enter_context(SpoolFile())
         # a buffered file, since a raw one may write less than it is given
         with open(file.fileno(), "wb", closefd=False) as output:
             shutil.copyfileobj(stream, output, WRITE_BYTES)
         file.seek(0)
         on_failure.pop_all()
-    return Source(cast(Any, file), file.name)
+    return Source(file, file.path)
 
 
 class Sources:

@@ -15,7 +15,6 @@ from websockets.sync.client import ClientConnection, connect
 from harness import Environ, Response, Runtime, Server, interpreter, make_payload
 
 SOON_SECONDS = 20.0
-# who serves a class, as the line tells it that says "serving"
 CLASSES = {"fastapi": "Fast", "flask": "Flasky",
            "fastapi stream": "FastStream", "flask stream": "FlaskStream",
            "fastapi plain": "Prepares", "flask plain": "RegistersRoutes",

@@ -45,7 +45,7 @@ def test_apt_get_installs_a_package_for_real_and_finds_none_of_a_wrong_name(
     if subprocess.run(update, timeout=150).returncode:
         pytest.skip("apt-get reaches no archive")
     for name in ("no-such-package-here", "lib.no.such.package", "lib.sl"):
-        reason = "OS_PACKAGES: apt-get failed with exit code 100: E: Unable to locate package " + name
+        reason = "OS_PACKAGES: apt-get failed with exit code 100 for %s: Unable to locate" % name
         with pytest.raises(PackageError, match=reason):
             install_os_packages(name)
     try:
@@ -182,7 +182,7 @@ def test_wheels_of_a_folder_are_installed_once_and_pip_is_not_run_for_what_is_th
     env = {"PACKAGES": "etl-user[probing],etl_probe>=2", **offline(wheels)}
     done = start_in_vain(env, own_python)
     assert done.code == Exit.UNAVAILABLE
-    reason = "pip failed with exit code 1: ERROR: "
+    reason = "pip failed with exit code 1 for etl-user[probing] etl_probe>=2: ERROR: "
     assert reason in done.last_line
 
 
@@ -223,7 +223,7 @@ def test_what_pip_installs_elsewhere_or_not_at_all_is_told_at_the_start(
 def test_a_python_without_pip_is_told(tmp_path: Path) -> None:
     done = start_in_vain({"PACKAGES": "six>=1"}, make_environment(tmp_path / "bare", has_pip=False))
     assert done.code == Exit.UNAVAILABLE
-    assert "PACKAGES: pip failed with exit code 1: " in done.last_line
+    assert "PACKAGES: pip failed with exit code 1 for six>=1: " in done.last_line
     assert done.last_line.endswith("No module named pip")
     # what is there needs none
     site_packages, = (tmp_path / "bare").glob("lib/python*/site-packages")
@@ -265,7 +265,7 @@ def test_an_index_that_cannot_be_reached_is_told_without_its_password(own_python
     ]:
         done = start_in_vain({"PACKAGES": text, **env}, own_python)
         assert done.code == Exit.UNAVAILABLE
-        assert "PACKAGES: pip failed with exit code 1: " in done.last_line
+        assert "PACKAGES: pip failed with exit code 1 for six" in done.last_line
         assert re.search(reason, done.last_line)
 
 
@@ -282,7 +282,7 @@ def test_pip_installs_from_the_real_index_and_what_it_does_not_have_is_told(
     assert re.fullmatch(r"[01]\..*", installed_in(own_python, "python-dotenv"))
     done = start_in_vain({"PACKAGES": "six==1.0.7777", **env}, own_python)
     assert done.code == Exit.UNAVAILABLE
-    assert done.last_line.endswith("PACKAGES: pip failed with exit code 1: "
+    assert done.last_line.endswith("PACKAGES: pip failed with exit code 1 for six==1.0.7777: "
                                    "ERROR: No matching distribution found for six==1.0.7777")
 
 
@@ -364,7 +364,7 @@ def test_without_root_an_os_package_that_is_there_needs_none_and_another_is_told
     assert done.code == Exit.DATA, done.lines
     done = start_in_vain({"OS_PACKAGES": "busybox,ffmpeg", "PATH": path}, python)
     assert done.code == Exit.UNAVAILABLE
-    assert done.last_line.endswith("apk failed with exit code 9: ERROR: no root")
+    assert done.last_line.endswith("apk failed with exit code 9 for ffmpeg: ERROR: no root")
 
 
 @pytest.fixture

@@ -317,8 +317,8 @@ def test_a_failing_apt_get_or_none_is_told_and_ends_it(tools: Tools, tmp_path: P
     script = 'echo Reading; echo "E: Unable to locate package nonesuch" >&2; exit 100'
     tools.make_apt('[ "$1" = update ] && exit 0; ' + script)
     reasons = {
-        "%s:/usr/bin:/bin" % tools.folder: "OS_PACKAGES: apt-get failed with exit code 100: "
-                                           "E: Unable to locate package nonesuch",
+        "%s:/usr/bin:/bin" % tools.folder: "OS_PACKAGES: apt-get failed with exit code 100 for "
+                                           "nonesuch: Unable to locate package nonesuch",
         str(tmp_path): "OS_PACKAGES: cannot install nonesuch: this image has neither apk nor apt",
     }
     for path, reason in reasons.items():
@@ -328,17 +328,21 @@ def test_a_failing_apt_get_or_none_is_told_and_ends_it(tools: Tools, tmp_path: P
         assert not any("installing Python" in line for line in done.lines)
     tools.commands()
     tools.make_apt('echo "E: no lists"; exit 100')
-    assert "apt-get failed with exit code 100: E: no lists" in refusal_of("ffmpeg")
+    assert "apt-get failed with exit code 100 for ffmpeg: no lists" in refusal_of("ffmpeg")
     assert [command[1] for command in tools.commands()] == ["update"]
 
 
 # == A tool at work ==
 
 
-def test_a_tool_that_is_killed_or_cannot_be_run_is_told(tools: Tools) -> None:
+def test_a_tool_that_is_killed_or_cannot_be_run_is_told_and_many_packages_are_named_in_part(
+    tools: Tools
+) -> None:
     apk = tools.make("apk", UNKNOWN + "kill -9 $$")
-    reason = "OS_PACKAGES: apk was ended by signal 9: it printed no reason"
+    reason = "OS_PACKAGES: apk was ended by signal 9 for thing>1 other: it printed no reason"
     assert refusal_of("thing>1,other") == reason
+    words = refusal_of(",".join("package-%d" % number for number in range(40)))
+    assert "package-0 package-1 " in words and "package-39" not in words and len(words) < 400
     Path(apk).write_text("#!/no/such/shell\n")
     assert refusal_of("thing").startswith("OS_PACKAGES: apk cannot be run: No such file")
 
@@ -348,7 +352,7 @@ WORDS = [
     (["ERROR: unable to select packages:", "  none (no such package):", "    required by: world"],
      "ERROR: unable to select packages: none (no such package): required by: world"),
     (["E: Failed to fetch http://host/x.deb  404", "E: Unable to fetch some archives"],
-     "E: Unable to fetch some archives"),
+     "Failed to fetch http://host/x.deb  404; Unable to fetch some archives"),
     (["error: subprocess-exited-with-error", "error: no compiler", "note: no fault of pip"],
      "error: no compiler"),
     (["error: it ends so:"], "error: it ends so:"),
@@ -366,7 +370,7 @@ def test_the_words_that_tell_what_went_wrong_are_picked_and_all_is_logged(
     tools.make("apk", UNKNOWN + 'cat "%s/lines" >&2; exit 3' % tools.folder)
     for lines, words in WORDS:
         (tools.folder / "lines").write_text("".join(line + "\n" for line in lines))
-        reason = "OS_PACKAGES: apk failed with exit code 3: "
+        reason = "OS_PACKAGES: apk failed with exit code 3 for thing: "
         assert refusal_of("thing") == reason + words
         assert "\n".join(lines) in caplog.text
 
@@ -434,7 +438,7 @@ def test_a_tool_that_does_not_end_is_told_while_it_runs_and_then_ended_with_its_
     limits = {"TOOL_SECONDS": 3.0, "TOOL_STOP_SECONDS": 0.5, "TOOL_PROGRESS_SECONDS": 0.2}
     done = start_in_vain({"OS_PACKAGES": "ffmpeg"}, numbers={**QUICK_NUMBERS, **limits})
     assert done.code == Exit.UNAVAILABLE and time.monotonic() - began < 25
-    reason = "OS_PACKAGES: apk did not end within 3 s: fetching it"
+    reason = "OS_PACKAGES: apk did not end within 3 s for ffmpeg: fetching it"
     assert done.last_line.startswith("ais_runtime_min: " + reason)
     assert re.search(r"apk has been running for \d+ s: fetching it\n", "\n".join(done.lines))
     assert (tmp_path / "told").exists(), "it was not asked to end"

@@ -489,6 +489,7 @@ FAULT_ANSWERS = [  # the code, the status, and what the detail holds
     ("raise HasStatus('own status')", 500, "own status"),
     ("raise Mute", 500, ""), ("import requests", 500, "add requests to PACKAGES"),
     ("from aistore.sdk import Client", 500, "add aistore to PACKAGES"),
+    ("import aistore.sdk; aistore.sdk.Client()", 500, "add aistore to PACKAGES"),
 ]
 
 

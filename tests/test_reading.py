@@ -51,6 +51,13 @@ class Buffered(Noting):
         return told + b"<" + data + b">"
 
 
+class Moving(Noting):
+    def transform(self, data, path, etl_args):
+        os.replace(data, data + ".moved")
+        with open(data + ".moved", "rb") as file:
+            return file.read()
+
+
 class Streaming(Noting):
     def transform_stream(self, reader, path, etl_args):
         self.note(path)
@@ -381,6 +388,16 @@ def test_an_object_in_chunks_that_cannot_be_fetched_fails_and_is_never_its_first
             response = pod.read(path, method)
             assert (response.status, CHUNK in response.body) == (status, False), (method, behaviour)
     assert pod.kind == "streaming" or pod.calls() == []
+
+
+def test_a_class_may_move_the_temporary_file_of_an_object_in_chunks(
+    target: StandInTarget, mountpath: Path, tmp_path: Path
+) -> None:
+    pod = Pod("moving", target, tmp_path, {"ETL_DIRECT_FQN": "true", "TMPDIR": str(tmp_path)})
+    path, target.default = make_chunked(mountpath), Behaviour(status=200, body=WHOLE)
+    with pod.runtime:
+        assert (pod.read(path).status, pod.read(path).body) == (200, WHOLE)
+    assert {each.suffix for each in tmp_path.glob("etl-*")} == {".moved"}
 
 
 def test_an_object_for_which_the_disk_has_no_room_is_never_cut(

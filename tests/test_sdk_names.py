@@ -196,6 +196,10 @@ BEHAVIOURS = (
     "import socketserver, http.server\n"
     "from aistore.sdk.etl.webserver.http_multi_threaded_server import ThreadedHTTPServer as S\n"
     "result = [issubclass(S, http.server.HTTPServer), issubclass(S, socketserver.ThreadingMixIn)]",
+    "import http.server\n"
+    "from aistore.sdk.etl.webserver.http_multi_threaded_server import ThreadedHTTPServer as S\n"
+    "with S(('127.0.0.1', 0), http.server.BaseHTTPRequestHandler, 'mine') as server:\n"
+    "    result = server.etl_server",
 )
 if not OLD_SDK:
     BEHAVIOURS += (
@@ -225,7 +229,7 @@ COMPOSE = "from aistore.sdk.etl.webserver.utils import compose_etl_direct_put_ur
 COMPOSED = tuple(COMPOSE % (row[:3] if OLD_SDK else row,) for row in URLS)
 PARSE = "from aistore.sdk.etl.webserver.utils import parse_etl_pipeline as parse\nresult = parse(%r)"
 PARSED = tuple(PARSE % header for header in (
-    "", " ", " http://a ", "http://a,http://b,http://c/x?y=1", "http://a , http://b , http://c",
+    None, "", " ", " http://a ", "http://a,http://b,http://c/x?y=1", "http://a , http://b , http://c",
     ",", "http://a,", ",http://a", "http://a, ,http://b", "\thttp://a\t"))
 ALL_OF_SDK = (CONSTANTS, METHODS, SIGNATURES, *IMPORTS, *BEHAVIOURS, *COMPOSED, *PARSED)
 
