@@ -3803,7 +3803,7 @@ class Next(enum.Enum):
 class Connection:
     """One connection, served by one thread at a time.
 
-    Methods to override:  attend, work, expire; dismiss, hold_up, pause and close where the defaults
+    Methods to override:  attend, work, expire; dismiss, let_go, pause and close where the defaults
                           do not fit
 
     `attend` serves what has come and never waits; `work` serves and may wait. Both return what the
@@ -3841,8 +3841,13 @@ class Connection:
         """Return whether the connection may be closed because the pod stops: nothing has come."""
         return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
-    def hold_up(self) -> None:
-        """Release what must not wait for the call of the class that holds up `attend`."""
+    def let_go(self) -> bool:
+        """Call the class no more in this turn.
+
+        Returns whether another thread can go on with the connection now.
+        """
+        self._calls_until = 0.0
+        return False
 
     def pause(self) -> bool:
         """Return whether the connection still has to pause."""
@@ -4364,7 +4369,8 @@ class ObjectExchange:
     with the object's bytes. The object is *pending* until its reply is sent.
 
     One thread at a time passes messages to `take`. That thread answers an object itself if it may
-    call the class and no other object is pending. All other objects are answered on other threads,
+    call the class and no other object is pending. If the call takes long, `let_go` allows another
+    thread to pass the messages behind the object. All other objects are answered on other threads,
     by `submit(function, argument)`.
 
     `send(replies, waits)` is called in the order of the objects, on any thread but never on two at
@@ -4390,8 +4396,9 @@ class ObjectExchange:
         self._told = told
         self._awaited: Optional[ETLRequest] = None  # the object whose bytes come next
         self.pending: Deque[PendingObject] = collections.deque()
+        self._is_inline = False  # whether the thread of `take` answers the only pending object
         self._is_sending = False
-        self._lock = threading.Lock()  # of the two above
+        self._lock = threading.Lock()  # of the three above
 
     @property
     def is_between_objects(self) -> bool:
@@ -4411,24 +4418,22 @@ class ObjectExchange:
         """The name, for log lines, of the object that the next message belongs to."""
         return "a control message" if self._awaited is None else self._awaited.name
 
-    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> None:
-        """Take a message; if it completes an object, have the object answered."""
+    def take(self, message: Union[bytes, ReceivedObject], may_call: bool) -> bool:
+        """Take a message; if it completes an object, have the object answered.
+
+        Returns False if `let_go` was called meanwhile: another thread passes messages now.
+        """
         taken = self.pair(message)
         if taken is None:
-            return
+            return True
         request = taken.request
         if may_call and len(self.pending) == 1 and not request.pipeline:
             loaded = self._service.load(request) if request.fqn else (request, taken.body)
             if loaded is not None:
                 taken.request, taken.body = loaded
-                reply = self._reply_to(taken)
-                with self._lock:
-                    self.pending.popleft()
-                return self._send([reply], False)
-        try:
-            self._submit(self.answer, taken)
-        except (RuntimeError, MemoryError):  # the system has no other thread
-            self.answer(taken)
+                return self._answer_inline(taken)
+        self._hand_over(taken)
+        return True
 
     def pair(self, message: Union[bytes, ReceivedObject]) -> Optional[PendingObject]:
         """Take a message; return the object that it completes, for `answer`, or None.
@@ -4456,12 +4461,41 @@ class ObjectExchange:
             self.pending.append(taken)
         return taken
 
+    def let_go(self) -> bool:
+        """Let another thread call `take`; return False if `take` is not answering an object."""
+        with self._lock:
+            was_inline, self._is_inline = self._is_inline, False
+        return was_inline
+
+    def _answer_inline(self, taken: PendingObject) -> bool:
+        """Answer the only pending object; return False if `let_go` was called meanwhile."""
+        self._is_inline = True
+        reply = self._reply_to(taken)
+        with self._lock:
+            is_inline, self._is_inline = self._is_inline, False
+            if is_inline:
+                self.pending.popleft()
+        if is_inline:
+            self._send([reply], False)
+        else:  # another thread sends the reply, as this one must not wait for the client
+            taken.reply = reply
+            self._hand_over(taken)
+        return is_inline
+
+    def _hand_over(self, taken: PendingObject) -> None:
+        """Have another thread answer an object, or this thread if the system has no other."""
+        try:
+            self._submit(self.answer, taken)
+        except (RuntimeError, MemoryError):
+            self.answer(taken)
+
     def answer(self, taken: PendingObject) -> None:
         """Answer an object; send all replies that no unanswered object precedes.
 
         If another thread is sending, that thread sends these replies as well.
         """
-        taken.reply = self._reply_to(taken)
+        # `_answer_inline` may have made the reply
+        taken.reply = taken.reply or self._reply_to(taken)
         while True:
             with self._lock:
                 ready = list(itertools.takewhile(lambda each: each.reply, self.pending))
@@ -4602,9 +4636,10 @@ class WebSocketConnection(Connection):
         code = CLOSE_TOO_BIG if isinstance(error, ObjectTooLarge) else CLOSE_FAILED
         return self._end(self._breaking_frames(code, reason))
 
-    def hold_up(self) -> None:
-        """Send the replies that this turn has made before the call that takes long."""
-        self._flush(socket.MSG_DONTWAIT)
+    def let_go(self) -> bool:
+        """Let another thread take messages if this one is held up by a call of the class."""
+        super().let_go()
+        return self._objects.let_go()
 
     def pause(self) -> bool:
         """Pause until replies are sent; return False if there is no need for that any more."""
@@ -4642,7 +4677,8 @@ class WebSocketConnection(Connection):
                 return Next.READ if self._flush(flags) else Next.THREAD
             if isinstance(message, Frame):
                 return Next.THREAD if flags else self._take_large(message)
-            self._objects.take(message, time.monotonic() < self._calls_until)
+            if not self._objects.take(message, time.monotonic() < self._calls_until):
+                return Next.NOTHING
             if self._size >= WRITE_BYTES and not self._flush(flags):
                 return Next.THREAD
         self._flush(flags)  # replies must not wait for what is pending
@@ -4976,8 +5012,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 held = self._current
                 term = self._take_lead()
                 self._pace.hand_over(LEAD_SECONDS, time.monotonic())
-                if held is not None:  # the lock keeps its turn from ending
-                    held.hold_up()
+                goes_on = held is not None and held.let_go()  # the lock keeps its turn from ending
+            if goes_on:
+                self.settle(cast(Connection, held), Next.THREAD)
             error = attempt(self._lead, term, True).error
             if error is not None:
                 logger.error("the deputy leader failed", exc_info=error)

@@ -154,24 +154,12 @@ def test_a_stream_is_collected(streamer: Runtime) -> None:
 # == Order ==
 
 
-# calls are handed over to threads for 20 s once one has taken this long
-HAND_OVER = {**QUICK_NUMBERS, "LEAD_SECONDS": 0.2}
-
-
-def hand_over(peer: Peer) -> None:
-    """Have an object take so long that those after it are handed over to threads."""
-    peer.send(object_frames(b"slow", path="o", etl_args="sleep 0.5"))
-    assert peer.result() == b"slow"
-
-
 def test_slow_objects_of_a_connection_are_transformed_at_once_and_answered_in_order(
     start_runtime: StartRuntime, tmp_path: Path
 ) -> None:
-    env = {"NUM_WORKERS": "1", "NUM_THREADS": "8"}
-    server = start_runtime(make_payload(ECHO, "Echo"), env, numbers=HAND_OVER)
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1", "NUM_THREADS": "8"})
     dice = random.Random(5)
     with Peer(server) as peer:
-        hand_over(peer)
         for number in numbers(100):
             delay = "sleep %f" % (0.005 + 0.02 * dice.random())
             peer.send(object_frames(number, path="o", etl_args=delay))
@@ -187,7 +175,7 @@ def test_slow_objects_of_a_connection_are_transformed_at_once_and_answered_in_or
 
 @pytest.mark.parametrize("source", [ECHO, ECHO_ON_MAIN], ids=["another thread", "main thread"])
 @pytest.mark.parametrize("before", [0, 300])
-def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_other_connections(
+def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_what_is_behind_it(
     start_runtime: StartRuntime, tmp_path: Path, source: str, before: int
 ) -> None:
     server = start_runtime(make_payload(source, "Echo"), {"NUM_WORKERS": "1"})
@@ -201,11 +189,13 @@ def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_other_
                       object_frames(b"behind", path="o"))
             if are_quick:
                 assert results(peer, before) == numbers(before)
+            peer.send(frame(PING, b"still there?"))
+            assert peer.receive() == Frame(PONG, b"still there?")
             other.send(frame(PING, b"you?"), object_frames(b"too", path="o"))
             assert other.receive() == Frame(PONG, b"you?")
-            peer.send(object_frames(bytes(100_000), path="o"), *numbered(20))
+            peer.send(object_frames(bytes(12 * MIB), path="o"), *numbered(20))
             gate.touch()
-            assert results(peer, 3) == [b"held up", b"behind", bytes(100_000)]
+            assert results(peer, 3) == [b"held up", b"behind", bytes(12 * MIB)]
             assert results(peer, 20) == numbers(20)
             assert other.result() == b"too"
             gate.unlink()
@@ -214,14 +204,12 @@ def test_an_object_that_takes_long_holds_up_neither_replies_before_it_nor_other_
 def test_what_comes_behind_an_object_that_takes_long_is_read_whole_and_finds_room(
     start_runtime: StartRuntime, tmp_path: Path
 ) -> None:
-    env = {"NUM_WORKERS": "1"}
-    server = start_runtime(make_payload(ECHO, "Echo"), env, numbers=HAND_OVER)
+    server = start_runtime(make_payload(ECHO, "Echo"), {"NUM_WORKERS": "1"})
     gate = tmp_path / "gate"
     frames = object_frames(b"behind" * 100, path="o")
     with contextlib.ExitStack() as stack:
         peers = {cut: stack.enter_context(Peer(server)) for cut in (1, 2, 3, 7)}
         last = stack.enter_context(Peer(server))
-        hand_over(last)
         for peer in (*peers.values(), last):
             peer.send(object_frames(b"first", path="o", etl_args="wait %s" % gate), frame(PING))
             assert peer.receive() == Frame(PONG, b"")
