@@ -3278,7 +3278,7 @@ class Answer(NamedTuple):
         return self.size is None and (not isinstance(self.body, bytes) or is_empty)
 
     def framing(self, is_chunked: bool) -> List[Tuple[str, str]]:
-        """Return the header field that frames the body, if the connection's end does not."""
+        """Return the header field that frames the body, if there is one."""
         if is_chunked:
             return [("Transfer-Encoding", "chunked")]
         is_measured = self.size is None and isinstance(self.body, bytes)
@@ -3719,7 +3719,7 @@ def check_partial_head(source: ConnectionInput) -> None:
     if source.ahead >= HEAD_LIMIT_BYTES:
         raise UnframedRequest("the head is too long", 431)
     if not HEAD_BEGINNING.fullmatch(source.peek(HEAD_LIMIT_BYTES)):
-        raise UnframedRequest("this is not HTTP")
+        raise UnframedRequest("this is not HTTP, or a line of the head does not end in CRLF")
 
 
 # seconds since the epoch in the form of RFC 9110, 5.6.7, in any locale; made once in a second
@@ -3810,6 +3810,7 @@ class Connection:
     connection wants next. An exception ends the connection. Times are those of time.monotonic().
     """
 
+    is_over = False  # whether the next sweep must end it, even if nothing more comes
     # whether an answer that is not chunked is incomplete: the connection must then end by a reset,
     # since the client could take the answer for whole
     is_cut = False
@@ -3818,8 +3819,8 @@ class Connection:
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
         self.socket = connection
         # The Server of section 16. Subclasses use its service, application, settle, submit,
-        # may_upgrade, is_crowded, is_draining and is_late. For each call of the class within
-        # `attend` they add one to its `turn`.
+        # sweep_soon, may_upgrade, is_crowded, is_draining and is_late. For each call of the class
+        # within `attend` they add one to its `turn`.
         self.server = server
         self.input = source
         self.since = time.monotonic()  # when it became idle, or its first buffered byte came
@@ -3838,7 +3839,7 @@ class Connection:
         raise NotImplementedError
 
     def dismiss(self) -> bool:
-        """Return whether the connection may be closed because the pod stops: nothing has come."""
+        """Return whether the connection may be closed: nothing has come that is not answered."""
         return not (self.input.ahead or is_ready(self.socket, select.POLLIN))
 
     def let_go(self) -> bool:
@@ -3877,7 +3878,8 @@ class LingeringConnection(Connection):
     """A connection whose last answer has been sent while its client may still send.
 
     To close it at once would reset it, and the client might lose the answer. So the connection
-    reads and discards what comes, for `DRAIN_SECONDS`.
+    reads and discards what comes, for `DRAIN_SECONDS`. While the pod stops, `dismiss` does not wait
+    for the client to close its end: AIStore never closes a connection that has failed.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -3894,11 +3896,7 @@ class LingeringConnection(Connection):
         return Next.READ if is_open else Next.CLOSE
 
     def expire(self, now: float) -> Next:
-        """Close the connection if the client goes on sending for too long.
-
-        While the pod stops, `dismiss` does not wait for the client to close its end: AIStore never
-        closes a connection that has failed.
-        """
+        """Close the connection if the client goes on sending for too long."""
         return Next.CLOSE if now > self._deadline else Next.READ
 
 
@@ -4411,6 +4409,7 @@ class ObjectExchange:
         with self._lock:
             sizes = [len(each.reply.data) if each.reply else each.body.size
                      for each in self.pending]
+        # 16 transforms run at once, so 64 objects are enough to keep them busy
         return len(sizes) >= 64 or sum(sizes) >= AHEAD_LIMIT_BYTES
 
     @property
@@ -4557,8 +4556,7 @@ class WebSocketConnection(Connection):
     together.
 
     The connection ends if the client closes it or, as AIStore does, just goes away; after an object
-    has failed; or when the pod stops. The objects that have come before are answered first. If the
-    client sends nothing after the frames that tell a failure, the next sweep ends the connection.
+    has failed; or when the pod stops. The objects that have come before are answered first.
     """
 
     def __init__(self, connection: socket.socket, server: Any, source: ConnectionInput) -> None:
@@ -4567,7 +4565,6 @@ class WebSocketConnection(Connection):
         with contextlib.suppress(OSError):  # raised by macOS if the client is gone
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, True)
         self._objects = ObjectExchange(server.service, self._reply, server.submit, self._go_on)
-        self.is_over = False  # whether the next sweep must end it, even if nothing more comes
         # the frames that end the connection; once they are set, nothing more is read
         self._ending: Optional[Sequence[bytes]] = None
         self._is_paused = False
@@ -4718,7 +4715,8 @@ class WebSocketConnection(Connection):
             raise CloseConnection("there is no message to be continued")
         self.input.take(frame.head_size)
         room = self.server.service.message_room
-        stream = MessageStream(self.input, frame, self._take_control, room.check)
+        control = functools.partial(self._take_control, flags=socket.MSG_DONTWAIT)
+        stream = MessageStream(self.input, frame, control, room.check)
         taken = self._objects.pair(WaitingBody(room, stream).load())
         if taken is None:
             return Next.THREAD
@@ -4769,13 +4767,15 @@ class WebSocketConnection(Connection):
         return [frame_head(OP_BINARY, 0, is_last=False), close_frame(code, reason)]
 
     def _go_on(self) -> None:
-        """Go on after a pause if there is no need for it any more."""
+        """Go on after a pause, or end, now that an object has been answered."""
         with self._lock:
             goes_on = self._is_paused and not self._must_pause
             if goes_on:
                 self._is_paused = False
         if goes_on:
             self.server.settle(self, Next.THREAD)
+        elif self.is_over:
+            self.server.sweep_soon()
 
     def _put(self, parts: Sequence[bytes]) -> None:
         """Queue whole frames."""
@@ -5103,6 +5103,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             connection.since = time.monotonic()
             with self._lock:
                 self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+            # a sweep does not see a connection that ends while it is not registered
+            if connection.is_over:
+                self.sweep_soon()
         elif wish is Next.THREAD or (wish is Next.PAUSE and not connection.pause()):
             try:
                 self.process_request(connection, None)
@@ -5144,6 +5147,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if not self._drain_began:
             self._share.publish(len(self.connections))
 
+    def sweep_soon(self) -> None:
+        """Have the leader look at once for connections that are over."""
+        self._next_sweep = 0.0
+        self._waker.wake()
+
     def may_upgrade(self) -> bool:
         """Return whether one more connection may become a WebSocket connection."""
         return not self.is_draining and len(self._websockets()) < WEBSOCKET_LIMIT
@@ -5171,7 +5179,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         if begins_to_drain:
             self._begin_drain(term)
         elif self.socket in ready:
-            # another worker may be as busy as this one
+            # 8 connections more than another worker has, if both may be busy
             self._accept_some(8 if len(events) > CROWD_LIMIT // 2 else 0, term)
         now = time.monotonic()
         if now >= self._next_sweep:
@@ -5180,7 +5188,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def _sweep(self, now: float, term: int) -> None:
         """End connections whose time is over and, during a drain, those that are idle."""
-        self.is_late = self.is_draining and now > self._drain_began + WEBSOCKET_DRAIN_SECONDS
+        late = self._drain_began + WEBSOCKET_DRAIN_SECONDS
+        self.is_late = self._drain_began > 0 and now > late
         for connection in self._websockets() if self.is_late else ():
             # a thread that waits for the client then reads the end of the input
             with contextlib.suppress(OSError):  # the client may be gone
@@ -5213,7 +5222,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def _accept(self, term: int) -> bool:
         """Accept a connection; return False if none waits or none can be accepted."""
         try:
-            connection = HTTPConnection(self.socket.accept()[0], self)
+            accepted, _ = self.socket.accept()
         except OSError as error:
             # another worker was faster, or another thread leads now and has closed the listener
             if error.errno not in (errno.EAGAIN, errno.EBADF):
@@ -5221,9 +5230,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client has gone already
                 self._make_room(term)
             return False
-        self.connections.add(connection)
-        self._publish()
-        self.settle(connection, Next.READ)
+        with contextlib.suppress(OSError):  # raised by macOS if the client has gone at once
+            connection = HTTPConnection(accepted, self)
+            self.connections.add(connection)
+            self._publish()
+            self.settle(connection, Next.READ)
         return True
 
     def _make_room(self, term: int) -> None:
@@ -5357,7 +5368,7 @@ def body_of_starlette(request: Any) -> PieceBody:
     """
     import asyncio
 
-    loop, pieces = asyncio.get_running_loop(), request.stream()
+    loop, pieces, count = asyncio.get_running_loop(), request.stream(), 0
     came = request.scope.get("etl.request")  # None in a server that the class has started itself
 
     async def next_piece() -> bytes:
@@ -5366,20 +5377,44 @@ def body_of_starlette(request: Any) -> PieceBody:
         return b""
 
     def take() -> bytes:
+        nonlocal count  # not the body's own: a cycle would keep whole objects in memory
         piece = asyncio.run_coroutine_threadsafe(next_piece(), loop).result(BODY_PAUSE_SECONDS)
-        if not piece and came is not None and body.count < came.count:
+        count += len(piece)
+        if not piece and came is not None and count < came.count:
             raise OSError("the application has taken some of it")
         return piece
 
-    body = PieceBody(take, request.headers.get("content-length"))
-    return body
+    return PieceBody(take, request.headers.get("content-length"))
+
+
+@functools.lru_cache(maxsize=1)
+def piece_response_class() -> Any:
+    """Define the class of responses in pieces, once; Starlette must be installed."""
+    from starlette.responses import StreamingResponse
+
+    class PieceResponse(StreamingResponse):  # type: ignore[misc]
+        """A response in pieces, which are closed if the client leaves.
+
+        Starlette's own would also receive messages of the request, in order to notice that. But
+        the class may read the request while it answers.
+        """
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await self.stream_response(send)
+            finally:
+                await self.body_iterator.aclose()
+            if self.background is not None:
+                await self.background()
+
+    return PieceResponse
 
 
 def starlette_response(answer: Answer, threads: Any, name: str) -> Any:
     """Return the Starlette response for an answer; the pieces of its body are made on `threads`."""
     import asyncio
 
-    from starlette.responses import Response, StreamingResponse
+    from starlette.responses import Response
 
     async def pieces() -> Any:
         body = answer.body or iter(())  # an empty result is sent in chunks: see Answer.is_open
@@ -5399,10 +5434,7 @@ def starlette_response(answer: Answer, threads: Any, name: str) -> Any:
     fields = {field: UNPRINTABLE.sub("?", value) for field, value in answer.headers}
     if isinstance(answer.body, bytes) and not answer.is_open:
         return Response(answer.body, answer.status, fields)
-    response = StreamingResponse(pieces(), answer.status, fields)
-    # this would receive messages of the request, which the class may read while it answers
-    response.listen_for_disconnect = lambda receive: asyncio.Event().wait()
-    return response
+    return piece_response_class()(pieces(), answer.status, fields)
 
 
 async def answer_starlette(service: Service, threads: Any, path: str, request: Any) -> Any:
@@ -5787,7 +5819,7 @@ class UvicornServer:
             cycle.disconnected or cycle.transport.is_closing())
         if isinstance(error, asyncio.CancelledError):
             logger.error("%s: the answer was cut: the pod is stopping", scope["path"])
-            cycle.transport.abort()  # after a reset, AIStore sends the object again
+            cycle.transport.abort()
             await asyncio.sleep(0)  # lets uvicorn notice
         elif error is not None and not (isinstance(error, AnswerCut) or is_of_client):
             log_user_error(scope["path"], error)
@@ -5805,7 +5837,8 @@ class UvicornServer:
             return PlainTextResponse("Running")
         if coding and (coding != b"chunked" or scope["http_version"] == "1.0"):
             return PlainTextResponse("the Transfer-Encoding is not supported", 501, closing)
-        if b"upgrade" in fields and has_body(fields):
+        offers = b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower()
+        if offers and has_body(fields):
             return PlainTextResponse("an upgrade cannot come with a body", 400, closing)
         return self._app
 
@@ -6225,7 +6258,11 @@ def serve_instance(server: ListeningServer) -> None:
     """
     def begin() -> None:
         # until now the system refuses connections, so a readiness probe fails and does not wait
-        listener.listen(BACKLOG)
+        try:
+            listener.listen(BACKLOG)
+        except OSError as error:
+            port = listener.getsockname()[1]
+            raise PortError(f"port {port} cannot be listened on: {error.strerror}") from None
         if Current.reports is None:
             logger.info("serving on %s", url_of(listener))
         report(REPORT_READY)
@@ -6268,11 +6305,12 @@ def report_failure(error: BaseException) -> int:
     code = error.exit if isinstance(error, StartupError) else Exit.SYSTEM
     redact = (Current.settings or Settings()).redact
     # redact before the cut: half of a secret would not be recognized
-    reason, story = (redact(text)[:ERROR_TEXT_LIMIT_BYTES]
-                     for text in (describe(error), getattr(error, "story", "")))
+    reason, story = redact(describe(error))[:2000], redact(getattr(error, "story", ""))[:20_000]
     told = code, reason, story, getattr(error, "framework", ""), getattr(error, "serves", False)
+    line = REPORT_FAILED + json.dumps(told).encode() + b"\n"
     with contextlib.suppress(BrokenPipeError):
-        os.write(cast(int, Current.reports), REPORT_FAILED + json.dumps(told).encode() + b"\n")
+        while line:  # a signal may end a long write half-way
+            line = line[os.write(cast(int, Current.reports), line):]
     return code
 
 
@@ -6309,9 +6347,12 @@ def run_worker(load: Callable[[], Type[ETLServer]]) -> None:
     threading.Thread(target=end_with_supervisor, name="life", daemon=True).start()
     etl_class = load()
     reseed()
-    server = construct(etl_class)
+    server, settings = construct(etl_class), Current.settings or Settings()
     if Current.listener is None:
-        add_routes(server, Current.settings or Settings())
+        add_routes(server, settings)
+    elif getattr(server, "port", settings.port) != settings.port:
+        logger.warning("%s asks for port %d, but PORT decides: %d", etl_class.__name__,
+                       server.port, settings.port)
     call_user(f"{etl_class.__name__}.start()", server.start)
 
 
@@ -6489,6 +6530,7 @@ class Supervisor:
         ends: List[socket.socket] = []
         try:
             ends += socket.socketpair()
+            ends[1].setblocking(True)  # whatever socket.setdefaulttimeout() the class has called
             flush_output()
             pid = os.fork()  # no signal reaches our handlers in the child: see Waker
             if not pid:
@@ -6683,6 +6725,14 @@ def prepare(settings: Settings, may_install: bool) -> None:
         install_python_packages(settings.packages)
 
 
+def current_folder() -> str:
+    """Return the current folder, or "" if it has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
 class Start(NamedTuple):
     """How this process was started, recorded before the class can change any of that."""
 
@@ -6713,7 +6763,8 @@ class Start(NamedTuple):
                             Current.began])
         flush_output()
         try:
-            os.chdir(self.folder)
+            if current_folder() != self.folder:
+                os.chdir(self.folder)
             os.execve(self.command[0], self.command, {**self.environ, FRESH_START: known})
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -6903,8 +6954,8 @@ SPEC_RULES = {  # option: its default, what AIStore and Kubernetes accept, and t
     "obj-timeout": ("45s", TIME, "a time like 45s, 5m or 1h30m"),
 }
 # what the environment of a container has besides the pod's variables
-CONTAINER_VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE",
-                       "http_proxy", "https_proxy", "no_proxy")
+CONTAINER_VARIABLES = (
+    "(?i)PATH|HOME|LANG|LC_.*|TZ|TMPDIR|(DY)?LD_LIBRARY_PATH|SSL_CERT_.*|(https?|no)_proxy")
 
 
 def use_names_of_pods() -> None:
@@ -7020,12 +7071,13 @@ def prove(site: str, reports: int, server: str, environ: Mapping[str, str]) -> i
     except StartupError as error:
         return report_failure(error)
     for function, name in sorted(ImportNotes.notes):
-        is_found = name == __name__ or attempt(importlib.util.find_spec, name).value
+        is_found = name in ("__main__", "ais_runtime_min") or attempt(importlib.util.find_spec, name).value
         if not is_found or (SDK_MODULES.get(name) == {} and not is_here("aistore")):
             top = name.partition(".")[0]
-            logger.warning("%s() imports %s, which a pod does not have: pass --packages %s, or "
-                           "import a module of your own at the top of the file, to have it pickled",
-                           function, name or ".", PYPI_NAMES.get(top, top))
+            remedy = f"pass --packages {PYPI_NAMES.get(top, top)}, or " if top else ""
+            logger.warning("%s() imports %s, which a pod does not have: %simport a module of your "
+                           "own at the top of the file, to have it pickled", function, name or ".",
+                           remedy)
     report(REPORT_READY)
     return Exit.OK
 
@@ -7098,15 +7150,18 @@ def variables_of(arguments: argparse.Namespace) -> Dict[str, str]:
                "ETL_DIRECT_FQN": "true" if arguments.arg_type == "fqn" else ""}
     variables = {name: text for name, text in options.items() if text}
     set_by_others = "|".join([*options, "ETL_CLASS_PAYLOAD.*", "AIS_TARGET_URL", "PORT"])
-    # surrogates stand for bytes of the command line that are not UTF-8
-    refused = "\n\ud800-\udfff" if arguments.env_file else "\ud800-\udfff"
     for text in arguments.env:
         name, _, value = text.partition("=")
-        if not re.fullmatch(f"[A-Za-z_][A-Za-z0-9_]*=[^{refused}]*", text):
-            raise UsageError(f"--env {text!r} must be NAME=VALUE, in an --env-file one line")
+        # surrogates stand for bytes of the command line that are not UTF-8
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*=[^\ud800-\udfff]*", text):
+            raise UsageError(f"--env {text!r} must be NAME=VALUE")
         if re.fullmatch(set_by_others, name):
             raise UsageError(f"--env {name}: pack, one of its options, or AIStore sets it")
         variables[name] = value
+    for requirement in requirements_of(arguments.packages or "", "PACKAGES"):
+        if re.match(r"[./~]|[\w+]+://", requirement):
+            raise UsageError(f"--packages {hide_credentials(requirement)}: pack needs the name of "
+                             f"the package, as in NAME @ URL")
     return variables
 
 
@@ -7140,14 +7195,18 @@ def text_of(arguments: argparse.Namespace, class_name: str, payload: str,
     size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # 1 for the end of the line or variable
     pieces = {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
               for number, start in enumerate(range(0, len(payload), size), 1)}
-    for option, (default, _, _) in SPEC_RULES.items():
+    defaults = {**{option: rule[0] for option, rule in SPEC_RULES.items()}, "direct-put": True}
+    for option, default in defaults.items():
         if not arguments.spec and getattr(arguments, option.replace("-", "_")) != default:
             raise UsageError(f"--{option} is for --spec only")
     if arguments.spec:
         text = spec_of(arguments, class_name, {**pieces, **variables})
     elif arguments.env_file:
         variables = {**pieces, "AIS_TARGET_URL": "http://localhost:51080", **variables}
-        text = "".join(f"{name}={value}\n" for name, value in variables.items())
+        lines = [f"{name}={value}\n" for name, value in variables.items()]
+        if any("\n" in line[:-1] or len(line.encode()) > limit for line in lines):
+            raise UsageError("an --env-file takes variables of one line, of up to 64 KiB")
+        text = "".join(lines)
     else:
         if variables:
             logger.info("the pod needs %s besides", ", ".join(variables))
@@ -7171,6 +7230,11 @@ def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int)
         signal.signal(number, end)
     Current.settings = Settings()
     configure_logging(Current.settings)
+    late = [*late_modules]
+    leave_late_modules()
+    for module in (*late, "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
+        # before the class: a module beside the file may have one of these names
+        importlib.import_module(module)
     variables, output = variables_of(arguments), arguments.output or stdout
     if os.path.exists(output) and os.path.samefile(output, split_file(arguments.file)[0]):
         raise UsageError(f"{output} is the class's own file")
@@ -7178,7 +7242,8 @@ def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int)
     text = text_of(arguments, etl_class.__name__, payload, variables)
     files_of_image = {each.name for each in VARIABLES if each.parse is existing_file}
     prove_payload(payload, etl_class, {
-        **{name: environ[name] for name in CONTAINER_VARIABLES if name in environ},
+        **{name: value for name, value in environ.items()
+           if re.fullmatch(CONTAINER_VARIABLES, name)},
         **{name: value for name, value in variables.items() if name not in files_of_image}})
     try:
         with open(output, "w", encoding="utf-8") as file:
@@ -7286,7 +7351,7 @@ def run_command(arguments: List[str], environ: MutableMapping[str, str]) -> int:
     """Run the command that the arguments name; without arguments, serve as a pod."""
     known = environ.pop(FRESH_START, "")
     command = arguments[0] if arguments else ""
-    start = Start(own_command(arguments), dict(environ), os.getcwd())
+    start = Start(own_command(arguments), dict(environ), current_folder())
     served = take_fresh_start(known, environ) if known else None
     del sys.argv[1:]  # a class may read its own command line, which has no arguments
     # the background thread of pyarrow's allocator would not end before a fork

@@ -447,7 +447,7 @@ class Teller(HTTPMultiThreadedServer):
         return json.dumps([self.calls, path, hashlib.sha256(data).hexdigest()]).encode()
 '''
 ERRORS_THAT_GO_ON = (400, 404, 405, 426, 501)  # of requests that are framed, but mean nothing here
-REFUSALS = (400, 404, 405, 411, 413, 414, 426, 431, 501, 505)
+REFUSALS = (400, 404, 405, 411, 413, 426, 431, 501, 505)
 
 
 def content_of(path: bytes) -> bytes:

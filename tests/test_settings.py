@@ -144,7 +144,8 @@ def test_pieces_of_the_payload_are_joined_by_number_and_not_by_name() -> None:
 def test_a_gap_between_pieces_is_refused(present: Tuple[int, ...], missing: List[str]) -> None:
     told = complaint({"ETL_CLASS_PAYLOAD" + ("_%d" % number if number > 1 else ""): "text"
                       for number in present})
-    assert all("ETL_CLASS_PAYLOAD%s is not set" % number in told for number in missing)
+    names = ", ".join("ETL_CLASS_PAYLOAD%s" % number for number in missing)
+    assert "%s is not set, but ETL_CLASS_PAYLOAD_%d is" % (names, present[-1]) in told
 
 
 def test_a_piece_whose_number_is_none_of_a_further_piece_is_refused() -> None:
