@@ -47,12 +47,19 @@ class Work:
         return data.upper() + b" " + path.encode()
 
 class Pieces:
-    """The same as a stream."""
+    """The same as a stream; `bucket/open` tells how many streams are open."""
+    open_streams = 0
     def transform_stream(self, reader, path, etl_args):
-        for piece in iter(lambda: reader.read(65536), b""):
-            yield piece.upper()
-            if etl_args == "fail":
-                raise ValueError("no more of it")
+        self.open_streams += 1
+        try:
+            if path == "bucket/open":
+                yield b"%d" % self.open_streams
+            for piece in iter(lambda: reader.read(65536), b""):
+                yield piece.upper()
+                if etl_args == "fail":
+                    raise ValueError("no more of it")
+        finally:
+            self.open_streams -= 1
 
 # -- FastAPI --
 

@@ -166,6 +166,7 @@ def test_modules_may_have_the_names_of_the_librarys(
 ) -> None:
     write("x = 1\n", name + ".py")
     assert pack(write(THREADED + UPPER)).code == 0
+    assert pack(write("import %s\n" % name + THREADED + UPPER)).code == 0
 
 
 def test_what_a_file_prints_and_makes_at_its_end_is_not_in_the_payload(
@@ -451,6 +452,9 @@ WRONG = {
     "payload": ["--env", "ETL_CLASS_PAYLOAD_2=x"], "target": ["--spec", "--env", "AIS_TARGET_URL=x"],
     "both": ["--spec", "--env-file"], "target of a container": ["--env-file", "--env", "AIS_TARGET_URL=x"],
     "lines": ["--env-file", "--env", "A=b\nc"], "options": ["--packages", "-r file"],
+    "for the spec": ["--no-direct-put"], "image alone": ["--image", "other"],
+    "lines of packages": ["--env-file", "--packages", 'six\nX=1; python_version < "3"'],
+    "long line": ["--env-file", "--env", "A=" + "x" * (64 << 10)], "no name": ["--packages", "https://host/six.whl"],
     "unknown": ["--etl"], "arg type": ["--arg-type", "url"], "number": ["--env", "NUM_WORKERS=x"],
 }
 

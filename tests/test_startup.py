@@ -92,6 +92,9 @@ class Executes:
 class Unpickles(Threaded):
     MODEL = Executes()
 
+class UnpicklesModel(Model):
+    MODEL = Executes()
+
 def own_names(base):
     public = {"start", "transform", "transform_stream", "get_mime_type"}
     return sorted(name for name in set(vars(base)) - public if not name.startswith(("__", "_abc_")))
@@ -286,6 +289,16 @@ def test_a_constructor_that_raises_is_told_with_the_users_traceback(
     assert RUNTIME.name not in re.sub(r"(?m)^ais_runtime_min: .*|- ais_runtime_min -", "", log), log
 
 
+def test_a_long_reason_is_told_whatever_time_out_the_class_gives_to_sockets(
+    payloads: Dict[str, str]
+) -> None:
+    done = start_in_vain(payloads["UnpicklesModel"], {
+        "UNPICKLING": "import socket; socket.setdefaulttimeout(5)",
+        "MODEL": RAISES % (r"\u00e9" * 9000)})
+    assert done.code == Exit.SOFTWARE
+    assert re.match("ais_runtime_min: UnpicklesModel\\(\\) failed: ValueError: \u00e9{1000,2000}$", done.last_line)
+
+
 @pytest.mark.parametrize("name, words", [
     ("NoSuper", ["NoSuper.__init__() does not call super().__init__()"]),
     ("WantsArguments", ["WantsArguments", "missing 1 required positional argument: 'model'"]),
@@ -329,6 +342,18 @@ def test_a_port_that_is_taken_is_told(
         port = listener.getsockname()[1]
         done = start_in_vain(payloads["Threaded"], {"PORT": str(port)})
     assert_told(done, Exit.SYSTEM, "port %d" % port, "in use")
+
+
+def test_a_port_that_is_taken_while_the_class_is_constructed_is_told(
+    payloads: Dict[str, str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    takes = "import socket; self.taken = socket.create_server(('', %d), family=%s, dualstack_ipv6=%s)"
+    both = socket.has_dualstack_ipv6()
+    model = takes % (port, "socket.AF_INET6" if both else "socket.AF_INET", both)
+    done = start_in_vain(payloads["Model"], {"MODEL": model, "PORT": str(port)})
+    assert_told(done, Exit.SYSTEM, "port %d cannot be listened on: " % port, "in use")
 
 
 # == /dev/termination-log ==
