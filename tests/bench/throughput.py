@@ -129,7 +129,7 @@ class Exchange:
     def request(self, server: Server) -> Request:
         """Return the request for a server."""
         if self._scenario.kind == "fqn":  # path-escaped, then query-encoded, as the target does
-            return Request(server.url(OBJECT_TARGET + "?etl_fqn=" + quote(quote(str(self._file)), safe="")), None, ())
+            return Request(server.url(OBJECT_TARGET + "?etl_fqn=" + quote(quote(str(self._file), safe=""), safe="")), None, ())
         headers = ["Ais-Node-Url: " + self._sink.url(DESTINATION)] if self._scenario.kind == "direct" else []
         return Request(server.url(OBJECT_TARGET), self._file, headers)
 
