@@ -7232,7 +7232,7 @@ def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int)
     configure_logging(Current.settings)
     late = [*late_modules]
     leave_late_modules()
-    for module in (*late, "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
+    for module in (*late, "csv", "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
         # before the class: a module beside the file may have one of these names
         importlib.import_module(module)
     variables, output = variables_of(arguments), arguments.output or stdout
