@@ -7071,7 +7071,8 @@ def prove(site: str, reports: int, server: str, environ: Mapping[str, str]) -> i
     except StartupError as error:
         return report_failure(error)
     for function, name in sorted(ImportNotes.notes):
-        is_found = name in ("__main__", "ais_runtime_min") or attempt(importlib.util.find_spec, name).value
+        is_ours = name in ("__main__", "ais_runtime_min")
+        is_found = is_ours or attempt(importlib.util.find_spec, name).value
         if not is_found or (SDK_MODULES.get(name) == {} and not is_here("aistore")):
             top = name.partition(".")[0]
             remedy = f"pass --packages {PYPI_NAMES.get(top, top)}, or " if top else ""
