@@ -39,7 +39,7 @@ RUN --mount=type=bind,target=/context \
 ENV PYTHONUNBUFFERED=1
 LABEL org.opencontainers.image.title="ais-runtime-min" \
       org.opencontainers.image.description="The small ETL runtime for NVIDIA AIStore" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.base.name="docker.io/library/python:${PYTHON_VERSION}-alpine"
 EXPOSE 8000
@@ -68,7 +68,7 @@ ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
 WORKDIR /code
 LABEL org.opencontainers.image.title="ais-runtime-min" \
       org.opencontainers.image.description="The small ETL runtime for NVIDIA AIStore" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT"
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s CMD ["sh", "-c", "wget -q -T 4 -O /dev/null http://127.0.0.1:${PORT:-8000}/health"]

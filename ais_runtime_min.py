@@ -136,7 +136,7 @@ if TYPE_CHECKING:
     import argparse
     import subprocess
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # == 1. Names and limits ==
 # The names of the wire contract with AIStore (ext/etl and ais/tgtetl.go in its sources), and every
