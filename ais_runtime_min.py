@@ -7145,6 +7145,18 @@ def prove_payload(payload: str, etl_class: Type[ETLServer], environ: Mapping[str
         raise failure
 
 
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for options of the spec without --spec, and for packages without names."""
+    defaults = {**{option: rule[0] for option, rule in SPEC_RULES.items()}, "direct-put": True}
+    for option, default in defaults.items():
+        if not arguments.spec and getattr(arguments, option.replace("-", "_")) != default:
+            raise UsageError(f"--{option} is for --spec only")
+    for requirement in requirements_of(arguments.packages or "", "PACKAGES"):
+        if re.match(r"[./~]|[\w+]+://", requirement):
+            raise UsageError(f"--packages {hide_credentials(requirement)}: pack needs the name of "
+                             f"the package, as in NAME @ URL")
+
+
 def variables_of(arguments: argparse.Namespace) -> Dict[str, str]:
     """Return the variables of the pod, without the payload; raise UsageError for bad ones."""
     options = {"PACKAGES": arguments.packages, "OS_PACKAGES": arguments.os_packages,
@@ -7159,10 +7171,6 @@ def variables_of(arguments: argparse.Namespace) -> Dict[str, str]:
         if re.fullmatch(set_by_others, name):
             raise UsageError(f"--env {name}: pack, one of its options, or AIStore sets it")
         variables[name] = value
-    for requirement in requirements_of(arguments.packages or "", "PACKAGES"):
-        if re.match(r"[./~]|[\w+]+://", requirement):
-            raise UsageError(f"--packages {hide_credentials(requirement)}: pack needs the name of "
-                             f"the package, as in NAME @ URL")
     return variables
 
 
@@ -7189,6 +7197,14 @@ def spec_of(arguments: argparse.Namespace, class_name: str, variables: Mapping[s
                   "\n".join(lines))
 
 
+def env_file_of(variables: Mapping[str, str]) -> str:
+    """Return the text of a file for `docker run --env-file`, in which nothing can be quoted."""
+    lines = [f"{name}={value}\n" for name, value in variables.items()]
+    if any("\n" in line[:-1] or len(line.encode()) > ENV_FILE_LIMIT_BYTES for line in lines):
+        raise UsageError("an --env-file takes variables of one line, of up to 64 KiB")
+    return "".join(lines)
+
+
 def text_of(arguments: argparse.Namespace, class_name: str, payload: str,
             variables: Mapping[str, str]) -> str:
     """Return the text that the options ask for: the payload, a spec or an --env-file."""
@@ -7196,18 +7212,11 @@ def text_of(arguments: argparse.Namespace, class_name: str, payload: str,
     size = limit - len("ETL_CLASS_PAYLOAD_99=") - 1  # 1 for the end of the line or variable
     pieces = {f"ETL_CLASS_PAYLOAD{f'_{number}' if number > 1 else ''}": payload[start:start + size]
               for number, start in enumerate(range(0, len(payload), size), 1)}
-    defaults = {**{option: rule[0] for option, rule in SPEC_RULES.items()}, "direct-put": True}
-    for option, default in defaults.items():
-        if not arguments.spec and getattr(arguments, option.replace("-", "_")) != default:
-            raise UsageError(f"--{option} is for --spec only")
     if arguments.spec:
         text = spec_of(arguments, class_name, {**pieces, **variables})
     elif arguments.env_file:
         variables = {**pieces, "AIS_TARGET_URL": "http://localhost:51080", **variables}
-        lines = [f"{name}={value}\n" for name, value in variables.items()]
-        if any("\n" in line[:-1] or len(line.encode()) > limit for line in lines):
-            raise UsageError("an --env-file takes variables of one line, of up to 64 KiB")
-        text = "".join(lines)
+        text = env_file_of(variables)
     else:
         if variables:
             logger.info("the pod needs %s besides", ", ".join(variables))
@@ -7236,6 +7245,7 @@ def pack(arguments: argparse.Namespace, environ: Mapping[str, str], stdout: int)
     for module in (*late, "csv", "subprocess", "tempfile", "importlib.metadata", "importlib.util"):
         # before the class: a module beside the file may have one of these names
         importlib.import_module(module)
+    check_options(arguments)
     variables, output = variables_of(arguments), arguments.output or stdout
     if os.path.exists(output) and os.path.samefile(output, split_file(arguments.file)[0]):
         raise UsageError(f"{output} is the class's own file")
