@@ -1745,6 +1745,7 @@ class ConnectionPool:
 
 # A worker's report to the supervisor is a line: one of these bytes, and a text for some of them.
 REPORT_READY = b"R"  # the worker can serve
+REPORT_BEGUN = b"B"  # its first request has begun
 REPORT_ANSWERED = b"A"  # its first request is answered
 REPORT_OPENED = b"O"  # a WebSocket connection is open
 REPORT_CLOSED = b"C"  # a WebSocket connection is closed
@@ -3522,7 +3523,7 @@ class Service:
         self.is_streaming = server.use_streaming  # whether objects are transformed in pieces
         self._delays = [min(2.0 ** retry, RETRY_DELAY_LIMIT_SECONDS)
                         for retry in range(server.direct_put_retries)]
-        self._has_answered = False
+        self._has_begun = self._has_answered = False
 
     def load(self, request: ETLRequest) -> Optional[Tuple[ETLRequest, ReceivedObject]]:
         """Read an object by its path; return request and object as if it had come in the body.
@@ -3547,6 +3548,11 @@ class Service:
 
     def answer(self, request: ETLRequest, body: RequestBody) -> Answer:
         """Answer one request, whatever happens; the caller sends the answer and closes it."""
+        if not self._has_begun:
+            # before the flag is set: another thread that sees the flag calls the class, which may
+            # end the worker, and the supervisor must know by then that a request has begun
+            report(REPORT_BEGUN)
+            self._has_begun = True
         answer, error = attempt(self._answer, request, body)
         if not self._has_answered:
             report(REPORT_ANSWERED)
@@ -6432,6 +6438,11 @@ class Worker:
         self.failure: Optional[StartupError] = None
         self.rest = b""  # the beginning of a report whose end has not come yet
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the worker serves and has never had a request."""
+        return REPORT_READY in self.told and REPORT_BEGUN not in self.told
+
 
 class Supervisor:
     """Keep `NUM_WORKERS` processes serving a class until SIGTERM or SIGINT.
@@ -6639,11 +6650,13 @@ class Supervisor:
             return
         if REPORT_ANSWERED in worker.told:
             self._deaths = 0
-        self._start_later(why)
+        self._start_later(why, code == -signal.SIGKILL and worker.is_idle)
 
-    def _start_later(self, why: str) -> None:
+    def _start_later(self, why: str, was_idle: bool = False) -> None:
         """Start a worker after the delay that the deaths in a row demand, or end the pod."""
         self._deaths += 1
+        if was_idle:  # neither the class nor an object killed the worker: no reason to give up
+            self._deaths = min(self._deaths, DEATHS_LIMIT - 1)
         if self._served.has_own_start:  # the pod is this one process
             return self._fail(StartupError(why))
         for worker in self._workers.values():

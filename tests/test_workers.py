@@ -469,6 +469,20 @@ def test_the_delay_of_a_replacement_doubles_up_to_a_limit(
 
 
 @ON_LINUX
+def test_idle_workers_that_are_killed_do_not_end_a_pod_that_never_got_a_request(start: StartPod) -> None:
+    server = start(DEATHS + 2, LOG_LEVEL="DEBUG")
+    server.wait_for_line("all workers are ready")
+    workers = children_of(server.pid)
+    assert len(workers) == DEATHS + 2
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    for worker in workers:
+        server.wait_for_line("worker %d .*SIGKILL.*starting another" % worker, SOON_SECONDS)
+    assert server.process.poll() is None
+    assert obey(server, "").body == b"hello"
+
+
+@ON_LINUX
 @pytest.mark.parametrize("name", ["Obedient", "Pulsing"], ids=["forked", "not forked"])
 def test_workers_do_not_outlive_their_supervisor(start: StartPod, tmp_path: Path, name: str) -> None:
     server = start(2, name)
