@@ -489,7 +489,6 @@ FAULT_ANSWERS = [  # the code, the status, and what the detail holds
     ("raise HasStatus('own status')", 500, "own status"),
     ("raise Mute", 500, ""), ("import requests", 500, "add requests to PACKAGES"),
     ("from aistore.sdk import Client", 500, "add aistore to PACKAGES"),
-    ("import aistore.sdk; aistore.sdk.Client()", 500, "add aistore to PACKAGES"),
 ]
 
 
@@ -512,6 +511,15 @@ def test_an_exception_of_the_class_is_answered_and_the_worker_lives_on(
     pod.wait_for_line("^FileNotFoundError: ", 5)
     pod.wait_for_line("No module named 'requests': add requests to PACKAGES", 5)
     assert "user_script.py" in pod.log() and "ais_runtime_min.py" not in pod.log()
+
+
+def test_an_attribute_of_the_sdk_that_is_not_here_is_told_with_the_remedy(
+    serve: StartRuntime
+) -> None:
+    pod = serve(simple(THREADED.base, FAULTS, THREADED.name), fails=True)
+    response = put(pod, "import aistore.sdk; aistore.sdk.Client()")
+    assert response.status == 500
+    assert "aistore.sdk.Client is not here: add aistore to PACKAGES" in detail(response)
 
 
 FRAMEWORK_FAULTS = """
