@@ -1808,7 +1808,7 @@ class Current:
     settings: Optional[Settings] = None
     pool: Optional[ConnectionPool] = None
     listener: Optional[socket.socket] = None  # in a worker: the socket that all workers share
-    reports: Optional[int] = None  # in a worker: the socket to the supervisor
+    reports: Optional[int] = None  # in a worker: the socket to the supervisor; in a trial, a file
     share: Optional[Share] = None  # in a worker: its number of connections, for the others to see
     # whether a file is being imported for its class; instances that the file makes are not served
     is_loading = False
@@ -5061,10 +5061,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         has_lead = self._take_turn(connection, term, connection.attend, began, may_call)
         # `_take_turn` adds 1 to `self.turn`, and each call of the class adds 1 more
         calls = self.turn - turn
-        now = time.monotonic()
-        if may_call and not has_lead:  # the next calls may take as long: what is behind is read
-            self._pace.hand_over(LEAD_SECONDS, now)
-        elif may_call and calls:
+        if may_call and has_lead and calls:
+            now = time.monotonic()
             self._pace.note((now - began) / calls, now)
         return has_lead
 
@@ -5236,11 +5234,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             if error.errno in OUT_OF_RESOURCES:  # otherwise the client has gone already
                 self._make_room(term)
             return False
-        with contextlib.suppress(OSError):  # raised by macOS if the client has gone at once
+        try:
             connection = HTTPConnection(accepted, self)
-            self.connections.add(connection)
-            self._publish()
-            self.settle(connection, Next.READ)
+        except OSError:  # raised by macOS if the client has gone at once
+            accepted.close()
+            return True
+        self.connections.add(connection)
+        self._publish()
+        self.settle(connection, Next.READ)
         return True
 
     def _make_room(self, term: int) -> None:
@@ -6730,9 +6731,11 @@ def prepare(settings: Settings, may_install: bool) -> None:
     configure_logging(settings)
     logging.captureWarnings(True)  # warnings may hold secrets, which the log hides
     threading.excepthook = log_failure
-    if settings.client_ca or settings.client_cert or settings.target.startswith("https:"):
-        # raises StartupError for unusable files, and loads `ssl` for all workers before the fork
-        tls_context(settings)
+    if settings.client_ca or settings.client_cert:
+        tls_context(settings)  # raises StartupError for files that are unusable
+    if settings.target.startswith("https:"):
+        # this loads the module before the fork, so that workers share it
+        logger.debug("TLS is provided by %s", ssl.OPENSSL_VERSION)
     if may_install:
         install_os_packages(settings.os_packages)
         install_python_packages(settings.packages)
